@@ -1,0 +1,138 @@
+"""The product with a block-diagonal matrix: an obvious reference and the fast, differentiable form.
+
+Both compute, for block i of ``blocks`` with shape ``(N, d_in, d_out)``,
+
+    y[..., i*d_out : (i+1)*d_out] += x[..., i*d_in : (i+1)*d_in] @ blocks[i]
+
+(arXiv 2506.03230, section 3). The geometry comes from :class:`diablo.layout.BlockLayout`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from diablo.layout import BlockLayout
+
+
+def block_diagonal_linear_reference(
+    x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout, base_output: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition of the product, written to be read: pad the input, multiply block by block, cut the output.
+
+    Arguments, result and shapes are those of :func:`block_diagonal_linear`; nothing is written in place.
+    """
+    count, block_in, block_out = blocks.shape
+    padded = F.pad(x, (0, count * block_in - layout.in_features))
+    split = padded.unflatten(-1, (count, block_in))
+    product = torch.einsum("...ni,nio->...no", split, blocks.to(x.dtype))
+    y = F.pad(product.flatten(-2), (0, layout.out_features - count * block_out))
+    return y if base_output is None else base_output + y
+
+
+def block_diagonal_linear(
+    x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout, base_output: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply by a block-diagonal matrix and add the product to ``base_output``.
+
+    The product is accumulated **into** ``base_output``, which is overwritten and returned (a copy of it, where it is
+    not contiguous): no second tensor of the output's size exists. ``blocks`` is cast to the dtype of ``x`` for the
+    product, ``x`` is never cast, and the gradient of ``blocks`` has the dtype of ``blocks``. Derivatives of any order
+    work.
+
+    Args:
+        x: ``(..., in_features)``, any floating dtype; the leading dimensions may be empty.
+        blocks: ``(N, d_in, d_out)``, of ``layout.blocks_shape``, any floating dtype.
+        layout: the geometry.
+        base_output: ``(..., out_features)``, of the dtype of ``x``; zeros where it is None.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: a shape does not fit the layout.
+        TypeError: ``base_output`` has another dtype than ``x``.
+    """
+    output_shape = (*x.shape[:-1], layout.out_features)
+    if x.dim() == 0 or x.shape[-1] != layout.in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the layout takes (..., {layout.in_features}).")
+    if tuple(blocks.shape) != layout.blocks_shape:
+        raise ValueError(f"blocks has shape {tuple(blocks.shape)}; the layout takes {layout.blocks_shape}.")
+    if base_output is None:
+        base_output = x.new_zeros(output_shape)
+    elif tuple(base_output.shape) != output_shape:
+        raise ValueError(f"base_output has shape {tuple(base_output.shape)}; x and the layout make it {output_shape}.")
+    elif base_output.dtype != x.dtype:
+        raise TypeError(f"base_output is {base_output.dtype} and x is {x.dtype}; cast one to the other first.")
+    if torch.compiler.is_compiling():
+        # The compiler fuses the addition by itself, and does not trace functions that write to their arguments.
+        return block_diagonal_linear_reference(x, blocks, layout, base_output)
+    return _Accumulate.apply(base_output.contiguous(), x, blocks, layout)
+
+
+class _Accumulate(torch.autograd.Function):
+    """``y += x * blockdiag(blocks)`` in place.
+
+    The backward is made of the same product with the blocks transposed and of :class:`_OuterProduct`, whose own
+    backward is made of this product again: so every order of derivative exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, blocks)
+        ctx.layout = layout
+        _accumulate(y, x, blocks, layout)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_y,) = grads
+        x, blocks = ctx.saved_tensors
+        grad_x = grad_blocks = None
+        if ctx.needs_input_grad[1]:
+            grad_x = _Accumulate.apply(x.new_zeros(x.shape), grad_y, blocks.transpose(1, 2), ctx.layout.transposed)
+        if ctx.needs_input_grad[2]:
+            grad_blocks = _OuterProduct.apply(x, grad_y, ctx.layout, blocks.dtype)
+        return grad_y, grad_x, grad_blocks, None
+
+
+class _OuterProduct(torch.autograd.Function):
+    """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks, and of the same part of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, grad_y)
+        ctx.layout = layout
+        x, grad_y = _as_rows(x), _as_rows(grad_y)
+        # Entries outside the matrix are in no tile: they keep the zero.
+        grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
+        for tile in layout.tiles:
+            product = torch.bmm(tile.of_input(x).transpose(1, 2), tile.of_output(grad_y))
+            tile.of_blocks(grad_blocks).copy_(product)
+        return grad_blocks
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (cotangent,) = grads
+        x, grad_y = ctx.saved_tensors
+        grad_x = _Accumulate.apply(x.new_zeros(x.shape), grad_y, cotangent.transpose(1, 2), ctx.layout.transposed)
+        grad_grad_y = _Accumulate.apply(grad_y.new_zeros(grad_y.shape), x, cotangent, ctx.layout)
+        return grad_x, grad_grad_y, None, None
+
+
+def _accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> None:
+    """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views."""
+    rows, target = _as_rows(x), _as_rows(y)
+    blocks = blocks.to(x.dtype)
+    for tile in layout.tiles:
+        tile.of_output(target).baddbmm_(tile.of_input(rows), tile.of_blocks(blocks))
+
+
+def _as_rows(features: torch.Tensor) -> torch.Tensor:
+    """``(..., features)`` -> ``(tokens, features)``; unlike ``view(-1, n)`` it takes an empty batch."""
+    return features.reshape(features.shape[:-1].numel(), features.shape[-1])

@@ -1,0 +1,114 @@
+"""The settings of a DiaBlo adapter."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftType
+
+
+@dataclass
+class DiabloConfig(PeftConfig):
+    """Settings of a DiaBlo adapter: which matrices it touches and into how many blocks each is cut.
+
+    A matrix of ``m1 x m2`` with N blocks has ``m1 * m2 / N`` trainable parameters, which start at zero; there is no
+    rank, no scale and no initialisation to choose (arXiv 2506.03230).
+
+    Args:
+        num_blocks: N, the number of diagonal blocks of each matrix: 1/N of it is trained. At most the smaller
+            dimension of every target. The paper uses 64, 32 to 128 in its ablations.
+        block_pattern: other values of N for some modules: names or regular expressions, matched against the end of the
+            module's name as in LoRA's ``rank_pattern``, to N. Example: ``{"v_proj": 32}``.
+        target_modules: names (or ends of names) of the modules to adapt, one regular expression, or ``"all-linear"``.
+            None picks the query, key, value, up and down projections (the paper's choice) where the model has them,
+            and otherwise what PEFT picks for the architecture.
+        exclude_modules: names or one regular expression of modules that are left alone.
+        diablo_dropout: probability of dropping an input of the blocks in training, from 0 to below 1.
+        layers_to_transform: indices of the layers to adapt; all where None.
+        layers_pattern: name of the list of layers, where it is not a common one (``layers``, ``h``, ...).
+        bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained.
+        modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
+        init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
+            for tests that would be vacuous with zeros.
+        in_place: whether the blocks are written into the weight while training. ``"auto"`` does so where it is
+            possible. This version always applies them beside the weight: ``"auto"`` and False mean the same, and True
+            warns that it is not honoured.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: a setting is out of its range, or two contradict each other; the message names both.
+    """
+
+    num_blocks: int = field(default=64, metadata={"help": "Number of diagonal blocks: 1/N of each matrix is trained."})
+    block_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression to num_blocks, where they differ."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: names or a regular expression."}
+    )
+    diablo_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the blocks."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; all where None."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
+    )
+    bias: Literal["none", "all", "diablo_only"] = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'diablo_only'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole beside the blocks."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: blocks start at zero. False: small random blocks, for tests."}
+    )
+    in_place: Literal["auto"] | bool = field(
+        default="auto", metadata={"help": "Write the blocks into the weight while training, where possible."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("DIABLO")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(value))
+        _check_num_blocks("num_blocks", self.num_blocks)
+        if not isinstance(self.block_pattern, dict):
+            raise TypeError(f"block_pattern must map module names to num_blocks, got {self.block_pattern!r}.")
+        for pattern, value in self.block_pattern.items():
+            _check_num_blocks(f"block_pattern[{pattern!r}]", value)
+        if not isinstance(self.diablo_dropout, (int, float)) or not 0 <= self.diablo_dropout < 1:
+            raise ValueError(f"diablo_dropout must be from 0 to below 1, got {self.diablo_dropout!r}.")
+        if self.bias not in ("none", "all", "diablo_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'diablo_only', got {self.bias!r}.")
+        if self.in_place not in ("auto", True, False):
+            raise ValueError(f"in_place must be 'auto', True or False, got {self.in_place!r}.")
+        if self.in_place is True:
+            warnings.warn(
+                "in_place=True is not honoured by this version: the blocks are applied beside the weight. "
+                "Set in_place='auto' to silence this warning.",
+                stacklevel=3,
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be combined with the regular expression "
+                        f"target_modules={self.target_modules!r}: put the layers into the expression, or list names."
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give the indices."
+            )
+
+
+def _check_num_blocks(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{name}={value!r}: the number of blocks must be an integer from 1 to the smaller dimension of the module."
+        )

@@ -1,0 +1,113 @@
+"""Make DIABLO a PEFT method, from outside of PEFT.
+
+PEFT looks a method up by a member of the enum ``peft.PeftType`` and writes the member's value into
+``adapter_config.json``. An enum is closed once its class exists and ``register_peft_method`` refuses a name that is no
+member, so the member has to be added first, by writing the tables in which the enum keeps its members. Everything that
+depends on how CPython builds these tables is in this file, and is checked after the fact: an enum or a PEFT that has
+changed in a way that matters gives an error here, not a puzzling one later.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from typing import Any
+
+import peft
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from diablo.tuner.config import DiabloConfig
+from diablo.tuner.model import DiabloModel
+
+NAME = "DIABLO"
+
+
+def register() -> None:
+    """Register the method with PEFT. Calling it again, also after a reload of this package, is harmless.
+
+    Raises:
+        RuntimeError: another package has registered the name, or this PEFT cannot be extended.
+    """
+    if NAME not in PeftType.__members__:
+        _add_member()
+    member = PeftType[NAME]
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if registered is None:
+        try:
+            register_peft_method(name=NAME.lower(), config_cls=DiabloConfig, model_cls=DiabloModel)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(f"PEFT {peft.__version__} refuses to register {NAME}: {error}") from error
+    elif _is_ours(registered):
+        # A reload made new classes of the same names; instances of the new config must find the new tuner.
+        PEFT_TYPE_TO_CONFIG_MAPPING[member] = DiabloConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[member] = DiabloModel
+    else:
+        raise RuntimeError(
+            f"{registered.__module__} has already registered the PEFT method {NAME}, and a process can have only one: "
+            "use that implementation, or do not import it together with diablo."
+        )
+    if PEFT_TYPE_TO_PREFIX_MAPPING.get(member) != DiabloModel.prefix:
+        raise RuntimeError(
+            f"PEFT {peft.__version__} saves {NAME} adapters under the prefix "
+            f"{PEFT_TYPE_TO_PREFIX_MAPPING.get(member)!r}, not {DiabloModel.prefix!r}; use a release that diablo knows."
+        )
+
+
+def _is_ours(config_cls: type) -> bool:
+    return (config_cls.__module__, config_cls.__qualname__) == (DiabloConfig.__module__, DiabloConfig.__qualname__)
+
+
+def _add_member() -> None:
+    """Add the member to ``PeftType``, check that it behaves as one, and take it back where it does not."""
+    enum: Any = PeftType
+    member: Any = str.__new__(PeftType, NAME)
+    member._name_ = NAME
+    member._value_ = NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    try:
+        enum._member_map_[NAME] = member
+        enum._member_names_.append(NAME)
+        enum._value2member_map_[NAME] = member
+        # From Python 3.13 on, look-up by value goes through a list of the hashable values.
+        if hasattr(enum, "_hashable_values_"):
+            enum._hashable_values_.append(NAME)
+        # The metaclass guards plain attribute setting on an enum.
+        type.__setattr__(enum, NAME, member)
+        _check_member(member)
+    except Exception as error:
+        _remove_member()
+        raise RuntimeError(
+            f"Cannot add {NAME} to PeftType of PEFT {peft.__version__} on Python {sys.version.split()[0]}: {error}. "
+            "Install the PEFT that diablo's constraints.txt names."
+        ) from error
+
+
+def _check_member(member: PeftType) -> None:
+    """Everything that PEFT, pickle, copy and argument parsers do with a member."""
+    behaviours = {
+        "attribute access": lambda: PeftType.DIABLO,  # type: ignore[attr-defined]
+        "look-up by name": lambda: PeftType[NAME],
+        "look-up by value": lambda: PeftType(NAME),
+        "iteration": lambda: list(PeftType)[-1],
+        "pickle": lambda: pickle.loads(pickle.dumps(member)),
+        "copy": lambda: copy.deepcopy(member),
+    }
+    for name, behaviour in behaviours.items():
+        if behaviour() is not member:
+            raise RuntimeError(f"{name} does not give the new member")
+    if member != NAME or member.name != NAME or member.value != NAME or NAME not in list(PeftType):
+        raise RuntimeError("the new member does not equal its name")
+
+
+def _remove_member() -> None:
+    PeftType._member_map_.pop(NAME, None)
+    PeftType._value2member_map_.pop(NAME, None)
+    for names in (PeftType._member_names_, getattr(PeftType, "_hashable_values_", [])):
+        if NAME in names:
+            names.remove(NAME)
+    if NAME in PeftType.__dict__:
+        type.__delattr__(PeftType, NAME)
