@@ -1,0 +1,225 @@
+"""Adapters on disk: saving, loading with nothing left unsaid, and merging into a plain model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from diablo.errors import UserError
+from diablo.methods import count_parameters
+from diablo.models import load_config, load_model, load_tokenizer, resolve_model
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The outcome of a merge.
+
+    Attributes:
+        folder: where the merged model is.
+        dtype: dtype of its weights.
+        largest_difference: largest absolute difference of a logit between the merged and the adapted model on a probe.
+        largest_logit: largest absolute logit on the probe, to hold the difference against.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    largest_difference: float
+    largest_logit: float
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save an adapter with its model card, or the whole model after full fine-tuning.
+
+    The files are written to a folder beside and renamed, so that ``folder`` is never half written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        target = Path(scratch) / "saved"
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(target))
+            _write_model_card(model, target)
+        else:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        _replace(target, folder)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder of an adapter, given that folder or the output folder of a run.
+
+    Raises:
+        UserError: neither holds an adapter.
+    """
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    raise UserError(f"{str(path)!r} is no adapter: it has no {ADAPTER_CONFIG}; give the folder that training wrote.")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter's folder, or a run's that has one."""
+    return any((folder / ADAPTER_CONFIG).is_file() for folder in (Path(path), Path(path) / "adapter"))
+
+
+def base_model_of(adapter: Path) -> str:
+    """Folder or hub id of the model that an adapter was trained on.
+
+    Raises:
+        UserError: the adapter's config cannot be read or does not say.
+    """
+    try:
+        name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}.") from None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a base model; give one with --base.")
+    return name
+
+
+def load_adapter(
+    adapter: Path, *, base: str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> tuple[Any, Any]:
+    """Load an adapter on its base model. A tensor that is missing, left over or of another shape is an error.
+
+    Args:
+        adapter: the adapter's folder.
+        base: base model to use in place of the one that the adapter names.
+        dtype: dtype of the base weights; as they are stored where None.
+        attention: implementation of attention.
+
+    Returns:
+        The ``PeftModel`` in evaluation mode and the tokenizer.
+
+    Raises:
+        UserError: the files cannot be read or do not fit the base model.
+    """
+    saved_shapes = _shapes_on_disk(adapter)
+    name = resolve_model(base or base_model_of(adapter))
+    model = load_model(name, dtype or stored_dtype(name), attention)
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        model = PeftModel.from_pretrained(model, str(adapter), config=config)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise UserError(f"The adapter {str(adapter)!r} does not fit {name!r}: {' '.join(lines[:3])}") from None
+    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    missing, unexpected = expected.keys() - saved_shapes.keys(), saved_shapes.keys() - expected.keys()
+    if missing or unexpected:
+        raise UserError(
+            f"The adapter {str(adapter)!r} does not fit {name!r}: {_some(missing)} missing, "
+            f"{_some(unexpected)} too many."
+        )
+    return model.eval(), load_tokenizer(name)
+
+
+def merge_adapter(
+    adapter: Path, folder: Path, *, base: str | None = None, dtype: torch.dtype | None = None
+) -> MergeReport:
+    """Write the base model with an adapter merged into it, as a plain transformers folder.
+
+    Args:
+        adapter: the adapter's folder.
+        folder: where to write; it must not exist or be empty, and is never left half written.
+        base: base model to use in place of the one that the adapter names.
+        dtype: dtype of the merged weights; that of the stored base weights where None.
+
+    Raises:
+        UserError: the adapter does not fit, the folder has files, or the merged weights would not be finite.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the merged model.")
+    model, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
+    probe = torch.arange(32).unsqueeze(0) % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        adapted = model(input_ids=probe).logits.float()
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"The adapter {str(adapter)!r} cannot be merged: {error}") from None
+        logits = merged(input_ids=probe).logits.float()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        target = Path(scratch) / "merged"
+        merged.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        _replace(target, folder)
+    return MergeReport(folder, merged.dtype, float((logits - adapted).abs().max()), float(adapted.abs().max()))
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype that a model's config states, fp32 where it states none."""
+    dtype = load_config(name).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _shapes_on_disk(adapter: Path) -> dict[str, tuple[int, ...]]:
+    path = adapter / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(
+            f"{str(adapter)!r} has no {ADAPTER_WEIGHTS}; other formats are not loaded, since they run code."
+        )
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}; it is truncated or no safetensors file.") from None
+
+
+def _some(keys: Any, most: int = 3) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) + more) or "none"
+
+
+def _replace(source: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    source.rename(folder)
+
+
+def _write_model_card(model: PeftModel, folder: Path) -> None:
+    config = model.active_peft_config
+    method = str(config.peft_type.value)
+    trainable, total = count_parameters(model)
+    settings = {
+        "method": method,
+        "base model": config.base_model_name_or_path,
+        "num_blocks" if method == "DIABLO" else "rank": getattr(config, "num_blocks", None)
+        or getattr(config, "r", None),
+        "target modules": ", ".join(sorted(config.target_modules)),
+        "trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    import_line = "import diablo  # registers the method with PEFT\n" if method == "DIABLO" else ""
+    (folder / "README.md").write_text(
+        f"""---
+base_model: {config.base_model_name_or_path}
+library_name: peft
+tags: [{method.lower()}]
+---
+
+# A {method} adapter
+
+| | |
+|---|---|
+{rows}
+
+```python
+{import_line}from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+```
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,6 @@
+"""Datasets to rows of prompt and completion, and rows to tokens."""
+
+from diablo.data.encoding import EncodedRow, RowEncoder
+from diablo.data.rows import Row, RowFault, read_rows
+
+__all__ = ["EncodedRow", "Row", "RowEncoder", "RowFault", "read_rows"]

@@ -1,0 +1,92 @@
+"""Batches of rows of similar length, in an order that depends on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from diablo.data.encoding import IGNORED
+
+_BATCHES_SORTED_TOGETHER = 50
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row indices such that consecutive ``batch_size`` rows have similar lengths, and batches come in random order.
+
+    The rows are shuffled, sorted by length within groups of 50 batches, cut into batches, and the batches are
+    shuffled. (transformers' sampler of this name leaves the batches of a group sorted, long rows first, so that the
+    mean length, and with it the loss, drifts in the course of a group.) Nothing but ``seed`` and the epoch decides the
+    order, so that a resumed run goes on with the same batches.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch, over all accumulation steps and processes.
+        seed: the run's seed.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is given next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for batch in self.batches() for index in batch)
+
+    def batches(self) -> list[list[int]]:
+        """The epoch's batches, each a list of row indices; the smaller rest comes last, where it is one."""
+        generator = random.Random(f"{self.seed}-{self.epoch}")
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        rest = order[len(order) - len(order) % self.batch_size :]
+        whole = order[: len(order) - len(rest)]
+        group = self.batch_size * _BATCHES_SORTED_TOGETHER
+        batches = []
+        for start in range(0, len(whole), group):
+            by_length = sorted(whole[start : start + group], key=lambda index: self.lengths[index])
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        generator.shuffle(batches)
+        return batches + ([rest] if rest else [])
+
+    def padding_share(self, micro_batch_size: int | None = None) -> float:
+        """The share of padding among the epoch's tokens, from 0 to 1.
+
+        Args:
+            micro_batch_size: rows padded together; the whole batch where None.
+        """
+        size = micro_batch_size or self.batch_size
+        micro = (batch[i : i + size] for batch in self.batches() for i in range(0, len(batch), size))
+        return 1 - sum(self.lengths) / sum(len(rows) * max(self.lengths[index] for index in rows) for rows in micro)
+
+
+def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest.
+
+    Args:
+        features: ``input_ids`` and ``labels`` of each row.
+        pad_token_id: what to pad with; it may equal any other token, since padding is told by position.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 on tokens, 0 on padding) and ``labels`` (-100 on padding), each
+        ``(rows, tokens)`` of int64.
+    """
+    longest = max(len(row["input_ids"]) for row in features)
+
+    def padded(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (longest - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in features]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in features]),
+        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in features]),
+    }

@@ -1,0 +1,116 @@
+"""The methods of a recipe, applied to a model: DiaBlo, and through PEFT the ones it is compared with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from diablo.errors import UserError
+from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
+from diablo.tuner import DiabloConfig, DiabloLayer
+from diablo.tuner.targets import default_target_modules
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """The adapted modules of one kind.
+
+    Attributes:
+        kind: last part of the modules' names.
+        count: how many there are.
+        shape: ``(in_features, out_features)`` of each.
+        adapter: what the adapter holds for each, in words: number and shape of blocks, or shapes of factors.
+        parameters: trainable parameters of all of them together.
+    """
+
+    kind: str
+    count: int
+    shape: tuple[int, int]
+    adapter: str
+    parameters: int
+
+
+def peft_config(method: DiabloMethod | LoraMethod, model: nn.Module) -> PeftConfig:
+    """PEFT's configuration for a method; LoRA's targets default to DiaBlo's, so that the two can be compared."""
+    targets = method.target_modules
+    if targets is None:
+        targets = default_target_modules(model, getattr(model.config, "model_type", None))
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted(targets) if isinstance(targets, set) else targets,
+        "exclude_modules": method.exclude_modules,
+        "layers_to_transform": method.layers_to_transform,
+    }
+    if isinstance(method, DiabloMethod):
+        return DiabloConfig(
+            num_blocks=method.num_blocks,
+            block_pattern=dict(method.block_pattern),
+            diablo_dropout=method.dropout,
+            **common,
+        )
+    return LoraConfig(
+        r=method.r,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=method.dropout,
+        use_rslora=method.use_rslora,
+        use_dora=method.name == "dora",
+        **common,
+    )
+
+
+def apply_method(model: Any, method: DiabloMethod | LoraMethod | FullMethod) -> Any:
+    """Make a model trainable by a method. The model may lie on the meta device.
+
+    Returns:
+        A ``PeftModel``, or for full fine-tuning the model itself with every parameter trainable.
+
+    Raises:
+        UserError: the method does not fit the model; the message names the key of the recipe.
+    """
+    if isinstance(method, FullMethod):
+        return model.requires_grad_(True)
+    try:
+        config = peft_config(method, model)
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method: {error}") from None
+    if isinstance(method.target_modules, list):
+        names = [name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
+        absent = [t for t in method.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if absent:
+            kinds = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(
+                f"method.target_modules: {', '.join(absent)} match no module of the model that can be adapted; "
+                f"allowed: names of its linear layers (adapted now: {', '.join(kinds)}), or all-linear."
+            )
+    return adapted
+
+
+def target_kinds(adapted: nn.Module) -> list[TargetKind]:
+    """What a method adapts, grouped by kind, shape and adapter; empty for full fine-tuning."""
+    groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module
+            parameters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            shape = (int(layer.in_features), int(layer.out_features))
+            groups[name.rpartition(".")[2], shape, _describe(layer)].append(parameters)
+    return [TargetKind(kind, len(sizes), shape, text, sum(sizes)) for (kind, shape, text), sizes in groups.items()]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters, tied ones counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _describe(layer: Any) -> str:
+    if isinstance(layer, DiabloLayer):
+        layout = layer.diablo_layout[layer.active_adapters[0]]
+        return f"{layout.num_stored_blocks} blocks of {layout.block_in} x {layout.block_out}"
+    return f"rank {layer.r[layer.active_adapters[0]]}"

@@ -1,0 +1,124 @@
+"""Loading: configs, tokenizers and models, from a folder, the hub or the builtin model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from diablo.builtin import PREFIX, builtin_model
+from diablo.errors import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_model(model: str) -> str:
+    """A name that transformers understands: the folder of a builtin model, anything else as it is."""
+    return str(builtin_model(model)) if model.startswith(PREFIX) else model
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config alone: nothing else is read or downloaded.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load(name, "config", error)) from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer, with a padding token (its end-of-text token where it has none of its own).
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load(name, "tokenizer", error)) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, attention: str = "auto") -> Any:
+    """The model with its weights, on the CPU.
+
+    Args:
+        name: a folder or the id of a model on the hub.
+        dtype: dtype of the weights.
+        attention: a transformers implementation of attention; ``"auto"`` leaves the choice to transformers.
+
+    Raises:
+        UserError: the weights cannot be loaded, or the attention is not available.
+    """
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load(name, "weights", error)) from None
+
+
+def meta_model(config: PretrainedConfig) -> Any:
+    """The model without weights, on the meta device: shapes and names, at no cost.
+
+    Raises:
+        UserError: the config is not that of a causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise UserError(
+            f"model: type {config.model_type!r} is not a causal language model; give one that is."
+        ) from None
+
+
+def choose_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that a recipe's ``precision`` means on a device; ``"auto"`` is bf16 where the hardware has it.
+
+    Raises:
+        UserError: fp16 on a CPU, where its products are slow and its gradients cannot be scaled.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision: found fp16; a CPU takes auto, bf16 or fp32.")
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16(device) else "fp32"
+    return parse_dtype(precision)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype called ``bf16``, ``fp16`` or ``fp32``.
+
+    Raises:
+        UserError: it is called something else.
+    """
+    if name not in _DTYPES:
+        raise UserError(f"dtype: found {name!r}; allowed: {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"model: the {what} in the folder {name!r} cannot be loaded: {reason}"
+    return (
+        f"model: {name!r} is no folder, and no {what} of that name could be had from the hub ({reason}). "
+        f"Give a folder, the id of a model on the hub, or {PREFIX}smollm2-135m."
+    )

@@ -1,0 +1,149 @@
+"""What is checked before the first step. Adapters mostly fail in silence; each check here is a failure that would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from diablo.data.encoding import EncodedRow
+from diablo.errors import UserError
+
+
+def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
+    """Every row must have a token that carries loss.
+
+    Raises:
+        UserError: some have none; their numbers are named.
+    """
+    bare = [row.number for row in rows if row.supervised == 0]
+    if bare:
+        listed = ", ".join(map(str, bare[:8])) + (" and more" if len(bare) > 8 else "")
+        raise UserError(
+            f"{len(bare)} of {len(rows)} {what} rows have no supervised token (rows {listed}): "
+            "there is nothing to learn from them. Give each a completion."
+        )
+
+
+def check_stop_tokens(rows: Sequence[EncodedRow], batch: dict[str, torch.Tensor], stop_ids: frozenset[int]) -> None:
+    """The stop tokens must keep their loss in a padded batch, also where padding has the same id.
+
+    Args:
+        rows: the rows that the batch was made of.
+        batch: what the collator made of them: ``labels`` of shape ``(rows, tokens)``.
+        stop_ids: the tokens that end a completion.
+
+    Raises:
+        UserError: the collator took the loss off some of them.
+    """
+    stops = torch.tensor(sorted(stop_ids))
+    kept = int(torch.isin(batch["labels"], stops).sum())
+    expected = sum(label in stop_ids for row in rows for label in row.labels)
+    if expected == 0 or kept != expected:
+        raise UserError(
+            f"Of {expected} supervised stop tokens in a batch, {kept} carry loss after padding, so that the model "
+            "would never learn to stop: the padding token equals the stop token and is masked by its id. Set another "
+            "padding token, or mask padding by position."
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Something must be trainable, in a dtype that small updates survive.
+
+    Raises:
+        UserError: nothing is trainable, or trainable parameters are not fp32.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UserError("No parameter is trainable: the method left the model as it was. Check method.target_modules.")
+    low = [name for name, parameter in trainable.items() if parameter.dtype != torch.float32]
+    if low:
+        raise UserError(
+            f"{len(low)} trainable parameters are not fp32, such as {low[0]} ({trainable[low[0]].dtype}): updates "
+            "smaller than a rounding step would be lost. Load the adapter with autocast_adapter_dtype=True."
+        )
+
+
+def check_towers(model: nn.Module, *, chosen: bool) -> None:
+    """A multimodal model's other towers must not be adapted unless the user chose so.
+
+    Args:
+        model: the adapted model.
+        chosen: whether the user wrote the target modules as a regular expression, which names the tower.
+
+    Raises:
+        UserError: modules of another tower than the text model are adapted.
+    """
+    if chosen:
+        return
+    towers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and _is_other_tower(module.config, _text_config(model))
+    ]
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    strays = [name for name in adapted if any(name.startswith(f"{tower}.") for tower in towers)]
+    if strays:
+        raise UserError(
+            f"method.target_modules: {len(strays)} of the adapted modules lie outside the text model, such as "
+            f"{strays[0]}; write a regular expression that names what you mean, or use exclude_modules."
+        )
+
+
+def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing: bool) -> None:
+    """A step must reach the trainable parameters: one small forward and backward, whose gradients are thrown away.
+
+    Args:
+        model: the model in training mode, as it will be trained.
+        batch: a batch of one row.
+        checkpointing: whether gradient checkpointing is on, the usual reason for a failure.
+
+    Raises:
+        UserError: no gradient arrives at some trainable parameter.
+    """
+    labels = batch["labels"]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    reached = loss.requires_grad
+    if reached:
+        loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and (not reached or p.grad is None)]
+    model.zero_grad(set_to_none=True)
+    if without:
+        hint = (
+            "under gradient checkpointing the inputs must require gradients (model.enable_input_require_grads()), or "
+            "set training.gradient_checkpointing to false"
+            if checkpointing
+            else "they take no part in the forward pass; narrow method.target_modules"
+        )
+        raise UserError(f"No gradient reaches {len(without)} trainable parameters, such as {without[0]}: {hint}.")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """The optimizer must hold every trainable parameter.
+
+    Raises:
+        UserError: it holds none, or misses some.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    missed = len(trainable - held)
+    if missed:
+        raise UserError(
+            f"The optimizer does not hold {missed} of {len(trainable)} trainable parameters: it was made before the "
+            "method was applied. Make it afterwards."
+        )
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _is_other_tower(config: Any, text_config: Any) -> bool:
+    # The whole model and its text part lead to the text config; a tower for images or sound does not.
+    return config is not text_config and config.get_text_config() is not text_config

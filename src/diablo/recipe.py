@@ -1,0 +1,285 @@
+"""The recipe: everything that a training run is told, typed and checked before anything is loaded.
+
+A recipe is a short YAML file. Settings are grouped into sections; on the command line any of them can be overridden as
+``section.key=value``. Each field's description says what is allowed, and is what an error message quotes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from diablo.errors import UserError
+
+
+def _names_or_expression(value: Any) -> Any:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError("not names")
+
+
+def _layer_indices(value: Any) -> Any:
+    indices = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        return value
+    raise ValueError("not indices")
+
+
+# One check instead of a union of types: a fault is reported at the key, not at each type that the union offers.
+ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression)]
+LayerIndices = Annotated[Any, BeforeValidator(_layer_indices)]
+
+
+class Section(BaseModel):
+    """A group of settings; a key that it does not have is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DiabloMethod(Section):
+    """DiaBlo: train the diagonal blocks of the target matrices."""
+
+    name: Literal["diablo"] = "diablo"
+    num_blocks: int = Field(64, ge=1, description="an integer from 1 to the smaller dimension of every target")
+    block_pattern: dict[str, int] = Field({}, description="module names or expressions to num_blocks")
+    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
+    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
+    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+
+
+class LoraMethod(Section):
+    """LoRA (or DoRA), from PEFT, on the same target modules as DiaBlo where none are given."""
+
+    name: Literal["lora", "dora"]
+    r: int = Field(16, ge=1, description="an integer of at least 1")
+    lora_alpha: int = Field(32, ge=1, description="an integer of at least 1")
+    use_rslora: bool = Field(False, description="true or false")
+    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
+    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
+    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+
+
+class FullMethod(Section):
+    """Full fine-tuning: every weight is trained, in fp32 under autocast."""
+
+    name: Literal["full"]
+
+
+_METHODS: dict[str, type[Section]] = {
+    "diablo": DiabloMethod,
+    "lora": LoraMethod,
+    "dora": LoraMethod,
+    "full": FullMethod,
+}
+
+
+def _method_by_name(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "diablo", **value} if isinstance(value, dict) else value
+
+
+Method = Annotated[
+    DiabloMethod | LoraMethod | FullMethod, Field(discriminator="name"), BeforeValidator(_method_by_name)
+]
+
+
+class Data(Section):
+    """The user's own files, and how rows are read."""
+
+    train: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
+    eval: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
+    on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
+    on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
+    limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
+
+
+class Training(Section):
+    """The optimisation."""
+
+    learning_rate: float = Field(5e-4, gt=0, description="a number above 0")
+    epochs: float = Field(1, gt=0, description="a number above 0")
+    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1; it overrides epochs")
+    batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
+    gradient_accumulation: int = Field(1, ge=1, description="an integer of at least 1")
+    max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
+    warmup_steps: int = Field(0, ge=0, description="an integer of at least 0")
+    weight_decay: float = Field(0.0, ge=0, description="a number of at least 0")
+    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0")
+    gradient_checkpointing: bool = Field(False, description="true or false")
+    eval_steps: int | None = Field(
+        None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
+    )
+    save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
+    save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
+    logging_steps: int = Field(5, ge=1, description="an integer of at least 1")
+
+
+class Evaluation(Section):
+    """Scoring of the task by generation, before and after training."""
+
+    before: bool = Field(True, description="true or false")
+    after: bool = Field(True, description="true or false")
+    batch_size: int = Field(48, ge=1, description="an integer of at least 1")
+    limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many test problems")
+    examples: int = Field(3, ge=0, description="an integer of at least 0: answers printed before and after")
+
+
+class Recipe(Section):
+    """A training run. See docs/recipes.md for every key."""
+
+    model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
+    task: str | None = Field(None, description="the name of a task; leave it out to train on data.train")
+    data: Data = Field(default=Data(), description="a section")
+    chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
+    method: Method = Field(
+        default=DiabloMethod(), description=f"one of {', '.join(_METHODS)}, or a section with that as its name"
+    )
+    training: Training = Field(default=Training(), description="a section")
+    evaluation: Evaluation = Field(default=Evaluation(), description="a section")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto, bf16, fp16 or fp32")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention"
+    )
+    seed: int = Field(0, ge=0, description="an integer of at least 0")
+    output: Path = Field(description="a folder to write to")
+    merge: bool = Field(False, description="true or false: also write the merged model")
+
+    @model_validator(mode="after")
+    def _source_of_rows(self) -> Recipe:
+        from diablo.tasks import TASKS
+
+        if self.task is not None and self.task not in TASKS:
+            raise ValueError(f"task: found {self.task!r}; allowed: {', '.join(TASKS)}.{_suggestion(self.task, TASKS)}")
+        if self.task is None and self.data.train is None:
+            raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
+        if self.task is not None and (self.data.train or self.data.eval):
+            raise ValueError(f"data: task {self.task!r} brings its own rows; give either task or data.train, not both.")
+        for key in ("train", "eval"):
+            path: Path | None = getattr(self.data, key)
+            if path is not None and not path.is_file():
+                raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
+        if self.training.eval_steps and self.task is None and self.data.eval is None:
+            raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
+        return self
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, or the name of a recipe that diablo ships, such as ``quickstart``.
+        overrides: ``section.key=value`` strings, applied in order; values are YAML.
+
+    Raises:
+        UserError: with one line for each fault, naming the key, what was found and what is allowed.
+    """
+    settings = _read_yaml(source)
+    for override in overrides:
+        _apply_override(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_explain(fault) for fault in error.errors()))) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("diablo") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = shipped_recipes().get(str(source), Path(source))
+    if not path.is_file():
+        raise UserError(
+            f"There is no recipe file {str(source)!r}; give a YAML file or one of {', '.join(shipped_recipes())}."
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from None
+    except yaml.YAMLError as error:
+        where = f" in line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold settings as 'key: value' lines, found {type(settings).__name__}.")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.lstrip("-")
+    if not equals or not key:
+        raise UserError(f"The override {override!r} must look like section.key=value, for example training.epochs=2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {text!r} is not a valid YAML value; quote it.") from None
+    *sections, last = key.split(".")
+    for name in sections:
+        # `method: lora` is short for `method: {name: lora}`.
+        inner = settings.get(name)
+        settings[name] = inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+        settings = inner
+    if last == "method" and isinstance(settings.get(last), dict) and isinstance(value, str):
+        # The options of the method that is replaced mean nothing to another one.
+        value = settings[last] if settings[last].get("name", "diablo") == value else value
+    settings[last] = value
+
+
+_SECTIONS: dict[int | str, type[Section]] = {"data": Data, "training": Training, "evaluation": Evaluation}
+
+
+def _explain(fault: Any) -> str:
+    """One line about one of pydantic's findings."""
+    if not fault["loc"]:
+        return str(fault["msg"]).removeprefix("Value error, ")
+    owner, path = _locate(fault["loc"])
+    key, last = ".".join(path), path[-1]
+    if fault["type"] == "extra_forbidden":
+        allowed = list(owner.model_fields)
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{_suggestion(last, allowed)}"
+    description = owner.model_fields[last].description
+    if fault["type"] == "missing":
+        return f"{key}: missing; give {description}."
+    return f"{key}: found {_shortened(fault['input'])}; allowed: {description}."
+
+
+def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
+    """The section that a finding is about, and its key as the user wrote it."""
+    owner: type[Section] = Recipe
+    inner: type[Section] | None = Recipe
+    path: list[str] = []
+    parts = iter(location)
+    for part in parts:
+        if inner is None:
+            break  # inside a value, such as the second name of a list
+        owner = inner
+        path.append(str(part))
+        inner = _SECTIONS.get(part)
+        if part == "method":
+            # pydantic names the kind of method next, which is no key.
+            inner = _METHODS.get(str(next(parts, None)))
+    return owner, path
+
+
+def _suggestion(given: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(given, [str(name) for name in allowed], n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _shortened(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

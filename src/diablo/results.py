@@ -1,0 +1,98 @@
+"""Provenance: what a run was, on what machine, with what versions and outcome, as one JSON file and one figure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU, in general terms."""
+    return {
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of diablo and of what it stands on, and the commit where the code is a git checkout."""
+    from diablo._version import __version__
+
+    versions: dict[str, str | None] = {"diablo": __version__, "commit": _commit()}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held so far: on the GPU where there is one, else by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str) -> None:
+    """Draw the loss per supervised token (nats) over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in, with ``-dirty`` where it has changes."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
+        )
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None if tracked.returncode == 0 else None

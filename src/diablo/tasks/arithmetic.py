@@ -1,0 +1,95 @@
+"""Arithmetic word problems."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import operator
+from collections.abc import Callable
+from importlib import resources
+
+from diablo.data.rows import Row
+from diablo.tasks.base import Problem, Split, Task
+
+
+class Mawps(Task):
+    """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
+
+    1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
+    equation in one unknown whose solution equals the problem's answer.
+    """
+
+    name = "mawps"
+    max_new_tokens = 48
+    stops_at_newline = True
+
+    def problems(self, split: Split) -> list[Problem]:
+        """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""
+        lines = (resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_text(encoding="utf-8")
+        problems = []
+        for number, line in enumerate(lines.splitlines(), start=1):
+            record = json.loads(line)
+            prompt = f"Problem: {record['question']}\nEquation:"
+            row = Row(number, prompt, f" {record['equation']}")
+            problems.append(Problem(row, float(record["answer"])))
+        return problems
+
+    def parse(self, text: str) -> float | None:
+        """The value of the unknown in the completion's first line."""
+        first_line = text.strip().partition("\n")[0]
+        return solve_equation(first_line)
+
+    def is_right(self, parsed: float, answer: float) -> bool:
+        """Equal to a relative 1e-4: answers such as 1/3 are rounded in the data."""
+        return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
+
+
+_OPERATORS: dict[type, Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def solve_equation(equation: str) -> float | None:
+    """The value of the unknown in an equation that is linear in it, such as ``x = 3 * 4`` or ``7 = 3 + x``.
+
+    Only numbers, one unknown, the four operations, signs and parentheses are understood; nothing is executed.
+
+    Returns:
+        The value, or None where there is no equation in one unknown, or no single finite solution.
+    """
+    sides = equation.split("=")
+    try:
+        left, right = (_parse(side) for side in sides)
+        unknowns = {node.id for side in (left, right) for node in ast.walk(side) if isinstance(node, ast.Name)}
+        if len(unknowns) != 1:
+            return None
+        at = [_value(left, x) - _value(right, x) for x in (0.0, 1.0)]
+        solution = -at[0] / (at[1] - at[0])
+        residual = _value(left, solution) - _value(right, solution)
+        scale = max(abs(_value(left, solution)), abs(_value(right, solution)), 1.0)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    is_solution = math.isfinite(solution) and abs(residual) <= 1e-6 * scale
+    return solution if is_solution else None
+
+
+def _parse(side: str) -> ast.expr:
+    return ast.parse(side.strip(), mode="eval").body
+
+
+def _value(node: ast.expr, unknown: float) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return float(number)
+        case ast.Name():
+            return unknown
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+            value = _value(operand, unknown)
+            return -value if isinstance(sign, ast.USub) else value
+        case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, unknown), _value(right, unknown))
+    raise SyntaxError("not arithmetic")

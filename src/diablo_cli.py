@@ -1,0 +1,279 @@
+"""The command line: each verb is one call of a public function.
+
+This module lies beside the package, not in it: ``import diablo`` registers the method with PEFT and so takes seconds,
+which ``diablo --help`` should not. Everything heavy is imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from diablo.evaluation import Score
+    from diablo.planning import Plan
+    from diablo.training import RunResult
+
+app = typer.Typer(
+    help="Fine-tune language models by their diagonal blocks: from a data file to a merged model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+progress = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
+]
+Base = Annotated[str | None, typer.Option(help="Base model to use in place of the one that the adapter names.")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is a message and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        from diablo.errors import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run.")] = False,
+) -> None:
+    """Train by a recipe: check, train, save, score."""
+    from diablo.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    _quiet()
+    if dry_run:
+        from diablo.planning import make_plan
+
+        _print_plan(make_plan(settings))
+        return
+    from diablo.training import train as run
+
+    _print_result(run(settings, console=progress, resume=resume, overwrite=overwrite))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    task: Annotated[str | None, typer.Option(help="Name of the task; a run's own where left out.")] = None,
+    base: Base = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Answers to print.")] = 3,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+) -> None:
+    """Score a model or an adapter on a task."""
+    from diablo.errors import UserError
+    from diablo.evaluation import evaluate_task
+    from diablo.progress import ProgressReport
+    from diablo.tasks import TASKS, get_task
+
+    trained_as = _recipe_of(model)
+    task = task or (trained_as.task if trained_as else None)
+    if task is None:
+        raise UserError(f"--task: missing; allowed: {', '.join(TASKS)}.")
+    chosen = get_task(task)
+    _quiet()
+    loaded, encoder = _load(model, base, trained_as.chat if chat is None and trained_as else bool(chat))
+    total = len(chosen.problems("test")[:limit])
+    with ProgressReport(progress, "scoring", total) as report:
+        score = evaluate_task(
+            loaded,
+            encoder,
+            chosen,
+            batch_size=batch_size,
+            limit=limit,
+            progress=lambda done, _: report.update(done),
+        )
+    _print_examples({"answer": score}, examples)
+    out.print(f"{task}: {score.accuracy:.1%} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the merged model.")],
+    base: Base = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base model's where left out.")] = None,
+) -> None:
+    """Merge an adapter into its base model: a plain model that any engine serves."""
+    from diablo.checkpoints import adapter_folder, merge_adapter
+    from diablo.models import parse_dtype
+
+    chosen = parse_dtype(dtype) if dtype else None
+    source = adapter_folder(adapter)
+    _quiet()
+    report = merge_adapter(source, folder, base=base, dtype=chosen)
+    out.print(
+        f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}. Its logits differ from the "
+        f"adapted model's by at most {report.largest_difference:.1e} (largest logit {report.largest_logit:.1f})."
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Complete a prompt with a model or an adapter."""
+    import transformers
+
+    from diablo.data.rows import Row
+    from diablo.evaluation import generate as complete
+
+    _quiet()
+    trained_as = _recipe_of(model)
+    loaded, encoder = _load(model, base, trained_as.chat if chat is None and trained_as else bool(chat))
+    transformers.set_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    tokens = encoder.prompt(Row(1, prompt, completion="?"))
+    (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
+    out.print(text.strip(), markup=False)
+
+
+def _recipe_of(model: str) -> Any | None:
+    """The recipe of a run, given the run's folder or one inside it."""
+    from diablo.recipe import load_recipe
+
+    for folder in (Path(model), Path(model).parent):
+        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
+            return load_recipe(folder / "recipe.yaml")
+    return None
+
+
+def _load(model: str, base: str | None, chat: bool) -> tuple[Any, Any]:
+    """A model or an adapter on its base, ready to generate, and an encoder for it."""
+    from diablo.checkpoints import adapter_folder, is_adapter, load_adapter
+    from diablo.data import RowEncoder
+    from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+
+    device = choose_device()
+    dtype = choose_dtype("auto", device)
+    if is_adapter(model):
+        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype)
+    else:
+        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
+        loaded, tokenizer = load_model(name, dtype), load_tokenizer(name)
+    return loaded.to(device), RowEncoder(tokenizer, chat=chat)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _print_plan(plan: Plan) -> None:
+    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
+    if plan.targets:
+        table = Table(
+            "module", "count", "shape", "adapter", "parameters", title=f"{recipe.method.name} on {recipe.model}"
+        )
+        for kind in plan.targets:
+            shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+            table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
+        out.print(table)
+    out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
+    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
+    out.print(f"held-out rows       {len(plan.held_out):,}")
+    if plan.faults:
+        out.print(
+            f"malformed rows      {len(plan.faults)} left out: {', '.join(str(f.number) for f in plan.faults[:8])}"
+        )
+    if plan.too_long:
+        out.print(f"rows too long       {len(plan.too_long)} left out: {', '.join(map(str, plan.too_long[:8]))}")
+    out.print(f"padding             {plan.padding_share:.1%} of a batch")
+    out.print(f"effective batch     {plan.effective_batch} rows")
+    out.print(f"steps               {plan.steps}")
+    out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
+    out.print("\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]\n")
+    for row in plan.train[:2]:
+        parts = []
+        for text, is_supervised in plan.marked(row):
+            visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
+            parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
+        out.print("".join(parts) + "\n")
+
+
+def _print_result(result: RunResult) -> None:
+    record = result.record
+    scores = {name: s for name, s in (("before", result.before), ("after", result.after)) if s is not None}
+    _print_examples(scores, record["recipe"]["evaluation"]["examples"])
+    for name, score in scores.items():
+        out.print(f"accuracy {name:<7} {score.accuracy:6.1%}  ({score.right} of {len(score.answers)})")
+    training, data, parameters = record["training"], record["data"], record["parameters"]
+    if training["held_out_loss"]:
+        losses = [loss for _, loss in training["held_out_loss"]]
+        out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
+    out.print(
+        f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
+        f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "
+        f"padding {data['padding_share']:.1%}"
+    )
+    if data["long_rows_dropped"]:
+        out.print(f"left out         {len(data['long_rows_dropped'])} rows longer than training.max_length")
+    if data["malformed_rows_skipped"]:
+        out.print(f"left out         {len(data['malformed_rows_skipped'])} malformed rows")
+    folder, adapter = escape(str(result.folder)), escape(str(result.adapter))
+    what = "adapter" if result.adapter.name == "adapter" else "model"
+    out.print(f"{what:<16} {adapter} ({record['adapter_bytes'] / 1e6:.1f} MB)")
+    if result.merged:
+        out.print(f"merged model     {escape(str(result.merged))}")
+    out.print(f"record           {folder}/run.json, {folder}/loss.png")
+    out.print("\nWhat to try next:")
+    out.print(f'  diablo generate {folder} "..."', markup=False)
+    if result.after is not None or result.before is not None:
+        out.print(f"  diablo evaluate {folder}", markup=False)
+    if what == "adapter" and result.merged is None:
+        out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+
+
+def _print_examples(scores: dict[str, Score], count: int) -> None:
+    if not scores:
+        return
+    answers = [score.answers for score in scores.values()]
+    for several in list(zip(*answers, strict=True))[:count]:
+        out.print(several[0].problem.row.prompt, markup=False)
+        for name, answer in zip(scores, several, strict=True):
+            verdict = "right" if answer.right else "wrong"
+            out.print(f"  {name:<7} {answer.text.strip()!r}  {verdict}", markup=False)
+        out.print()
+
+
+if __name__ == "__main__":
+    main()
