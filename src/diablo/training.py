@@ -70,7 +70,7 @@ def train(
         UserError: something in the recipe, the data or the output folder does not fit.
     """
     console = console or Console(stderr=True)
-    checkpoint = _prepare_output(recipe.output, resume=resume, overwrite=overwrite)
+    checkpoint = _check_output(recipe, resume=resume, overwrite=overwrite)
     plan = make_plan(recipe)
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
@@ -82,7 +82,7 @@ def train(
     model = apply_method(model, recipe.method).to(plan.device)
     timings["load_seconds"] = time.perf_counter() - start
 
-    _write_recipe(recipe)
+    _open_output(recipe, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     if plan.task is not None and recipe.evaluation.before:
         result.before = _score(model, plan, console, "scoring before")
@@ -276,8 +276,9 @@ def _held_out(model: Any, plan: Plan) -> float:
     return held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)
 
 
-def _prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> str | None:
-    """Check the output folder and find the checkpoint to go on from."""
+def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+    """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing."""
+    folder = recipe.output
     checkpoints = folder / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if resume:
@@ -286,6 +287,7 @@ def _prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> str | Non
                 f"output: there is no checkpoint in {str(folder)!r} to resume from; run without --resume, and set "
                 "training.save_steps to have some."
             )
+        _check_same_run(recipe, folder / "recipe.yaml")
         return last
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output: {str(folder)!r} has files that diablo did not write; give a new or empty folder.")
@@ -294,16 +296,39 @@ def _prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> str | Non
         raise UserError(
             f"output: {str(folder)!r} holds an unfinished run; --resume goes on with it, --overwrite discards it."
         )
-    for name in ("checkpoints", "adapter", "model", "merged"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
     return None
 
 
-def _write_recipe(recipe: Recipe) -> None:
-    recipe.output.mkdir(parents=True, exist_ok=True)
+def _check_same_run(recipe: Recipe, path: Path) -> None:
+    """A resumed run must be told what the interrupted one was told, reporting aside."""
+    started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    resumed = recipe.model_dump(mode="json")
+    free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
+    changed = []
+    for key, value in resumed.items():
+        before = started.get(key)
+        pairs = (
+            {f"{key}.{k}": (before.get(k), v) for k, v in value.items()}
+            if (isinstance(value, dict) and isinstance(before, dict))
+            else {key: (before, value)}
+        )
+        changed += [name for name, (old, new) in pairs.items() if old != new and not free & set(name.split("."))]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "
+            "start a new run with --overwrite."
+        )
+
+
+def _open_output(recipe: Recipe, *, resume: bool) -> None:
+    """Make the output folder and clear it of an earlier run."""
+    folder = recipe.output
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter", "model", "merged", *([] if resume else ["checkpoints"])):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (recipe.output / "recipe.yaml").write_text(text, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
 def _record(

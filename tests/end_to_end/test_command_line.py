@@ -1,0 +1,220 @@
+"""Every verb of the command line, on a tiny random Llama and real word problems."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import diablo_cli
+
+SHORT = [
+    "data.limit=48",
+    "evaluation.limit=6",
+    "training.max_steps=4",
+    "training.batch_size=8",
+    "training.logging_steps=1",
+    "training.warmup_steps=0",
+    "precision=fp32",
+    "merge=false",
+]
+
+
+@pytest.fixture
+def diablo(capsys, monkeypatch):
+    """Runs the command line in this process and gives its exit status, output and errors."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["diablo", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            diablo_cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def quickstart_on(model: Path, output: Path, *overrides: str) -> list[str]:
+    return ["train", "quickstart", f"model={model}", f"output={output}", "method.num_blocks=4", *SHORT, *overrides]
+
+
+def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    status, out, _ = diablo(*quickstart_on(tiny_model, run, "training.learning_rate=1e-2"))
+    assert status == 0
+    assert "accuracy before" in out
+    assert "accuracy after" in out
+    assert (run / "loss.png").stat().st_size > 1000
+    record = json.loads((run / "run.json").read_text())
+    assert record["training"]["steps"] == 4
+    assert len(record["training"]["loss"]) == 4
+    held_out = [loss for _, loss in record["training"]["held_out_loss"]]
+    assert held_out[-1] < held_out[0]
+    assert record["parameters"]["trainable"] == sum(v.numel() for v in blocks_of(run).values())
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["data"]["rows"] == 48
+
+    status, out, _ = diablo("evaluate", run, "--limit", 6, "--batch-size", 4)
+    assert status == 0
+    assert f"({record['scores']['after']['right']} of 6)" in out
+
+    merged = tmp_path / "merged"
+    status, out, _ = diablo("merge", run, merged)
+    assert status == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    new = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    changed = {name for name in base if not torch.equal(base[name], new[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+
+    texts = []
+    for model in (run / "adapter", merged):
+        status, out, _ = diablo("generate", model, "Problem: 2 and 3 ?\nEquation:", "--max-new-tokens", 8)
+        assert status == 0
+        texts.append(out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "method", ["{name: lora, r: 2}", "{name: dora, r: 2}", "full"], ids=["lora", "dora", "full fine-tuning"]
+)
+def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, method):
+    run = tmp_path / "run"
+    arguments = [a for a in quickstart_on(tiny_model, run, "training.learning_rate=1e-2") if "num_blocks" not in a]
+    status, _, _ = diablo(*arguments, f"method={method}", "evaluation.before=false", "evaluation.after=false")
+    assert status == 0
+    record = json.loads((run / "run.json").read_text())
+    held_out = [loss for _, loss in record["training"]["held_out_loss"]]
+    assert held_out[-1] < held_out[0]
+    assert (record["parameters"]["share"] == 1) == (method == "full")
+
+
+def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    no_scores = ["evaluation.before=false", "evaluation.after=false", "training.save_steps=2"]
+    arguments = quickstart_on(tiny_model, run, *no_scores, "method.dropout=0.1")
+    assert diablo(*arguments)[0] == 0
+    undisturbed = blocks_of(run)
+    # As a run that was killed after its third step leaves the folder.
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    (run / "run.json").unlink()
+
+    status, _, err = diablo(*arguments)
+    assert status == 2
+    assert "--resume" in err
+    assert diablo(*arguments, "--resume")[0] == 0
+    resumed = blocks_of(run)
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    assert any(bool(values.any()) for values in resumed.values())
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(diablo, tiny_model, tmp_path):
+    no_scores = ["evaluation.before=false", "evaluation.after=false"]
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        run = tmp_path / str(number)
+        assert diablo(*quickstart_on(tiny_model, run, *no_scores, f"seed={seed}"))[0] == 0
+        runs.append(blocks_of(run))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_gradient_accumulation_and_checkpointing_change_memory_not_the_result(diablo, tiny_model, tmp_path):
+    no_scores = ["evaluation.before=false", "evaluation.after=false"]
+    variants = {
+        "plain": [],
+        "accumulated": ["training.batch_size=2", "training.gradient_accumulation=4"],
+        "checkpointed": ["training.gradient_checkpointing=true"],
+    }
+    blocks = {}
+    for name, overrides in variants.items():
+        assert diablo(*quickstart_on(tiny_model, tmp_path / name, *no_scores, *overrides))[0] == 0
+        blocks[name] = blocks_of(tmp_path / name)
+    for name, values in blocks["plain"].items():
+        torch.testing.assert_close(blocks["checkpointed"][name], values)
+        torch.testing.assert_close(blocks["accumulated"][name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_a_dry_run_reads_no_weights_and_marks_tokens(diablo, tiny_model, tmp_path):
+    without_weights = tmp_path / "model"
+    shutil.copytree(tiny_model, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    status, out, _ = diablo(*quickstart_on(without_weights, tmp_path / "run"), "--dry-run")
+    assert status == 0
+    for expected in ("q_proj", "4 blocks of", "trained parameters", "steps               4", "effective batch     8"):
+        assert expected in out
+    assert out.count("Problem:") == 2
+    assert "‹" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_data_as_conversations(diablo, tiny_model, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"It is {n}."}]}
+        for n in range(24)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\ndata: {{train: {data}, eval: {data}}}\nchat: true\nmethod: {{num_blocks: 4}}\n"
+        f"training: {{max_steps: 3, learning_rate: 1e-2, eval_steps: 1}}\nprecision: fp32\noutput: {tmp_path / 'run'}\n"
+    )
+    status, out, err = diablo("train", recipe)
+    assert (status, err.count("error")) == (0, 0)
+    losses = json.loads((tmp_path / "run" / "run.json").read_text())["training"]["held_out_loss"]
+    assert [step for step, _ in losses] == [0, 1, 2, 3]
+    assert losses[-1][1] < losses[0][1]
+    assert "held-out loss" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.learning_rat=1"], "training.learning_rat: unknown key"),
+        (["method.target_modules=[q_proj, qq_proj]"], "method.target_modules: qq_proj"),
+        (["method.target_modules=[nothing]"], "'nothing'"),
+        (["method.num_blocks=4096"], "takes at most"),
+        (["model=/no/such/folder"], "/no/such/folder"),
+        (["model=builtin:other"], "builtin:smollm2-135m"),
+        (["task=mawsp"], "task: found 'mawsp'; allowed: mawps"),
+        (["precision=fp16"], "precision"),
+        (["training.max_length=8", "data.on_long=error"], "training.max_length"),
+    ],
+)
+def test_a_fault_is_one_line_with_status_2_and_leaves_nothing(diablo, tiny_model, tmp_path, overrides, expected):
+    status, _, err = diablo(*quickstart_on(tiny_model, tmp_path / "run", *overrides))
+    assert status == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_others_is_not_written_to(diablo, tiny_model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    status, _, err = diablo(*quickstart_on(tiny_model, tmp_path))
+    assert status == 2
+    assert "did not write" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_installed_command_shows_no_traceback_and_help_is_light():
+    command = Path(sys.executable).with_name("diablo")
+    result = subprocess.run([command, "train", "nowhere.yaml"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: There is no recipe file 'nowhere.yaml'")
+    assert "Traceback" not in result.stderr
+    light = "import sys, diablo_cli; sys.exit(any(name in sys.modules for name in ('torch', 'peft', 'diablo')))"
+    assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
+
+
+def blocks_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
