@@ -101,7 +101,8 @@ class DiabloLinear(nn.Module, DiabloLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add blocks to the base weight's diagonal; only 1/N of the weight is touched.
 
-        The sum is formed in fp32 from the pristine diagonal and rounded to the weight's dtype once.
+        The sum is formed in fp32, or in the weight's dtype where that is wider, from the pristine diagonal and rounded
+        to the weight's dtype once.
 
         Args:
             safe_merge: refuse blocks that would put a NaN or an infinity into the weight, and leave it untouched.
@@ -166,13 +167,15 @@ class DiabloLinear(nn.Module, DiabloLayer):
             for layout in dict.fromkeys(self.diablo_layout[name] for name in adapter_names)
         }
         self._pristine, self.merged_adapters = pristine, list(adapter_names)
+        # A float64 weight must not lose half of its digits on the way.
+        wide = torch.promote_types(self._weight.dtype, torch.float32)
         for layout in pristine:
             blocks = sum(
-                self.diablo_blocks[name].float() for name in adapter_names if self.diablo_layout[name] == layout
+                self.diablo_blocks[name].to(wide) for name in adapter_names if self.diablo_layout[name] == layout
             )
             for tile in layout.tiles:
                 view = tile.of_weight(self._weight)
-                merged = (view.float() + tile.of_blocks(blocks).to(view.device)).to(view.dtype)
+                merged = (view.to(wide) + tile.of_blocks(blocks).to(view.device)).to(view.dtype)
                 if safe_merge and not torch.isfinite(merged).all():
                     self._restore()
                     raise ValueError(

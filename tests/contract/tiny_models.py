@@ -1,0 +1,206 @@
+"""Models of a few hundred weights, and the definition of the update written a second time, without the library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from diablo import DiabloConfig
+
+
+class Mlp(nn.Module):
+    """Two layers to adapt and a head that is left alone, so that "the rest stays as it was" can be seen."""
+
+    def __init__(self, sizes: tuple[int, int, int], conv1d: bool = False) -> None:
+        super().__init__()
+        first, hidden, last = sizes
+        self.up = Conv1D(hidden, first) if conv1d else nn.Linear(first, hidden)
+        self.down = Conv1D(last, hidden) if conv1d else nn.Linear(hidden, last)
+        self.head = nn.Linear(last, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    # The default standard deviation of 0.02 would make such a small network nearly constant, and tests insensitive.
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=32,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        # GPT-2's own dropout would hide what the adapter's dropout does.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def mlp(sizes: tuple[int, int, int] = (16, 24, 8), conv1d: bool = False) -> Mlp:
+    torch.manual_seed(0)
+    model = Mlp(sizes, conv1d).eval()
+    if conv1d:
+        # Conv1D starts with a standard deviation of 0.02, with which the network would be nearly constant.
+        for layer in (model.up, model.down):
+            nn.init.normal_(layer.weight, std=0.3)
+            nn.init.normal_(layer.bias, std=0.3)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[], nn.Module]
+    targets: tuple[str, ...]
+    # Of float64 outputs. Llama's norm computes in float32 whatever the model's dtype.
+    tolerance: float = 1e-10
+    num_blocks: int = 4
+    other_num_blocks: int = 3
+
+    def config(self, **settings) -> DiabloConfig:
+        return DiabloConfig(**{"num_blocks": self.num_blocks, "target_modules": list(self.targets), **settings})
+
+    def base(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        return self.build().to(dtype)
+
+    def adapted(self, dtype: torch.dtype = torch.float64, **settings) -> PeftModel:
+        """An adapted model in evaluation mode, with blocks that are not zero."""
+        # PEFT leaves the layers that it makes in training mode, whatever the base's mode.
+        return fill(get_peft_model(self.base(dtype), self.config(**settings))).eval()
+
+    def other_config(self) -> DiabloConfig:
+        """Other blocks on fewer modules."""
+        return self.config(num_blocks=self.other_num_blocks, target_modules=[self.targets[0]])
+
+
+CASES = [
+    Case("mlp", mlp, ("up", "down")),
+    # 10 -> 14 -> 7 with 4 blocks: both edges cut through blocks.
+    Case("ragged", lambda: mlp((10, 14, 7)), ("up", "down")),
+    # 5 blocks of 11 -> 6: rounding up covers the outputs with 3 blocks and leaves two blocks outside the matrix.
+    Case("overhang", lambda: mlp((11, 6, 9)), ("up", "down"), num_blocks=5),
+    Case("conv1d", lambda: mlp((16, 10, 8), conv1d=True), ("up", "down")),
+    Case("llama", llama, ("q_proj", "v_proj", "up_proj", "down_proj"), tolerance=1e-5),
+    Case("gpt2", gpt2, ("c_attn", "c_fc")),
+]
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    """The model's output on a fixed input that suits it."""
+    generator = torch.Generator().manual_seed(1)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(inner, Mlp):
+        up = inner.up.get_base_layer() if isinstance(inner.up, BaseTunerLayer) else inner.up
+        width = up.nx if isinstance(up, Conv1D) else up.in_features
+        return model(torch.randn(2, 3, width, generator=generator, dtype=torch.float64).to(up.weight.dtype))
+    return model(input_ids=torch.randint(32, (2, 7), generator=generator)).logits
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return run(model).clone()
+
+
+def backward(model: nn.Module) -> None:
+    """Back-propagate a weighted sum of the outputs, whose gradient differs from output to output."""
+    y = run(model)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
+    (y * weights).sum().backward()
+
+
+def fill(model: nn.Module, adapter_name: str = "default", seed: int = 3, std: float = 0.2) -> nn.Module:
+    """Draw the blocks of an adapter: zeros would make nearly every test vacuous."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in tuner_layers(model).values():
+        if adapter_name in layer.diablo_blocks:
+            blocks = layer.diablo_blocks[adapter_name]
+            blocks.data.copy_(torch.randn(blocks.shape, generator=generator, dtype=torch.float64) * std)
+    return model
+
+
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapted layers, by the names that they have in the base model."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the base model's parameters, by the names that they have without an adapter."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "diablo_" not in name
+    }
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        # torch.equal takes -0.0 for 0.0, which are different bits.
+        assert torch.equal(got[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def block_entries(shape: torch.Size, in_features: int, out_features: int):
+    """Each entry of the parameter that lies inside the matrix: its index, its input and its output."""
+    count, rows, columns = shape
+    for block in range(count):
+        for row in range(rows):
+            for column in range(columns):
+                i, o = block * rows + row, block * columns + column
+                if i < in_features and o < out_features:
+                    yield (block, row, column), i, o
+
+
+def dense_delta(blocks: torch.Tensor, like: nn.Module) -> torch.Tensor:
+    """The update as a matrix of the shape of ``like.weight``, entry by entry from the paper's definition."""
+    conv1d = isinstance(like, Conv1D)
+    in_features, out_features = like.weight.shape if conv1d else like.weight.shape[::-1]
+    delta = torch.zeros(in_features, out_features, dtype=blocks.dtype)
+    for index, i, o in block_entries(blocks.shape, in_features, out_features):
+        delta[i, o] = blocks.detach()[index]
+    return delta if conv1d else delta.T
+
+
+def with_dense_delta(base: nn.Module, model: nn.Module, adapter_names: tuple[str, ...] = ("default",)) -> nn.Module:
+    """A copy of an unadapted model whose weights have the updates of ``model``'s adapters added."""
+    dense = copy.deepcopy(base)
+    for name, layer in tuner_layers(model).items():
+        plain = dense.get_submodule(name)
+        for adapter_name in adapter_names:
+            if adapter_name in layer.diablo_blocks:
+                plain.weight.data += dense_delta(layer.diablo_blocks[adapter_name], plain).to(plain.weight.dtype)
+    return dense
