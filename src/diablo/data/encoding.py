@@ -69,8 +69,8 @@ class RowEncoder:
         """The tokens of a row and which of them are supervised.
 
         Raises:
-            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it or rewrites earlier
-                turns.
+            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it or rewrites
+                earlier turns.
         """
         input_ids: list[int] = []
         labels: list[int] = []
