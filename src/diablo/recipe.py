@@ -105,15 +105,15 @@ class Data(Section):
 class Training(Section):
     """The optimisation."""
 
-    learning_rate: float = Field(5e-4, gt=0, description="a number above 0")
-    epochs: float = Field(1, gt=0, description="a number above 0")
+    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="a number above 0")
+    epochs: float = Field(1, gt=0, allow_inf_nan=False, description="a number above 0")
     max_steps: int | None = Field(None, ge=1, description="an integer of at least 1; it overrides epochs")
     batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
     gradient_accumulation: int = Field(1, ge=1, description="an integer of at least 1")
     max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
     warmup_steps: int = Field(0, ge=0, description="an integer of at least 0")
-    weight_decay: float = Field(0.0, ge=0, description="a number of at least 0")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="a number of at least 0")
     max_grad_norm: float = Field(1.0, gt=0, description="a number above 0")
     gradient_checkpointing: bool = Field(False, description="true or false")
     eval_steps: int | None = Field(
@@ -200,6 +200,10 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+# A date with a month of 13 or a number of 5000 digits is a bare ValueError, deep nesting a RecursionError.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def _read_yaml(source: str | Path) -> dict[str, Any]:
     path = shipped_recipes().get(str(source), Path(source))
     if not path.is_file():
@@ -210,7 +214,7 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from None
-    except yaml.YAMLError as error:
+    except _YAML_FAULTS as error:
         where = f" in line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
     if not isinstance(settings, dict):
@@ -225,12 +229,14 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         raise UserError(f"The override {override!r} must look like section.key=value, for example training.epochs=2.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: {text!r} is not a valid YAML value; quote it.") from None
+    except _YAML_FAULTS:
+        raise UserError(f"{key}: {_shortened(text)} is not a valid YAML value; quote it.") from None
     *sections, last = key.split(".")
     for name in sections:
         # `method: lora` is short for `method: {name: lora}`.
         inner = settings.get(name)
+        if not (inner is None or isinstance(inner, (str, dict))):
+            raise UserError(f"{name}: found {_shortened(inner)}; it is no section that {key} could be set in.")
         settings[name] = inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
         settings = inner
     if last == "method" and isinstance(settings.get(last), dict) and isinstance(value, str):
@@ -248,7 +254,7 @@ def _explain(fault: Any) -> str:
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
     key, last = ".".join(path), path[-1]
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
         allowed = list(owner.model_fields)
         return f"{key}: unknown key; allowed: {', '.join(allowed)}.{_suggestion(last, allowed)}"
     description = owner.model_fields[last].description

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from diablo.data.rows import Row
 from diablo.errors import UserError
 
@@ -67,7 +69,8 @@ class RowEncoder:
         """The tokens of a row and which of them are supervised.
 
         Raises:
-            UserError: the row is a conversation and ``chat`` is off, or the chat template rewrites earlier turns.
+            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it or rewrites
+                earlier turns.
         """
         input_ids: list[int] = []
         labels: list[int] = []
@@ -107,8 +110,11 @@ class RowEncoder:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._template(messages[:index], add_generation_prompt=True)
-            after = self._template(messages[: index + 1])
+            try:
+                before = self._template(messages[:index], add_generation_prompt=True)
+                after = self._template(messages[: index + 1])
+            except (TemplateError, ValueError, TypeError) as error:
+                raise UserError(f"Row {row.number}: the chat template cannot put it: {error}.") from None
             if not before.startswith(rendered) or not after.startswith(before):
                 raise UserError(
                     f"Row {row.number}: the chat template rewrites earlier turns, so that they cannot be told from the "

@@ -95,7 +95,7 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, _parse_json(number, line)
@@ -110,7 +110,7 @@ def _parse_json(number: int, text: str) -> Any:
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
@@ -149,6 +149,8 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
     for key in keys:
         if not isinstance(record.get(key), str):
             return RowFault(number, f"{key} is {_kind(record, key)}, not text")
+        if not _is_unicode(record[key]):
+            return RowFault(number, f"{key} is not valid Unicode")
     first, answer = (record[key] for key in keys)
     if not answer.strip():
         return RowFault(number, f"{keys[1]} is empty")
@@ -157,6 +159,8 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
     context = record.get("input") or ""
     if not isinstance(context, str):
         return RowFault(number, f"input is {_kind(record, 'input')}, not text")
+    if not _is_unicode(context):
+        return RowFault(number, "input is not valid Unicode")
     sections = [f"### Instruction:\n{first}", *([f"### Input:\n{context}"] if context else []), "### Response:\n"]
     return Row(number, "\n\n".join(sections), answer, user=f"{first}\n\n{context}" if context else first)
 
@@ -170,10 +174,17 @@ def _from_messages(number: int, messages: Any) -> Row | RowFault:
             return RowFault(number, "a turn has no content that is text")
         if turn.get("role") not in _ROLES:
             return RowFault(number, f"a turn has the role {turn.get('role')!r}; allowed: {', '.join(_ROLES)}")
+        if not _is_unicode(turn["content"]):
+            return RowFault(number, "a turn is not valid Unicode")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         return RowFault(number, "does not end with an assistant's turn")
     return Row(number, messages=tuple(turns))
+
+
+def _is_unicode(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, which is no text that a tokenizer takes.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _kind(record: dict[str, Any], key: str) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 from importlib import resources
 
 from diablo.data.rows import Row
@@ -45,7 +46,7 @@ class Mawps(Task):
         return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
 
 
-_OPERATORS: dict[type, Callable[[float, float], float]] = {
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -67,24 +68,24 @@ def solve_equation(equation: str) -> float | None:
         unknowns = {node.id for side in (left, right) for node in ast.walk(side) if isinstance(node, ast.Name)}
         if len(unknowns) != 1:
             return None
-        at = [_value(left, x) - _value(right, x) for x in (0.0, 1.0)]
+        at = [_value(left, x) - _value(right, x) for x in map(Fraction, range(3))]
         solution = -at[0] / (at[1] - at[0])
         residual = _value(left, solution) - _value(right, solution)
-        scale = max(abs(_value(left, solution)), abs(_value(right, solution)), 1.0)
+        # Fractions are exact. A third point tells a parabola, of which 0 or 1 may be but one of two roots.
+        is_linear = at[2] - at[1] == at[1] - at[0]
+        return float(solution) if is_linear and residual == 0 else None
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
-    is_solution = math.isfinite(solution) and abs(residual) <= 1e-6 * scale
-    return solution if is_solution else None
 
 
 def _parse(side: str) -> ast.expr:
     return ast.parse(side.strip(), mode="eval").body
 
 
-def _value(node: ast.expr, unknown: float) -> float:
+def _value(node: ast.expr, unknown: Fraction) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return float(number)
+            return Fraction(number)
         case ast.Name():
             return unknown
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):

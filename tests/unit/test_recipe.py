@@ -1,0 +1,265 @@
+"""A recipe's faults: each is one line that names the key, what was found and what is allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diablo.errors import UserError
+from diablo.recipe import DiabloMethod, FullMethod, LoraMethod, Recipe, load_recipe, shipped_recipes
+
+GOOD = {"model": "some/model", "task": "mawps", "output": "runs/x"}
+
+
+def write(folder: Path, settings: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings) if not isinstance(settings, str) else settings, encoding="utf-8")
+    return path
+
+
+def faults(folder: Path, settings: Any, overrides: tuple[str, ...] = ()) -> list[str]:
+    """The lines of the error that a recipe leads to."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(folder, settings), overrides)
+    return str(caught.value).splitlines()
+
+
+def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.method == DiabloMethod()
+    assert recipe.output == Path("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"modle": 1}, ["modle: unknown key", "allowed: model, task,"]),
+        ({"seeds": 1}, ["seeds: unknown key", "Did you mean seed?"]),
+        ({"training": {"lerning_rate": 1}}, ["training.lerning_rate: unknown key", "Did you mean learning_rate?"]),
+        ({"method": {"num_block": 3}}, ["method.num_block: unknown key", "Did you mean num_blocks?"]),
+        (
+            {"method": {"name": "lora", "num_blocks": 3}},
+            ["method.num_blocks: unknown key", "allowed: name, r, lora_alpha"],
+        ),
+        ({"method": {"name": "full", "r": 3}}, ["method.r: unknown key", "allowed: name."]),
+        ({"seed": "many"}, ["seed: found 'many'", "allowed: an integer of at least 0"]),
+        ({"seed": -1}, ["seed: found -1", "allowed: an integer of at least 0"]),
+        ({"seed": 1.5}, ["seed: found 1.5", "allowed: an integer"]),
+        ({"seed": None}, ["seed: found None", "allowed: an integer"]),
+        ({"chat": "perhaps"}, ["chat: found 'perhaps'", "allowed: true or false"]),
+        ({"precision": "fp8"}, ["precision: found 'fp8'", "allowed: auto, bf16, fp16 or fp32"]),
+        ({"model": ""}, ["model: found ''", "allowed: builtin:smollm2-135m"]),
+        ({"model": 3}, ["model: found 3", "allowed: builtin:smollm2-135m"]),
+        ({"training": 5}, ["training: found 5", "allowed: a section"]),
+        ({"training": [1]}, ["training: found [1]", "allowed: a section"]),
+        ({"training": {"learning_rate": 0}}, ["training.learning_rate: found 0", "allowed: a number above 0"]),
+        ({"training": {"batch_size": 0}}, ["training.batch_size: found 0", "an integer of at least 1"]),
+        # An endless number of epochs has no number of steps.
+        ({"training": {"epochs": float("inf")}}, ["training.epochs: found inf", "allowed: a number above 0"]),
+        ({"training": {"epochs": float("nan")}}, ["training.epochs: found nan", "allowed: a number above 0"]),
+        ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate: found inf"]),
+        ({"evaluation": {"examples": -1}}, ["evaluation.examples: found -1", "an integer of at least 0"]),
+        ({"data": {"on_long": "cut"}}, ["data.on_long: found 'cut'", "allowed: error or drop"]),
+        ({"method": "lorra"}, ["method: found", "'lorra'", "diablo, lora, dora, full"]),
+        ({"method": {"name": None}}, ["method: found", "diablo, lora, dora, full"]),
+        ({"method": 3}, ["method: found 3", "diablo, lora, dora, full"]),
+        ({"method": {"dropout": 1}}, ["method.dropout: found 1", "from 0 to below 1"]),
+        ({"method": {"num_blocks": 0}}, ["method.num_blocks: found 0", "an integer from 1"]),
+        ({"method": {"block_pattern": {"v_proj": "x"}}}, ["method.block_pattern: found 'x'", "to num_blocks"]),
+        ({"method": {"target_modules": ["q_proj", 3]}}, ["method.target_modules: found ['q_proj', 3]", "all-linear"]),
+        ({"method": {"target_modules": 3}}, ["method.target_modules: found 3", "a list of module names"]),
+        ({"method": {"layers_to_transform": [1, "a"]}}, ["method.layers_to_transform: found [1, 'a']", "integers"]),
+        ({"method": {"layers_to_transform": True}}, ["method.layers_to_transform: found True", "integers"]),
+        ({"task": "gsm"}, ["task: found 'gsm'", "allowed: mawps"]),
+        ({"task": None}, ["task: nothing to train on", "data.train"]),
+        ({"data": {"train": "a.jsonl"}}, ["data: task 'mawps' brings its own rows"]),
+        ({"task": None, "data": {"train": "no/such.jsonl"}}, ["data.train: there is no file 'no/such.jsonl'"]),
+        ({1: 2}, ["1: unknown key", "allowed: model"]),
+        ({None: 2}, ["None: unknown key", "allowed: model"]),
+        ({"training": {1.5: 2}}, ["training.1.5: unknown key", "allowed: learning_rate"]),
+        ({"method": {3: 2}}, ["method.3: unknown key", "allowed: name, num_blocks"]),
+    ],
+)
+def test_fault_is_one_line_with_key_found_and_allowed(tmp_path: Path, change: Any, parts: list[str]) -> None:
+    lines = faults(tmp_path, GOOD | change)
+    assert len(lines) == 1
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("key", ["model", "output"])
+def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    [line] = faults(tmp_path, {name: value for name, value in GOOD.items() if name != key})
+    assert line.startswith(f"{key}: missing; give ")
+
+
+def test_each_of_several_faults_has_its_line(tmp_path: Path) -> None:
+    lines = faults(tmp_path, {"task": "mawps", "output": "x", "seed": -1, "training": {"epochs": 0, "epoch": 1}})
+    assert sorted(line.partition(":")[0] for line in lines) == ["model", "seed", "training.epoch", "training.epochs"]
+
+
+def test_a_long_value_is_shortened(tmp_path: Path) -> None:
+    [line] = faults(tmp_path, GOOD | {"seed": "z" * 5000})
+    assert len(line) < 200
+
+
+def test_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    [line] = faults(tmp_path, GOOD | {"output": str(tmp_path / "taken")})
+    assert line.startswith("output: ")
+    assert "is a file" in line
+
+
+def test_held_out_loss_without_held_out_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    settings = {"model": "m", "output": "o", "data": {"train": str(tmp_path / "rows.jsonl")}}
+    [line] = faults(tmp_path, settings | {"training": {"eval_steps": 5}})
+    assert line.startswith("training.eval_steps: there are no held-out rows")
+
+
+def test_missing_file_lists_the_shipped_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no recipe file '.*absent.yaml'.*quickstart"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match="no recipe file"):
+        load_recipe(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model: m\ntask: [1\noutput: x\n", "not valid YAML in line 3"),
+        ("model: m\n\ttask: x\n", "not valid YAML in line 2"),
+        ("model: m\nseed: 2026-13-45\n", "not valid YAML"),  # PyYAML raises a bare ValueError for such a date
+        ("model: " + "[" * 3000, "not valid YAML"),
+        ("seed: 1" + "0" * 5000, "not valid YAML"),  # more digits than Python reads
+        ("- a\n- b\n", "found list"),
+        ("just words", "found str"),
+        ("", "found NoneType"),
+    ],
+)
+def test_file_that_holds_no_settings(tmp_path: Path, text: str, part: str) -> None:
+    [line] = faults(tmp_path, text)
+    assert part in line
+    assert "recipe.yaml" in line
+
+
+def test_file_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("model: mod\xe8le\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"not a text file in UTF-8 \(byte 10"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("override", ["seed", "", "=3", "--seed"])
+def test_override_without_key_or_value(tmp_path: Path, override: str) -> None:
+    [line] = faults(tmp_path, GOOD, (override,))
+    assert "must look like section.key=value" in line
+    assert repr(override) in line
+
+
+@pytest.mark.parametrize("value", ["[1", "2026-13-45", "[" * 3000])
+def test_override_that_is_no_yaml(tmp_path: Path, value: str) -> None:
+    [line] = faults(tmp_path, GOOD, (f"seed={value}",))
+    assert line.startswith("seed: ")
+    assert "not a valid YAML value" in line
+
+
+def test_override_of_unknown_and_of_bad_keys(tmp_path: Path) -> None:
+    [line] = faults(tmp_path, GOOD, ("training.epohs=2",))
+    assert line.startswith("training.epohs: unknown key")
+    [line] = faults(tmp_path, GOOD, ("training.epochs=-2",))
+    assert line.startswith("training.epochs: found -2")
+
+
+def test_override_inside_something_that_is_no_section(tmp_path: Path) -> None:
+    # Whether the file or the override is to blame, the line must name the key.
+    [line] = faults(tmp_path, GOOD | {"training": 5}, ("training.epochs=2",))
+    assert line.startswith("training: found 5")
+    [line] = faults(tmp_path, GOOD | {"training": [1, 2]}, ("training.epochs=2",))
+    assert line.startswith("training: found [1, 2]")
+    [line] = faults(tmp_path, GOOD, ("seed.more=2",))
+    assert line.startswith("seed: found")
+
+
+def test_overrides_are_applied_in_order_and_reach_nested_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD | {"training": {"epochs": 3, "batch_size": 4}})
+    overrides = ["training.epochs=5", "--training.epochs=7", "method.block_pattern.v_proj=8", "evaluation.before=false"]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.training.epochs, recipe.training.batch_size) == (7, 4)
+    assert isinstance(recipe.method, DiabloMethod)
+    assert recipe.method.block_pattern == {"v_proj": 8}
+    assert recipe.evaluation.before is False
+
+
+def test_method_override_replaces_the_section(tmp_path: Path) -> None:
+    # num_blocks would be an unknown key of LoRA's, so that quickstart could not be run with another method.
+    path = write(tmp_path, GOOD | {"method": {"name": "diablo", "num_blocks": 8}})
+    assert load_recipe(path, ["method=lora"]).method == LoraMethod(name="lora")
+    assert load_recipe(path, ["method=lora", "method.r=4"]).method == LoraMethod(name="lora", r=4)
+    assert load_recipe(path, ["method=full"]).method == FullMethod(name="full")
+    # Naming the method that it already is must not throw its options away.
+    assert load_recipe(path, ["method=diablo"]).method == DiabloMethod(num_blocks=8)
+
+
+def test_method_in_short_form(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD | {"method": "dora"})
+    assert load_recipe(path, ["method.r=2"]).method == LoraMethod(name="dora", r=2)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_numbers_with_an_exponent(tmp_path: Path, text: str) -> None:
+    # YAML 1.1 reads 1e-3 as a string, where people mean the number.
+    path = write(tmp_path, f"model: m\ntask: mawps\noutput: o\ntraining:\n  learning_rate: {text}\n")
+    assert load_recipe(path).training.learning_rate == 1e-3
+    assert load_recipe(path, [f"training.weight_decay={text}"]).training.weight_decay == 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipe_loads_by_name_and_path(name: str) -> None:
+    assert load_recipe(name) == load_recipe(shipped_recipes()[name])
+
+
+def test_quickstart_is_shipped() -> None:
+    assert "quickstart" in shipped_recipes()
+
+
+def field_names(section: Any = Recipe) -> list[str]:
+    return list(section.model_fields)
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec="utf-8"), max_size=8)
+    | st.binary(max_size=4)
+    | st.dates()
+    | st.sampled_from(["diablo", "lora", "full", "mawps", "auto", "1e-3", "\0", "q" * 300])
+)
+keys = (
+    st.sampled_from([*field_names(), *field_names(DiabloMethod), *field_names(LoraMethod), "epochs", "train", "limit"])
+    | scalars
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+)
+good_start = st.sampled_from([{}, GOOD, GOOD | {"method": {"name": "lora"}}])
+
+
+@given(good_start, st.dictionaries(keys, values, max_size=5), st.lists(st.tuples(keys, keys, scalars), max_size=2))
+@settings(max_examples=150, deadline=None)
+def test_no_settings_raise_anything_but_a_user_error(start: Any, change: Any, changes: Any) -> None:
+    overrides = [f"{first}.{second}={value}" for first, second, value in changes]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(start | change, allow_unicode=True), encoding="utf-8")
+        with contextlib.suppress(UserError):
+            assert isinstance(load_recipe(path, overrides), Recipe)

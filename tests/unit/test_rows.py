@@ -1,0 +1,224 @@
+"""Reading users' files: three forms of rows in three formats, and what is wrong with a row is said with its number."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from diablo.data.rows import FORMATS, Row, read_rows
+from diablo.errors import UserError
+
+GOOD = {"prompt": "p", "completion": "c"}
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def write(folder: Path, records: list[Any], suffix: str) -> Path:
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps(records), encoding="utf-8")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_prompt_and_completion(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, [{"prompt": "a", "completion": "b", "id": 3}, {"prompt": "", "completion": " ü\n"}], suffix)
+    # An empty prompt is a legitimate row: text to go on from nothing.
+    assert read_rows(path) == ([Row(1, "a", "b"), Row(2, "", " ü\n")], [])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_messages(tmp_path: Path, suffix: str) -> None:
+    rows, faults = read_rows(write(tmp_path, [{"messages": TURNS}], suffix))
+    assert (rows, faults) == ([Row(1, messages=tuple(TURNS))], [])
+    assert rows[0].as_messages() == tuple(TURNS)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_instruction_with_and_without_input(tmp_path: Path, suffix: str) -> None:
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+        {"instruction": "Sing.", "input": None, "output": "la"},
+    ]
+    rows, _ = read_rows(write(tmp_path, records, suffix))
+    assert rows[0].prompt == "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    assert rows[1].prompt == rows[2].prompt == "### Instruction:\nSing.\n\n### Response:\n"
+    assert [row.completion for row in rows] == ["3", "la", "la"]
+    # As a conversation, the user says the instruction, not the headings that stand in for a template.
+    assert rows[0].as_messages()[0] == {"role": "user", "content": "Add.\n\n1 2"}
+    assert rows[1].as_messages() == ({"role": "user", "content": "Sing."}, {"role": "assistant", "content": "la"})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{bad", "not valid JSON"),
+        ("3", "a int, not an object"),
+        ("null", "a NoneType, not an object"),
+        ("{}", "has no keys; needs prompt and completion"),
+        ('{"text": "x"}', "has text; needs prompt and completion, messages"),
+        ('{"prompt": "x"}', "completion is missing, not text"),
+        ('{"completion": "x"}', "prompt is missing, not text"),
+        ('{"prompt": "x", "completion": null}', "completion is null, not text"),
+        ('{"prompt": 3, "completion": "x"}', "prompt is a int, not text"),
+        ('{"prompt": "x", "completion": ""}', "completion is empty"),
+        ('{"prompt": "x", "completion": " \\n"}', "completion is empty"),
+        ('{"instruction": "x"}', "output is missing, not text"),
+        ('{"instruction": "x", "output": ["y"]}', "output is a list, not text"),
+        ('{"instruction": "x", "output": "y", "input": 3}', "input is a int, not text"),
+        ('{"messages": []}', "messages is not a list of turns"),
+        ('{"messages": null}', "messages is not a list of turns"),
+        ('{"messages": "hi"}', "messages is not a list of turns"),
+        ('{"messages": ["hi"]}', "a turn has no content that is text"),
+        ('{"messages": [{"role": "user", "content": null}]}', "a turn has no content that is text"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "a turn has the role 'bot'; allowed: system, user"),
+        ('{"messages": [{"role": [], "content": "x"}]}', "a turn has the role []"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "does not end with an assistant's turn"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}', "does not end with an assistant's turn"),
+        # Half of a surrogate pair is valid JSON, but no text: tokenizers cannot take it.
+        ('{"prompt": "\\ud800", "completion": "x"}', "prompt is not valid Unicode"),
+        ('{"prompt": "x", "completion": "\\ud800"}', "completion is not valid Unicode"),
+        ('{"instruction": "x", "output": "x", "input": "\\ud800"}', "input is not valid Unicode"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "a turn is not valid Unicode"),
+    ],
+)
+def test_malformed_row_is_refused_by_number_or_skipped(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n{json.dumps(GOOD)}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    # The blank line counts: the number is that of the line in an editor.
+    assert f"1 malformed of 3 rows: row 3: {reason}" in str(caught.value)
+    rows, faults = read_rows(path, on_malformed="skip")
+    assert [row.number for row in rows] == [1, 4]
+    assert [fault.number for fault in faults] == [3]
+    assert faults[0].reason.startswith(reason)
+
+
+def test_only_the_first_faults_are_listed(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, *[{"prompt": "x"}] * 7], ".jsonl")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert "7 malformed of 8 rows" in str(caught.value)
+    assert "row 6:" in str(caught.value)
+    assert "row 7:" not in str(caught.value)
+    assert "; and 2 more." in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_rows_of_other_formats_count_from_one(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, [GOOD, {"prompt": "p", "completion": ""}], suffix)
+    with pytest.raises(UserError, match="row 2: completion is empty"):
+        read_rows(path)
+
+
+def test_null_in_a_parquet_column(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, {"prompt": "p", "completion": None}], ".parquet")
+    with pytest.raises(UserError, match="row 2: completion is null, not text"):
+        read_rows(path)
+
+
+def test_nothing_usable_is_an_error_also_when_skipping(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "x"}], ".jsonl")
+    with pytest.raises(UserError, match=r"no usable row \(of 1\)"):
+        read_rows(path, on_malformed="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", r"no usable row \(of 0\)"),
+        ("a.jsonl", b"\n \n", r"no usable row \(of 0\)"),
+        ("a.json", b"", "not valid JSON"),
+        ("a.json", b"[]", r"no usable row \(of 0\)"),
+        ("a.json", b'{"prompt": "p", "completion": "c"}', "must hold a JSON list of rows, found dict"),
+        ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}', r"One object a line makes a \.jsonl file"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.parquet", b"", "not a Parquet file"),
+        ("a.parquet", b"PAR1 and junk", "not a Parquet file"),
+        ("a.jsonl", b"\x80\x81\xff", r"not a text file in UTF-8 \(byte 0"),
+        ("a.json", b"[\xff]", r"not a text file in UTF-8 \(byte 1"),
+        ("a.csv", b"prompt,completion", r"allowed: \.jsonl, \.json, \.parquet"),
+        ("rows", b"{}", r"allowed: \.jsonl, \.json, \.parquet"),
+    ],
+)
+def test_file_that_is_no_dataset(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        read_rows(path)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_folder_and_absent_file(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rows(tmp_path / f"absent{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(UserError):
+        read_rows(tmp_path / f"folder{suffix}")
+
+
+def test_byte_order_mark_as_windows_editors_write_it(tmp_path: Path) -> None:
+    for suffix, text in ((".jsonl", json.dumps(GOOD)), (".json", json.dumps([GOOD]))):
+        path = tmp_path / f"bom{suffix}"
+        path.write_text(text, encoding="utf-8-sig")
+        assert read_rows(path)[0] == [Row(1, "p", "c")]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["prompt", "completion", "messages", "role", "content", "instruction", "input", "output"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+contents = st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode())
+
+
+@given(contents, st.sampled_from(FORMATS), st.sampled_from(["error", "skip"]))
+@settings(max_examples=200, deadline=None)
+def test_no_content_raises_anything_but_a_user_error(content: bytes, suffix: str, on_malformed: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        path.write_bytes(content)
+        try:
+            rows, _ = read_rows(path, on_malformed=on_malformed)
+        except UserError:
+            return
+    assert rows
+    for row in rows:
+        row.as_messages()
+        assert "".join(message["content"] for message in row.as_messages()).encode()
+
+
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_damaged_parquet_raises_only_a_user_error(position: int, junk: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), [GOOD] * 3, ".parquet")
+        content = path.read_bytes()
+        at = position % len(content)
+        path.write_bytes(content[:at] + junk + content[at + len(junk) :])
+        try:
+            rows, _ = read_rows(path, on_malformed="skip")
+        except UserError:
+            return
+        assert rows
