@@ -104,8 +104,10 @@ def _check_member(member: PeftType) -> None:
 
 
 def _remove_member() -> None:
-    PeftType._member_map_.pop(NAME, None)
-    PeftType._value2member_map_.pop(NAME, None)
+    # Only tables that took the member are touched: one that refused it would refuse this too, and hide the first error.
+    for table in (PeftType._member_map_, PeftType._value2member_map_):
+        if NAME in table:
+            del table[NAME]
     for names in (PeftType._member_names_, getattr(PeftType, "_hashable_values_", [])):
         if NAME in names:
             names.remove(NAME)
