@@ -134,5 +134,5 @@ def _accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: 
 
 
 def _as_rows(features: torch.Tensor) -> torch.Tensor:
-    """``(..., features)`` -> ``(tokens, features)``; unlike ``view(-1, n)`` it takes an empty batch."""
+    """``(..., features)`` -> ``(tokens, features)``; a batch may be empty."""
     return features.reshape(features.shape[:-1].numel(), features.shape[-1])

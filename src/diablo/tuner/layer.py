@@ -101,8 +101,8 @@ class DiabloLinear(nn.Module, DiabloLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add blocks to the base weight's diagonal; only 1/N of the weight is touched.
 
-        The sum is formed in fp32, or in the weight's dtype where that is wider, from the pristine diagonal and rounded
-        to the weight's dtype once.
+        The sum is formed in fp32, or in the weight's dtype where that is wider, from the pristine diagonal, and rounded
+        to the weight's dtype once for each layout: adapters of equal layouts are summed before they are added.
 
         Args:
             safe_merge: refuse blocks that would put a NaN or an infinity into the weight, and leave it untouched.
