@@ -1,4 +1,4 @@
-# Two commands need nothing but Python 3.10 or newer and a network to PyPI: `make quickstart` and `make test`.
+# Two commands need nothing but Python 3.11 or newer and a network to PyPI: `make quickstart` and `make test`.
 # Each makes its own .venv and installs the versions that constraints.txt pins.
 
 PYTHON ?= python3

@@ -91,13 +91,12 @@ def evaluate(
     from diablo.progress import ProgressReport
     from diablo.tasks import TASKS, get_task
 
-    trained_as = _trained_as(model)
-    task = task or trained_as.get("task")
+    task = task or _trained_as(model).get("task")
     if task is None:
         raise UserError(f"--task: missing; allowed: {', '.join(TASKS)}.")
     chosen = get_task(task)
     _quiet()
-    loaded, encoder = _load(model, base, trained_as.get("chat", False) if chat is None else chat)
+    loaded, encoder = _load(model, base, chat)
     total = len(chosen.problems("test")[:limit])
     with ProgressReport(progress, "scoring", total) as report:
         score = evaluate_task(
@@ -150,8 +149,7 @@ def generate(
     from diablo.evaluation import generate as complete
 
     _quiet()
-    trained_as = _trained_as(model)
-    loaded, encoder = _load(model, base, trained_as.get("chat", False) if chat is None else chat)
+    loaded, encoder = _load(model, base, chat)
     transformers.set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
@@ -167,20 +165,22 @@ def _trained_as(model: str) -> dict[str, Any]:
     return {}
 
 
-def _load(model: str, base: str | None, chat: bool) -> tuple[Any, Any]:
-    """A model or an adapter on its base, ready to generate, and an encoder for it."""
+def _load(model: str, base: str | None, chat: bool | None) -> tuple[Any, Any]:
+    """A model or an adapter on its base, ready to generate, and an encoder; a run's own settings where it is one's."""
     from diablo.checkpoints import adapter_folder, is_adapter, load_adapter
     from diablo.data import RowEncoder
     from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
 
+    trained_as = _trained_as(model)
     device = choose_device()
-    dtype = choose_dtype("auto", device)
+    dtype = choose_dtype(trained_as.get("precision", "auto"), device)
+    attention = trained_as.get("attention", "auto")
     if is_adapter(model):
-        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype)
+        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype, attention=attention)
     else:
         name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
-        loaded, tokenizer = load_model(name, dtype), load_tokenizer(name)
-    return loaded.to(device), RowEncoder(tokenizer, chat=chat)
+        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
+    return loaded.to(device), RowEncoder(tokenizer, chat=trained_as.get("chat", False) if chat is None else chat)
 
 
 def _quiet() -> None:
