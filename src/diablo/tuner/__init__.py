@@ -4,5 +4,6 @@ from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layer import DiabloLayer, DiabloLinear
 from diablo.tuner.model import DiabloModel
 from diablo.tuner.register import register
+from diablo.tuner.swapping import hotswap_adapter
 
-__all__ = ["DiabloConfig", "DiabloLayer", "DiabloLinear", "DiabloModel", "register"]
+__all__ = ["DiabloConfig", "DiabloLayer", "DiabloLinear", "DiabloModel", "hotswap_adapter", "register"]

@@ -82,21 +82,59 @@ class DiabloLinear(nn.Module, DiabloLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, layout, config, inference_mode=config.inference_mode)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output plus the product with the blocks of the active adapters."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output plus the product with the blocks of the active adapters.
+
+        Args:
+            x: ``(..., in_features)``.
+            args: what else the base layer takes.
+            adapter_names: for each row of ``x`` (its first dimension) the adapter to use in place of the active ones,
+                or ``"__base__"`` for none.
+            kwargs: what else the base layer takes.
+
+        Raises:
+            ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            self._check_rows(x, adapter_names)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         # Under autocast the base layer lowers its input by itself; the blocks follow it.
         x = x.to(result.dtype)
-        for adapter_name in self.active_adapters:
+        if adapter_names is None:
+            for adapter_name in self.active_adapters:
+                if adapter_name in self.diablo_blocks:
+                    result = self._add_update(x, adapter_name, result)
+            return result
+        for adapter_name in dict.fromkeys(adapter_names):
             if adapter_name in self.diablo_blocks:
-                dropped = self.diablo_dropout[adapter_name](x)
-                layout, blocks = self.diablo_layout[adapter_name], self.diablo_blocks[adapter_name]
-                result = block_diagonal_linear(dropped, blocks, layout, result)
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+                result[rows] = self._add_update(x[rows], adapter_name, result[rows])
         return result
+
+    def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
+        """Add one adapter's product to ``result``, which is overwritten."""
+        dropped = self.diablo_dropout[adapter_name](x)
+        return block_diagonal_linear(
+            dropped, self.diablo_blocks[adapter_name], self.diablo_layout[adapter_name], result
+        )
+
+    def _check_rows(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names and the layer's input {len(x)} rows: give one name for "
+                "each row of the batch; layers that see the tokens of all rows in one dimension cannot tell them apart."
+            )
+        if self.merged:
+            raise ValueError(
+                f"adapter_names cannot be given while {', '.join(self.merged_adapters)} is merged; "
+                "call unmerge_adapter() first."
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add blocks to the base weight's diagonal; only 1/N of the weight is touched.
@@ -131,11 +169,30 @@ class DiabloLinear(nn.Module, DiabloLayer):
             return
         self._restore()
 
+    def refresh_merge(self) -> None:
+        """Rewrite a merged weight's diagonal after the blocks of a merged adapter have changed."""
+        if self.merged:
+            names = self.merged_adapters
+            self._restore()
+            self._write(names, safe_merge=False)
+
+    def unmerge_one(self, adapter_name: str) -> None:
+        """Take one merged adapter out of the weight, which becomes what it would be without it, to the bit."""
+        others = [name for name in self.merged_adapters if name != adapter_name]
+        self._restore()
+        if others:
+            self._write(others, safe_merge=False)
+
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's update as a dense matrix of the base weight's shape, in the dtype of the blocks.
 
         Merging does not need it; it serves conversion and inspection.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
         """
+        if adapter_name not in self.diablo_blocks:
+            raise ValueError(f"This layer has no adapter {adapter_name!r}; it has {', '.join(self.diablo_blocks)}.")
         weight, blocks = self._weight, self.diablo_blocks[adapter_name].detach()
         delta = torch.zeros(weight.shape, dtype=blocks.dtype, device=blocks.device)
         for tile in self.diablo_layout[adapter_name].tiles:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from diablo.layout import BlockLayout
@@ -66,3 +71,189 @@ class DiabloModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of others' updates, exactly: updates are linear in blocks.
+
+        The new adapter is not active; ``set_adapter`` makes it so.
+
+        Args:
+            adapters: names of the adapters to combine. Where one of them has no blocks on a layer, it counts as zero.
+            weights: a factor for each, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: ``"linear"``, the one that exists.
+
+        Raises:
+            ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, the
+                adapters train more than blocks, or two of them cut a layer into different blocks.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} does not exist for DiaBlo; allowed: 'linear', the weighted sum "
+                "of the blocks, which is exact."
+            )
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"add_weighted_adapter takes one weight for each adapter, got {len(adapters)} adapters and "
+                f"{len(weights)} weights."
+            )
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"The model has no adapters {', '.join(unknown)}; it has {', '.join(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"The model already has an adapter {adapter_name!r}: choose another name, or delete it.")
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.modules_to_save or config.bias != "none":
+                raise ValueError(
+                    f"The adapter {name!r} trains modules_to_save={config.modules_to_save} and bias={config.bias!r} "
+                    "beside its blocks; only adapters of blocks alone can be combined."
+                )
+        layouts = self._common_layouts(adapters)
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            target_modules=sorted(layouts),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            # The names are whole, and an expression matches the end of a name.
+            block_pattern={
+                name.replace(".", r"\."): layout.num_blocks
+                for name, layout in layouts.items()
+                if layout.num_blocks != configs[0].num_blocks
+            },
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self._layers().values():
+            if adapter_name not in layer.diablo_blocks:
+                continue
+            target = layer.diablo_blocks[adapter_name]
+            target.requires_grad_(False)
+            target.data.zero_()
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in layer.diablo_blocks:
+                    target.data.add_(layer.diablo_blocks[name].data.to(target.dtype), alpha=weight)
+
+    def _common_layouts(self, adapters: list[str]) -> dict[str, BlockLayout]:
+        """The layout of each layer that one of the adapters touches, by the layer's name."""
+        layouts: dict[str, BlockLayout] = {}
+        for layer_name, layer in self._layers().items():
+            found = {name: layer.diablo_layout[name] for name in adapters if name in layer.diablo_layout}
+            if len(set(found.values())) > 1:
+                raise ValueError(
+                    f"The adapters cut {layer_name} into different blocks "
+                    f"({', '.join(f'{name}: {layout.num_blocks}' for name, layout in found.items())}), whose sum is "
+                    "not block-diagonal in either layout: combine adapters of equal num_blocks, or activate them "
+                    "together with set_adapter, which adds them up."
+                )
+            if found:
+                layouts[layer_name] = next(iter(found.values()))
+        return layouts
+
+    def _layers(self) -> dict[str, DiabloLinear]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLinear)}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it is merged, the weights become what they would be without it, to the bit.
+
+        PEFT refuses to delete a merged adapter, since for most methods unmerging is not exact. Here it is.
+        """
+        if adapter_name in self.peft_config:
+            for layer in self._layers().values():
+                if adapter_name in layer.merged_adapters:
+                    layer.unmerge_one(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
+        super()._check_merge_allowed()
+        owners: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and not weight.is_meta:
+                owners.setdefault(weight.data_ptr(), []).append(name.removesuffix(".base_layer"))
+        for name, layer in self._layers().items():
+            base_layer: Any = layer.get_base_layer()
+            sharing = owners.get(base_layer.weight.data_ptr(), [])
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}: merging "
+                    "would change both. Untie them first (load the model with tie_word_embeddings=False and copy the "
+                    "weight), or use the adapter unmerged."
+                )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # PEFT loads adapters with strict=False and at most warns; torch raises what stands in error_msgs, the last
+        # argument, in either mode.
+        error_msgs: list[str] = args[-1]
+        expected = {f"{prefix}model.{layer}.{key}" for layer, key in self._block_keys()}
+        given = {key for key in state_dict if ".diablo_blocks" in key}
+        adapters = {key.rpartition(".")[2] for key in given}
+        missing = sorted(key for key in expected - given if key.rpartition(".")[2] in adapters)
+        unexpected = sorted(given - expected)
+        if not given and not any(key in state_dict for key in self.state_dict(prefix=prefix)):
+            missing = sorted(expected)
+        for fault, keys in (("lacks", missing), ("has more tensors than the model takes:", unexpected)):
+            if keys:
+                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+                error_msgs.append(f"the adapter's file {fault} {', '.join(keys[:3])}{more}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _block_keys(self) -> Iterator[tuple[str, str]]:
+        for layer_name, layer in self._layers().items():
+            for adapter_name in layer.diablo_blocks:
+                yield layer_name, f"diablo_blocks.{adapter_name}"
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While the model runs, hand ``adapter_names`` to every adapted layer: rows of one batch differ in adapter."""
+        names: list[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference: call model.eval() first.")
+        if unknown := sorted(set(names) - self.peft_config.keys() - {"__base__"}):
+            raise ValueError(
+                f"adapter_names has {', '.join(unknown)}; the model has {', '.join(self.peft_config)}, "
+                "and '__base__' stands for none."
+            )
+        beams = kwargs.get("num_beams") or 1
+        # Beam search repeats each row; the encoder of an encoder-decoder model sees the rows before that.
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self._encoder_modules() if beams > 1 else set()
+        modules: list[Any] = [
+            module for module in self.model.modules() if isinstance(module, (DiabloLayer, AuxiliaryTrainingWrapper))
+        ]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_give_names, adapter_names=list(names) if module in encoder else repeated), with_kwargs=True
+            )
+            for module in modules
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "is_encoder_decoder", False):
+            return set()
+        model: Any = self.model
+        return set(model.get_encoder().modules())
+
+
+def _give_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        # PEFT's wrappers fail for an adapter that has not saved their module; it uses the base's.
+        adapter_names = [name if name in module._adapters else "__base__" for name in adapter_names]
+    return args, {**kwargs, "adapter_names": adapter_names}
