@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-oldest-peft lint clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -14,6 +14,14 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# The oldest PEFT that pyproject.toml allows, put in front of the installed one.
+OLDEST_PEFT := 0.19.0
+
+test-oldest-peft: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oldest-peft peft==$(OLDEST_PEFT)
+	PYTHONPATH=.venv/oldest-peft $(BIN)/python -c "import peft; assert peft.__version__ == '$(OLDEST_PEFT)'"
+	PYTHONPATH=.venv/oldest-peft $(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from tiny_models import (
     CASES,
@@ -37,6 +39,14 @@ BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_language_model = pytest.mark.parametrize("case", [BY_NAME["llama"], BY_NAME["gpt2"]], ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+saves_biases = pytest.mark.skipif(
+    not hasattr(BaseTuner, "_get_learnable_bias_state_dict"), reason="this PEFT saves no biases of other methods"
+)
+transformers_takes_this_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="this transformers loads adapters with PEFT 0.20 or newer only"
+)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -405,6 +415,7 @@ def test_auto_peft_model_finds_the_base_and_loads_the_adapter(saved):
     assert torch.equal(output(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
 
 
+@transformers_takes_this_peft
 @every_saved
 def test_transformers_loads_an_adapters_folder_as_a_model(saved):
     _, _, adapter, expected = saved
@@ -413,6 +424,7 @@ def test_transformers_loads_an_adapters_folder_as_a_model(saved):
     assert torch.equal(output(model), expected)
 
 
+@transformers_takes_this_peft
 @every_saved
 def test_transformers_load_adapter(saved):
     _, base, adapter, expected = saved
@@ -426,6 +438,7 @@ def test_transformers_load_adapter(saved):
     assert torch.equal(output(model), expected)
 
 
+@transformers_takes_this_peft
 @every_language_model
 def test_transformers_add_adapter(case, tmp_path):
     base = case.base(torch.float32)
@@ -489,6 +502,7 @@ def test_exclude_modules(exclude):
     assert names == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
 
 
+@saves_biases
 @pytest.mark.parametrize(
     ("bias", "expected"),
     [
@@ -510,6 +524,13 @@ def test_bias(bias, expected, conv1d, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(mlp(sizes, conv1d), tmp_path)
     assert torch.equal(output(loaded), output(model))
+
+
+@pytest.mark.skipif(saves_biases.args[0] is False, reason="this PEFT saves biases")
+@pytest.mark.parametrize("bias", ["all", "diablo_only"])
+def test_biases_that_would_be_lost_on_saving_are_refused(bias):
+    config = DiabloConfig(num_blocks=4, target_modules=["up"], bias=bias)
+    assert_refused(mlp(), config, ValueError, "bias", "PEFT 0.21")
 
 
 def test_modules_to_save_are_trained_and_saved_whole(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -182,6 +184,9 @@ def test_a_weighted_adapter_is_the_weighted_sum_of_the_dense_updates(case):
     assert (output(model) - before).abs().max() > 1e-2
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="this PEFT writes all adapters of a model into one file"
+)
 def test_a_weighted_adapter_is_saved_and_loaded(tmp_path):
     case = BY_NAME["llama"]
     settings = {"block_pattern": {"v_proj": 2}}

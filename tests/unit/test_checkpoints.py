@@ -108,7 +108,7 @@ def test_missing_tensor(adapter: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_adapter(adapter)
     assert "does not fit" in str(caught.value)
-    assert f"{gone} missing" in str(caught.value)
+    assert f"lacks {gone}" in str(caught.value)
 
 
 def test_unexpected_tensor(adapter: Path) -> None:

@@ -28,7 +28,7 @@ class DiabloConfig(PeftConfig):
         diablo_dropout: probability of dropping an input of the blocks in training, from 0 to below 1.
         layers_to_transform: indices of the layers to adapt; all where None.
         layers_pattern: name of the list of layers, where it is not a common one (``layers``, ``h``, ...).
-        bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained.
+        bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained. Needs PEFT 0.21.
         modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
         init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
             for tests that would be vacuous with zeros.

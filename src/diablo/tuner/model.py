@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import peft
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -44,6 +45,11 @@ class DiabloModel(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: DiabloConfig, model_config: dict[str, Any]
     ) -> DiabloConfig:
+        if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(
+                f"bias={peft_config.bias!r} needs PEFT 0.21 or newer, which saves the trained biases; PEFT "
+                f"{peft.__version__} would leave them out of the file. Upgrade PEFT, or set bias='none'."
+            )
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model, model_config.get("model_type"))
         return peft_config

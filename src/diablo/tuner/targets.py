@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -39,13 +40,22 @@ class Target:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(in_features, out_features)`` of a module that can be adapted; None where it cannot."""
-    if resolve_quantization_backend(module) is not None:
+    weight: Any = getattr(module, "weight", None)
+    # Quantized layers are often subclasses of nn.Linear, and keep integers or a tensor class of their own.
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight):
         return None
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return None
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class that a quantization library defines: its values are not laid out as its shape."""
+    return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(
+        "torch.ao"
+    )
 
 
 def default_target_modules(model: nn.Module, model_type: str | None) -> set[str] | str:
