@@ -13,7 +13,15 @@ The method: DiaBlo, "Diagonal Blocks Are Sufficient For Finetuning", ICLR 2026, 
 from diablo._version import __version__
 from diablo.layout import BlockLayout
 from diablo.ops import block_diagonal_linear, block_diagonal_linear_reference
-from diablo.tuner import DiabloConfig, DiabloLayer, DiabloLinear, DiabloModel, hotswap_adapter, register
+from diablo.tuner import (
+    DiabloConfig,
+    DiabloLayer,
+    DiabloLinear,
+    DiabloModel,
+    hotswap_adapter,
+    preview_targets,
+    register,
+)
 
 __all__ = [
     "BlockLayout",
@@ -25,6 +33,7 @@ __all__ = [
     "block_diagonal_linear",
     "block_diagonal_linear_reference",
     "hotswap_adapter",
+    "preview_targets",
 ]
 
 register()

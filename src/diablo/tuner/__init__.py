@@ -3,7 +3,17 @@
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layer import DiabloLayer, DiabloLinear
 from diablo.tuner.model import DiabloModel
+from diablo.tuner.preview import TargetPreview, preview_targets
 from diablo.tuner.register import register
 from diablo.tuner.swapping import hotswap_adapter
 
-__all__ = ["DiabloConfig", "DiabloLayer", "DiabloLinear", "DiabloModel", "hotswap_adapter", "register"]
+__all__ = [
+    "DiabloConfig",
+    "DiabloLayer",
+    "DiabloLinear",
+    "DiabloModel",
+    "TargetPreview",
+    "hotswap_adapter",
+    "preview_targets",
+    "register",
+]

@@ -77,14 +77,14 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
             f"target_modules is not given and no default is known for model type {model_type!r}: "
             f"name some of the model's linear layers, {_listed(kinds)}, or 'all-linear'."
         )
-    return from_peft if isinstance(from_peft, str) else set(from_peft)
+    return from_peft if isinstance(from_peft, str) else set(from_peft) & kinds.keys() or set(from_peft)
 
 
 def linear_kinds(model: nn.Module) -> Counter[str]:
     """How many linear layers the model has of each kind (last part of the name), adapted ones counted once."""
     kinds: Counter[str] = Counter()
-    for name, module in _modules_outside_adapters(model):
-        if linear_shape(_base_layer(module)) is not None:
+    for name, module in modules_outside_adapters(model):
+        if linear_shape(base_layer_of(module)) is not None:
             kinds[name.rpartition(".")[2]] += 1
     return kinds
 
@@ -101,16 +101,21 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
     _maybe_include_all_linear_layers(config, model)
     targets: list[Target] = []
     unsupported: list[str] = []
+    bypassed: list[str] = []
     misfits: dict[str, list[str]] = {}
     unused_patterns = set(config.block_pattern)
-    for name, module in _modules_outside_adapters(model):
+    for name, module in modules_outside_adapters(model):
         if not check_target_module_exists(config, name):
             continue
         pattern = get_pattern_key(list(config.block_pattern), name)
         unused_patterns.discard(pattern)
-        shape = linear_shape(_base_layer(module))
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            bypassed.append(name)
+            continue
+        shape = linear_shape(base_layer_of(module))
         if shape is None:
-            unsupported.append(f"{name} ({type(_base_layer(module)).__name__})")
+            unsupported.append(f"{name} ({type(base_layer_of(module)).__name__})")
             continue
         num_blocks = config.block_pattern.get(pattern, config.num_blocks)
         if num_blocks > min(shape):
@@ -125,6 +130,12 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
             f"DiaBlo adapts nn.Linear and transformers' Conv1D that are not quantized; the target modules "
             f"{config.target_modules!r} also match {_listed(unsupported)}: narrow them or use exclude_modules."
         )
+    if bypassed:
+        raise TypeError(
+            f"{_listed(bypassed)} cannot be adapted: torch's MultiheadAttention and TransformerEncoderLayer read the "
+            "weight without calling the layer, so that an adapter would be without effect; narrow target_modules "
+            f"{config.target_modules!r} or use exclude_modules."
+        )
     if misfits:
         raise ValueError(
             f"num_blocks exceeds a dimension: "
@@ -136,6 +147,11 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
             f"The target modules {_as_given(config.target_modules)} match nothing in {type(model).__name__}"
             f"{_after_filters(config)}; its linear layers are {_listed(linear_kinds(model))}."
         )
+    if absent := [name for name in _names(config.target_modules) if not _matches_any(name, model)]:
+        raise ValueError(
+            f"target_modules has {_listed(absent)}, which match no module of {type(model).__name__}; its linear layers "
+            f"are {_listed(linear_kinds(model))}."
+        )
     if unused_patterns:
         raise ValueError(
             f"block_pattern has {_listed(sorted(unused_patterns))}, which match none of the adapted modules; "
@@ -144,7 +160,7 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
     return targets
 
 
-def _modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The named modules of a model, without the insides of the tuner layers that it may already have."""
     found: list[tuple[str, nn.Module]] = []
     inside: tuple[str, ...] = ()
@@ -157,8 +173,19 @@ def _modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """The layer under a module's adapters, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _names(target_modules: Any) -> list[str]:
+    """The names of a list of targets; none where it is an expression."""
+    return [] if isinstance(target_modules, str) else sorted(target_modules)
+
+
+def _matches_any(target: str, model: nn.Module) -> bool:
+    names = [name for name, _ in modules_outside_adapters(model)]
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _as_given(target_modules: Any) -> Any:

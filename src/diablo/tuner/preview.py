@@ -1,0 +1,122 @@
+"""What a configuration would adapt in a model, and what it would leave alone and why, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from diablo.tuner.config import DiabloConfig
+from diablo.tuner.targets import (
+    Target,
+    base_layer_of,
+    default_target_modules,
+    linear_shape,
+    modules_outside_adapters,
+    resolve_targets,
+)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module with a weight matrix that a configuration leaves alone.
+
+    Attributes:
+        name: the module's full name in the model.
+        module_type: name of its class.
+        shape: shape of its weight.
+        reason: why it is not adapted.
+    """
+
+    name: str
+    module_type: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class TargetPreview:
+    """The outcome of :func:`preview_targets`; ``str`` of it is a table.
+
+    Attributes:
+        targets: what would be adapted, in the model's order.
+        skipped: what would not.
+    """
+
+    targets: list[Target]
+    skipped: list[Skipped]
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all blocks together."""
+        return sum(target.layout.num_parameters for target in self.targets)
+
+    def __str__(self) -> str:
+        adapted: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for target in self.targets:
+            layout = target.layout
+            stored = f"{layout.num_stored_blocks} x {layout.block_in} x {layout.block_out}"
+            sizes = f"{layout.in_features} -> {layout.out_features}"
+            adapted[target.kind, sizes, stored].append(layout.num_parameters)
+        rows = [("adapted", "in -> out", "blocks", "layers", "parameters")]
+        rows += [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in adapted.items()]
+        rows.append(("together", "", "", str(len(self.targets)), f"{self.num_parameters:,}"))
+        left: dict[tuple[str, ...], int] = defaultdict(int)
+        for skipped in self.skipped:
+            shape = " x ".join(map(str, skipped.shape))
+            left[skipped.name.rpartition(".")[2], shape, skipped.module_type, skipped.reason] += 1
+        others = [("left alone", "weight", "class", "layers", "reason")]
+        others += [(kind, shape, type_, str(count), reason) for (kind, shape, type_, reason), count in left.items()]
+        return _table(rows) + ("\n\n" + _table(others) if left else "")
+
+
+def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
+    """List what a configuration would adapt in a model and what not; neither of the two is changed.
+
+    Args:
+        model: the model, which may lie on the meta device or have adapters already.
+        config: the configuration.
+
+    Raises:
+        TypeError: a target is of a kind that cannot be adapted.
+        ValueError: nothing matches, a name or pattern is never used, or ``num_blocks`` does not fit; as when the
+            adapter is added.
+    """
+    config = copy.deepcopy(config)
+    if config.target_modules is None:
+        config.target_modules = default_target_modules(
+            model, getattr(getattr(model, "config", None), "model_type", None)
+        )
+    targets = resolve_targets(model, config)
+    names = {target.name for target in targets}
+    skipped = []
+    for name, module in modules_outside_adapters(model):
+        base_layer: Any = base_layer_of(module)
+        weight = base_layer._parameters.get("weight")
+        if name not in names and weight is not None and weight.dim() > 1:
+            skipped.append(Skipped(name, type(base_layer).__name__, tuple(weight.shape), _reason(config, name, module)))
+    return TargetPreview(targets, skipped)
+
+
+def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:
+    for settings in (("exclude_modules",), ("layers_to_transform", "layers_pattern")):
+        without = copy.copy(config)
+        for setting in settings:
+            setattr(without, setting, None)
+        if check_target_module_exists(without, name):
+            return f"left out by {settings[0]}"
+    if linear_shape(base_layer_of(module)) is None:
+        return "no linear layer"
+    return "not in target_modules"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
