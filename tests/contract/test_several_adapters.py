@@ -22,6 +22,7 @@ from tiny_models import (
     tuner_layers,
     with_dense_delta,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diablo import DiabloConfig, hotswap_adapter
@@ -293,7 +294,7 @@ def test_swapping_under_compile_does_not_compile_again(merged, second):
     if merged:
         model.merge_adapter()
         expected.merge_adapter()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     inputs = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -310,7 +311,7 @@ def test_swapping_under_compile_does_not_compile_again(merged, second):
 def test_switching_back_and_forth_under_compile_compiles_each_adapter_once():
     torch._dynamo.reset()
     model = two_adapters(BY_NAME["mlp"], torch.float32)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     inputs = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
 

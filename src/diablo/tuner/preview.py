@@ -63,14 +63,14 @@ class TargetPreview:
             stored = f"{layout.num_stored_blocks} x {layout.block_in} x {layout.block_out}"
             sizes = f"{layout.in_features} -> {layout.out_features}"
             adapted[target.kind, sizes, stored].append(layout.num_parameters)
-        rows = [("adapted", "in -> out", "blocks", "layers", "parameters")]
+        rows: list[tuple[str, ...]] = [("adapted", "in -> out", "blocks", "layers", "parameters")]
         rows += [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in adapted.items()]
         rows.append(("together", "", "", str(len(self.targets)), f"{self.num_parameters:,}"))
         left: dict[tuple[str, ...], int] = defaultdict(int)
         for skipped in self.skipped:
             shape = " x ".join(map(str, skipped.shape))
             left[skipped.name.rpartition(".")[2], shape, skipped.module_type, skipped.reason] += 1
-        others = [("left alone", "weight", "class", "layers", "reason")]
+        others: list[tuple[str, ...]] = [("left alone", "weight", "class", "layers", "reason")]
         others += [(kind, shape, type_, str(count), reason) for (kind, shape, type_, reason), count in left.items()]
         return _table(rows) + ("\n\n" + _table(others) if left else "")
 

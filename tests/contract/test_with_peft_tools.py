@@ -1,0 +1,120 @@
+"""PEFT's tools around an adapted model: conversion to LoRA, status, pickling."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, convert_to_lora, get_layer_status, get_model_status, get_peft_model, save_as_lora
+from tiny_models import CASES, fill, output, tuner_layers
+
+BY_NAME = {case.name: case for case in CASES}
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@every_case
+def test_conversion_to_lora_is_exact_where_the_rank_is_free_and_is_not_at_rank_one(case, tmp_path):
+    model = case.adapted(torch.float32)
+    expected, plain = output(model), output(case.base(torch.float32))
+    # A rank below 1 is the share of the squared singular values to keep, layer by layer.
+    full = 0.9999999
+    errors = {}
+    for rank in (1, full):
+        save_as_lora(tmp_path / str(rank), model, rank=rank)
+        lora = PeftModel.from_pretrained(case.base(torch.float32), tmp_path / str(rank))
+        errors[rank] = float((output(lora) - expected).norm() / (expected - plain).norm())
+    assert errors[full] < 1e-3 < errors[1]
+
+
+@every_case
+def test_conversion_to_lora_states_the_best_approximation_of_its_rank(case):
+    model = case.adapted(torch.float32)
+    rank = 2
+    _, factors = convert_to_lora(model, rank=rank)
+    for name, layer in tuner_layers(model).items():
+        delta = layer.get_delta_weight("default").float()
+        a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        product = b @ a if delta.shape == (b.shape[0], a.shape[1]) else (b @ a).T
+        values = torch.linalg.svdvals(delta)
+        # Eckart and Young: the error of the best approximation is the norm of the singular values left out.
+        assert float((delta - product).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3, abs=1e-5)
+
+
+@every_case
+def test_the_status_of_each_layer_and_of_the_model(case):
+    model = case.adapted(torch.float32)
+    model.add_adapter("other", case.other_config())
+    layers = {status.name.removeprefix("model."): status for status in get_layer_status(model)}
+    assert layers.keys() == tuner_layers(model).keys()
+    first = layers[next(iter(layers))]
+    assert first.module_type == "diablo.DiabloLinear"
+    assert first.enabled
+    assert first.active_adapters == ["default"]
+    assert first.merged_adapters == []
+    assert first.requires_grad["default"] is True
+    assert first.requires_grad.get("other", False) is False
+    assert first.devices["default"] == ["cpu"]
+    trainable = model.get_nb_trainable_parameters()[0]
+    status = get_model_status(model)
+    assert status.adapter_model_type == "DiabloModel"
+    assert status.peft_types["default"] == "DIABLO"
+    assert status.trainable_params == trainable > 0
+    assert status.num_adapter_layers == len(layers)
+    assert status.available_adapters == ["default", "other"]
+    model.merge_adapter(["default"])
+    assert get_model_status(model).merged_adapters == ["default"]
+    model.base_model.disable_adapter_layers()
+    assert get_model_status(model).enabled is False
+
+
+@every_case
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_pickled_model_is_equal(case, merged):
+    model = case.adapted()
+    if merged:
+        model.merge_adapter()
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(output(twin), output(model))
+    twin.unload()
+    model.unload()
+    assert torch.equal(output(twin), output(model))
+
+
+def test_a_model_saved_by_torch_loads_in_a_process_that_imports_nothing_first(tmp_path):
+    case = BY_NAME["llama"]
+    model = case.adapted()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(output(model), tmp_path / "output.pt")
+    # A pickle names the classes that it needs, whose package registers the method when it is imported.
+    code = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1] + '/model.pt', weights_only=False)\n"
+        "ids = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(1))\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(model(input_ids=ids).logits, torch.load(sys.argv[1] + '/output.pt'))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+@every_case
+def test_a_state_dict_loads_into_a_model_adapted_anew(case):
+    model = case.adapted()
+    anew = get_peft_model(case.base(), case.config()).eval()
+    assert not torch.equal(output(anew), output(model))
+    anew.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(output(anew), output(model))
+
+
+def test_the_representation_names_the_method_and_the_blocks():
+    text = repr(BY_NAME["mlp"].adapted())
+    assert "diablo.DiabloLinear" in text
+    assert "default: (4, 4, 6)" in text
+
+
+def test_trainable_parameters_are_printed(capsys):
+    fill(BY_NAME["mlp"].adapted()).print_trainable_parameters()
+    # 16 x 24 / 4 + 24 x 8 / 4 blocks.
+    assert "trainable params: 144 ||" in capsys.readouterr().out
