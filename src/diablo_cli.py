@@ -132,6 +132,23 @@ def merge(
     )
 
 
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' adapter.chkpt.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the adapter.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on: a folder, a hub id or builtin:NAME.")],
+) -> None:
+    """Turn a checkpoint of the paper's authors into a PEFT adapter."""
+    from diablo.authors import import_checkpoint
+
+    _quiet()
+    report = import_checkpoint(checkpoint, folder, base=base)
+    out.print(
+        f"Wrote {escape(str(report.folder))}: {report.modules} modules, {report.parameters:,} parameters, "
+        f"num_blocks={report.num_blocks}. Try: diablo generate {escape(str(report.folder))} 'How are you?'"
+    )
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
