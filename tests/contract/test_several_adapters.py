@@ -428,3 +428,39 @@ def test_merging_into_a_shared_weight_is_refused():
         with pytest.raises(ValueError, match=r"lm_head shares its weight with model.embed_tokens"):
             merge()
     assert_same_bits(base_weights(model), before)
+
+
+# What a layer hands on.
+
+
+@every_case
+def test_the_gradient_of_a_layers_input_is_that_of_the_dense_weights(case):
+    base = case.base()
+    model = fill(get_peft_model(copy.deepcopy(base), case.config()))
+    dense = with_dense_delta(base, model)
+    for name, layer in tuner_layers(model).items():
+        x = torch.randn(4, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(True)
+        (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (expected,) = torch.autograd.grad(dense.get_submodule(name)(x).square().sum(), x)
+        assert_close(got, expected, 1e-10)
+
+
+def test_one_adapters_dropout_does_not_reach_the_next_adapters_input():
+    case = BY_NAME["mlp"]
+    model = get_peft_model(case.base(), case.config(diablo_dropout=0.9))
+    model.add_adapter("other", case.config())
+    # The first adapter's blocks are zero: whatever it drops must not show.
+    fill(model, "other", seed=4)
+    model.base_model.set_adapter(["default", "other"])
+    expected = output(model.eval())
+    assert torch.equal(output(model.train()), expected)
+
+
+def test_the_product_is_added_into_the_base_layers_output():
+    layer = tuner_layers(BY_NAME["mlp"].adapted())["up"]
+    outputs = []
+    layer.get_base_layer().register_forward_hook(lambda module, args, result: outputs.append(result))
+    with torch.no_grad():
+        y = layer(torch.ones(2, 16, dtype=torch.float64))
+    assert y.data_ptr() == outputs[0].data_ptr()
