@@ -13,7 +13,7 @@ from torch import nn
 from diablo.errors import UserError
 from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
 from diablo.tuner import DiabloConfig, DiabloLayer
-from diablo.tuner.targets import default_target_modules
+from diablo.tuner.targets import default_target_modules, linear_kinds, matches_any
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,18 @@ def apply_method(model: Any, method: DiabloMethod | LoraMethod | FullMethod) -> 
     """
     if isinstance(method, FullMethod):
         return model.requires_grad_(True)
+    if isinstance(method.target_modules, list):
+        # PEFT's methods pass over a name that matches nothing as long as another one matches.
+        absent = [target for target in method.target_modules if not matches_any(target, model)]
+        if absent:
+            raise UserError(
+                f"method.target_modules: {', '.join(absent)} match no module of the model; "
+                f"allowed: names of its linear layers ({', '.join(linear_kinds(model))}), or all-linear."
+            )
     try:
-        config = peft_config(method, model)
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, peft_config(method, model))
     except (ValueError, TypeError) as error:
         raise UserError(f"method: {error}") from None
-    if isinstance(method.target_modules, list):
-        names = [name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
-        absent = [t for t in method.target_modules if not any(name == t or name.endswith(f".{t}") for name in names)]
-        if absent:
-            kinds = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(
-                f"method.target_modules: {', '.join(absent)} match no module of the model that can be adapted; "
-                f"allowed: names of its linear layers (adapted now: {', '.join(kinds)}), or all-linear."
-            )
     return adapted
 
 

@@ -181,7 +181,7 @@ def test_own_data_as_conversations(diablo, tiny_model, tmp_path):
     [
         (["training.learning_rat=1"], "training.learning_rat: unknown key"),
         (["method.target_modules=[q_proj, qq_proj]"], "method.target_modules: qq_proj"),
-        (["method.target_modules=[nothing]"], "'nothing'"),
+        (["method.target_modules=[nothing]"], "method.target_modules: nothing"),
         (["method.num_blocks=4096"], "takes at most"),
         (["model=/no/such/folder"], "/no/such/folder"),
         (["model=builtin:other"], "builtin:smollm2-135m"),

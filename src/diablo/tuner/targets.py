@@ -147,7 +147,7 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
             f"The target modules {_as_given(config.target_modules)} match nothing in {type(model).__name__}"
             f"{_after_filters(config)}; its linear layers are {_listed(linear_kinds(model))}."
         )
-    if absent := [name for name in _names(config.target_modules) if not _matches_any(name, model)]:
+    if absent := [name for name in _names(config.target_modules) if not matches_any(name, model)]:
         raise ValueError(
             f"target_modules has {_listed(absent)}, which match no module of {type(model).__name__}; its linear layers "
             f"are {_listed(linear_kinds(model))}."
@@ -183,7 +183,8 @@ def _names(target_modules: Any) -> list[str]:
     return [] if isinstance(target_modules, str) else sorted(target_modules)
 
 
-def _matches_any(target: str, model: nn.Module) -> bool:
+def matches_any(target: str, model: nn.Module) -> bool:
+    """Whether a name, or end of a name, is that of any module."""
     names = [name for name, _ in modules_outside_adapters(model)]
     return any(name == target or name.endswith(f".{target}") for name in names)
 
