@@ -96,7 +96,9 @@ def test_a_model_saved_by_torch_loads_in_a_process_that_imports_nothing_first(tm
         "with torch.no_grad():\n"
         "    assert torch.equal(model(input_ids=ids).logits, torch.load(sys.argv[1] + '/output.pt'))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @every_case
