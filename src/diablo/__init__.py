@@ -15,9 +15,12 @@ from diablo.layout import BlockLayout
 from diablo.ops import block_diagonal_linear, block_diagonal_linear_reference
 from diablo.tuner import (
     DiabloConfig,
+    DiabloConv,
+    DiabloEmbedding,
     DiabloLayer,
     DiabloLinear,
     DiabloModel,
+    DiabloParameters,
     hotswap_adapter,
     preview_targets,
     register,
@@ -26,9 +29,12 @@ from diablo.tuner import (
 __all__ = [
     "BlockLayout",
     "DiabloConfig",
+    "DiabloConv",
+    "DiabloEmbedding",
     "DiabloLayer",
     "DiabloLinear",
     "DiabloModel",
+    "DiabloParameters",
     "__version__",
     "block_diagonal_linear",
     "block_diagonal_linear_reference",

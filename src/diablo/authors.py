@@ -18,7 +18,8 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models import load_config, meta_model, resolve_model
 from diablo.tuner import DiabloConfig
-from diablo.tuner.targets import linear_kinds, linear_shape
+from diablo.tuner.targets import linear_kinds
+from diablo.tuner.weights import linear_shape
 
 SUFFIX = ".block_A"
 

@@ -1,4 +1,4 @@
-"""Geometry of the diagonal blocks of a matrix: the one place where it is computed.
+"""Geometry of the diagonal blocks of a matrix, or of a stack of them: the one place where it is computed.
 
 The paper (arXiv 2506.03230, section 3) cuts an ``in_features x out_features`` matrix into N x N blocks and trains the N
 blocks on the diagonal. Where N does not divide a dimension the blocks are rounded up, the input is thought of as padded
@@ -8,6 +8,7 @@ the one that its edge may cut through are described as two :class:`Tile`\\ s, wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,9 +35,22 @@ class Tile:
     in_start: int
     out_start: int
 
+    @property
+    def in_size(self) -> int:
+        """Input features that the run reads."""
+        return self.count * self.block_in
+
+    @property
+    def out_size(self) -> int:
+        """Output features that the run writes."""
+        return self.count * self.block_out
+
     def of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The run's part of the parameter: ``(N, d_in, d_out)`` -> ``(count, block_in, block_out)``, a view."""
-        return blocks[self.first : self.first + self.count, : self.block_in, : self.block_out]
+        """The run's part of the parameter: ``(*stack, N, d_in, d_out)`` -> ``(*stack, count, block_in, block_out)``.
+
+        A view.
+        """
+        return blocks[..., self.first : self.first + self.count, : self.block_in, : self.block_out]
 
     def of_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input features that the run reads: ``(tokens, in_features)`` -> ``(count, tokens, block_in)``, a view."""
@@ -50,15 +64,15 @@ class Tile:
         """The run's blocks inside a weight.
 
         Args:
-            weight: ``(out_features, in_features)`` as ``nn.Linear`` holds it, of any strides.
+            weight: ``(*stack, out_features, in_features)``, as ``nn.Linear`` holds it, of any strides.
 
         Returns:
-            ``(count, block_in, block_out)``, a view: writing to it writes to the weight.
+            ``(*stack, count, block_in, block_out)``, a view: writing to it writes to the weight.
         """
-        rows, columns = weight.stride()
+        *stack, rows, columns = weight.stride()
         return weight.as_strided(
-            (self.count, self.block_in, self.block_out),
-            (self.block_out * rows + self.block_in * columns, columns, rows),
+            (*weight.shape[:-2], self.count, self.block_in, self.block_out),
+            (*stack, self.block_out * rows + self.block_in * columns, columns, rows),
             weight.storage_offset() + self.out_start * rows + self.in_start * columns,
         )
 
@@ -79,6 +93,7 @@ class BlockLayout:
         in_features: length of the input.
         out_features: length of the output.
         num_blocks: N as the user asked for it, from 1 (the whole matrix) to the smaller dimension.
+        stack: how many such matrices there are, along each leading dimension; empty for one matrix.
 
     Raises:
         TypeError: a size is not an integer.
@@ -88,6 +103,7 @@ class BlockLayout:
     in_features: int
     out_features: int
     num_blocks: int
+    stack: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "num_blocks"):
@@ -121,20 +137,19 @@ class BlockLayout:
         return max(_ceil_div(self.in_features, self.block_in), _ceil_div(self.out_features, self.block_out))
 
     @property
-    def blocks_shape(self) -> tuple[int, int, int]:
-        """Shape of the parameter: ``(num_stored_blocks, block_in, block_out)``."""
-        return self.num_stored_blocks, self.block_in, self.block_out
+    def blocks_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter: ``(*stack, num_stored_blocks, block_in, block_out)``."""
+        return *self.stack, self.num_stored_blocks, self.block_in, self.block_out
 
     @property
     def num_parameters(self) -> int:
         """Entries of the parameter, those outside the matrix included."""
-        count, rows, columns = self.blocks_shape
-        return count * rows * columns
+        return math.prod(self.blocks_shape)
 
     @property
     def transposed(self) -> BlockLayout:
         """The layout of the map from outputs back to inputs, whose blocks are these, each transposed."""
-        return BlockLayout(self.out_features, self.in_features, self.num_blocks)
+        return BlockLayout(self.out_features, self.in_features, self.num_blocks, self.stack)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:

@@ -20,6 +20,7 @@ from tiny_models import (
     dense_delta,
     fill,
     gpt2,
+    in_and_out_first,
     llama,
     mlp,
     output,
@@ -63,9 +64,8 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def layout_of(layer: nn.Module, num_blocks: int) -> BlockLayout:
-    weight = layer.get_base_layer().weight
-    in_features, out_features = weight.shape if isinstance(layer.get_base_layer(), Conv1D) else weight.shape[::-1]
-    return BlockLayout(in_features, out_features, num_blocks)
+    in_features, out_features, *kernel = in_and_out_first(layer.get_base_layer().weight, layer.get_base_layer()).shape
+    return BlockLayout(in_features, out_features, num_blocks, tuple(kernel))
 
 
 # The method.
@@ -127,12 +127,12 @@ def test_the_gradient_at_zero_is_the_diagonal_of_full_fine_tunings_gradient(case
     backward(model)
     for name, layer in tuner_layers(model).items():
         plain = base.get_submodule(name)
-        full = plain.weight.grad if isinstance(plain, Conv1D) else plain.weight.grad.T
+        full = in_and_out_first(plain.weight.grad, plain)
         blocks = layer.diablo_blocks["default"]
         # Entries outside the matrix have no effect, hence no gradient.
         expected = torch.zeros_like(blocks)
-        for index, i, o in block_entries(blocks.shape, *full.shape):
-            expected[index] = full[i, o]
+        for index, i, o in block_entries(blocks.shape[-3:], *full.shape[:2]):
+            expected[(..., *index)] = full[i, o]
         assert expected.abs().max() > 1e-3, name
         assert_close(blocks.grad, expected, case.tolerance)
 
@@ -635,10 +635,10 @@ def test_filters_that_leave_nothing_are_named():
     assert_refused(llama(), config, ValueError, "q_proj", "layers_to_transform=[7]")
 
 
-def test_a_target_that_is_no_linear_layer():
-    # q_proj comes after the embedding, and fits: it must not be adapted either.
-    config = DiabloConfig(num_blocks=4, target_modules=["embed_tokens", "q_proj"])
-    assert_refused(llama(), config, TypeError, "model.embed_tokens", "Embedding")
+def test_a_target_of_a_kind_that_is_not_supported():
+    # q_proj comes before the norm, and fits: it must not be adapted either.
+    config = DiabloConfig(num_blocks=4, target_modules=["input_layernorm", "q_proj"])
+    assert_refused(llama(), config, TypeError, "model.layers.0.input_layernorm", "LlamaRMSNorm")
 
 
 def test_too_many_blocks():

@@ -33,7 +33,7 @@ def test_what_is_left_alone_is_listed_with_the_reason():
     config = DiabloConfig(num_blocks=4, exclude_modules=["k_proj"], layers_to_transform=[0])
     preview = preview_targets(llama(), config)
     reasons = {skipped.name.removeprefix("model."): skipped.reason for skipped in preview.skipped}
-    assert reasons["embed_tokens"] == "no linear layer"
+    assert reasons["embed_tokens"] == "not in target_modules"
     assert reasons["lm_head"] == "not in target_modules"
     assert reasons["layers.0.self_attn.o_proj"] == "not in target_modules"
     assert reasons["layers.0.self_attn.k_proj"] == "left out by exclude_modules"

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_layer_status, get_model_status, get_peft_model, save_as_lora
-from tiny_models import CASES, fill, output, tuner_layers
+from tiny_models import CASES, LINEAR_CASES, fill, output, tuner_layers
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case_of_linear_layers = pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.name)
 
 
-@every_case
+@every_case_of_linear_layers
 def test_conversion_to_lora_is_exact_where_the_rank_is_free_and_is_not_at_rank_one(case, tmp_path):
     model = case.adapted(torch.float32)
     expected, plain = output(model), output(case.base(torch.float32))
@@ -29,7 +30,7 @@ def test_conversion_to_lora_is_exact_where_the_rank_is_free_and_is_not_at_rank_o
     assert errors[full] < 1e-3 < errors[1]
 
 
-@every_case
+@every_case_of_linear_layers
 def test_conversion_to_lora_states_the_best_approximation_of_its_rank(case):
     model = case.adapted(torch.float32)
     rank = 2
@@ -50,7 +51,9 @@ def test_the_status_of_each_layer_and_of_the_model(case):
     layers = {status.name.removeprefix("model."): status for status in get_layer_status(model)}
     assert layers.keys() == tuner_layers(model).keys()
     first = layers[next(iter(layers))]
-    assert first.module_type == "diablo.DiabloLinear"
+    kinds = {"embedding": "DiabloEmbedding", "vit": "DiabloConv"}
+    kind = "DiabloConv" if case.name.startswith("conv_") else kinds.get(case.name, "DiabloLinear")
+    assert first.module_type == f"diablo.{kind}"
     assert first.enabled
     assert first.active_adapters == ["default"]
     assert first.merged_adapters == []

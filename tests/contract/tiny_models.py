@@ -10,7 +10,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from diablo import DiabloConfig
@@ -28,6 +35,60 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+class ConvNet(nn.Module):
+    """Convolutions with every setting that changes what a kernel meets: stride, padding, its mode, dilation."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        self.first = kind(6, 8, 3, stride=2, padding=1)
+        self.second = kind(8, 7, 2, padding="same", dilation=2)
+        self.third = kind(7, 5, 3, padding=1, padding_mode="circular", bias=False)
+        self.head = nn.Linear(5, 4)
+        self.dimensions = dimensions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x))))))
+        # torch rounds the product with a strided input differently where the weight is frozen.
+        return self.head(x.flatten(2).transpose(1, 2).contiguous())
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding with a padding index, and a table whose width the blocks do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8, padding_idx=0)
+        self.places = nn.Embedding(7, 6)
+        self.head = nn.Linear(14, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        return self.head(torch.cat([self.tokens(tokens), self.places(places)], -1))
+
+
+def vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
 
 
 def llama() -> LlamaForCausalLM:
@@ -112,7 +173,15 @@ CASES = [
     Case("conv1d", lambda: mlp((16, 10, 8), conv1d=True), ("up", "down")),
     Case("llama", llama, ("q_proj", "v_proj", "up_proj", "down_proj"), tolerance=1e-5),
     Case("gpt2", gpt2, ("c_attn", "c_fc")),
+    Case("vit", vit, ("projection", "q_proj", "fc2"), num_blocks=3, other_num_blocks=2),
+    Case("conv_1d", lambda: seeded(lambda: ConvNet(1)), ("first", "second", "third")),
+    Case("conv_2d", lambda: seeded(lambda: ConvNet(2)), ("first", "second", "third")),
+    Case("conv_3d", lambda: seeded(lambda: ConvNet(3)), ("first", "second")),
+    Case("embedding", lambda: seeded(EmbeddingNet), ("tokens", "places")),
 ]
+
+
+LINEAR_CASES = [case for case in CASES if not case.name.startswith(("conv_", "embedding", "vit"))]
 
 
 def run(model: nn.Module) -> torch.Tensor:
@@ -123,6 +192,14 @@ def run(model: nn.Module) -> torch.Tensor:
         up = inner.up.get_base_layer() if isinstance(inner.up, BaseTunerLayer) else inner.up
         width = up.nx if isinstance(up, Conv1D) else up.in_features
         return model(torch.randn(2, 3, width, generator=generator, dtype=torch.float64).to(up.weight.dtype))
+    if isinstance(inner, ConvNet):
+        size = (2, 6, *[5] * inner.dimensions)
+        return model(torch.randn(size, generator=generator, dtype=torch.float64).to(inner.head.weight.dtype))
+    if isinstance(inner, EmbeddingNet):
+        return model(torch.tensor([[3, 0, 10, 9, 1, 3, 8], [7, 2, 0, 4, 5, 6, 1]]))
+    if isinstance(inner, ViTForImageClassification):
+        images = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+        return model(pixel_values=images.to(inner.dtype)).logits
     return model(input_ids=torch.randint(32, (2, 7), generator=generator)).logits
 
 
@@ -185,14 +262,19 @@ def block_entries(shape: torch.Size, in_features: int, out_features: int):
                     yield (block, row, column), i, o
 
 
+def in_and_out_first(weight: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A weight of the module, or its gradient, as ``(in, out, *kernel)``."""
+    return weight if isinstance(module, (Conv1D, nn.Embedding)) else weight.transpose(0, 1)
+
+
 def dense_delta(blocks: torch.Tensor, like: nn.Module) -> torch.Tensor:
-    """The update as a matrix of the shape of ``like.weight``, entry by entry from the paper's definition."""
-    conv1d = isinstance(like, Conv1D)
-    in_features, out_features = like.weight.shape if conv1d else like.weight.shape[::-1]
-    delta = torch.zeros(in_features, out_features, dtype=blocks.dtype)
-    for index, i, o in block_entries(blocks.shape, in_features, out_features):
-        delta[i, o] = blocks.detach()[index]
-    return delta if conv1d else delta.T
+    """The update as a tensor of the shape of ``like.weight``, entry by entry from the paper's definition."""
+    delta = torch.zeros_like(like.weight, dtype=blocks.dtype)
+    view = in_and_out_first(delta, like)
+    for index, i, o in block_entries(blocks.shape[-3:], *view.shape[:2]):
+        # A convolution has a matrix for each position of its kernel.
+        view[i, o] = blocks.detach()[(..., *index)]
+    return delta
 
 
 def with_dense_delta(base: nn.Module, model: nn.Module, adapter_names: tuple[str, ...] = ("default",)) -> nn.Module:

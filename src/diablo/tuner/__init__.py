@@ -1,7 +1,8 @@
 """The PEFT tuner: configuration, layers, model and the registration of the method."""
 
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.layer import DiabloLayer, DiabloLinear
+from diablo.tuner.kinds import DiabloConv, DiabloEmbedding, DiabloLinear, DiabloParameters
+from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.model import DiabloModel
 from diablo.tuner.preview import TargetPreview, preview_targets
 from diablo.tuner.register import register
@@ -9,9 +10,12 @@ from diablo.tuner.swapping import hotswap_adapter
 
 __all__ = [
     "DiabloConfig",
+    "DiabloConv",
+    "DiabloEmbedding",
     "DiabloLayer",
     "DiabloLinear",
     "DiabloModel",
+    "DiabloParameters",
     "TargetPreview",
     "hotswap_adapter",
     "preview_targets",

@@ -24,6 +24,9 @@ class DiabloConfig(PeftConfig):
         target_modules: names (or ends of names) of the modules to adapt, one regular expression, or ``"all-linear"``.
             None picks the query, key, value, up and down projections (the paper's choice) where the model has them,
             and otherwise what PEFT picks for the architecture.
+        target_parameters: names (or ends of names) of parameters that are adapted by themselves, such as the fused
+            experts of a mixture: ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. Where given without
+            ``target_modules``, nothing else is adapted.
         exclude_modules: names or one regular expression of modules that are left alone.
         diablo_dropout: probability of dropping an input of the blocks in training, from 0 to below 1.
         layers_to_transform: indices of the layers to adapt; all where None.
@@ -47,6 +50,9 @@ class DiabloConfig(PeftConfig):
     )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt by themselves, such as fused experts: their names."}
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave alone: names or a regular expression."}
@@ -77,6 +83,7 @@ class DiabloConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
+        self._check_target_parameters()
         _check_num_blocks("num_blocks", self.num_blocks)
         if not isinstance(self.block_pattern, dict):
             raise TypeError(f"block_pattern must map module names to num_blocks, got {self.block_pattern!r}.")
@@ -105,6 +112,21 @@ class DiabloConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give the indices."
             )
+
+    def _check_target_parameters(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} must be a list of names, not an expression: put it into "
+                "a list."
+            )
+        if self.target_parameters:
+            if self.target_modules is None:
+                self.target_modules = set()
+            if self.diablo_dropout:
+                raise ValueError(
+                    f"diablo_dropout={self.diablo_dropout!r} cannot be combined with target_parameters: it acts on the "
+                    "input of the blocks, which adapted parameters do not see; set it to 0."
+                )
 
 
 def _check_num_blocks(name: str, value: Any) -> None:

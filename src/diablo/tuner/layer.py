@@ -1,94 +1,111 @@
-"""The tuner layer: a linear layer with trainable diagonal blocks beside or merged into its weight."""
+"""What every adapted layer has: the blocks of each adapter, and their merging into the weight."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
-from diablo.ops import block_diagonal_linear
+from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.targets import linear_shape
+from diablo.tuner.weights import Weight
 
 
-class DiabloLayer(BaseTunerLayer):
-    """What a layer keeps for each adapter, by the adapter's name.
+class DiabloLayer(nn.Module, BaseTunerLayer):
+    """A module whose weights have DiaBlo adapters.
+
+    This class holds what an adapter is and how it is merged. A subclass says how its module computes with the blocks:
+    :meth:`_add_update`, or :meth:`forward` as a whole.
+
+    Args:
+        base_layer: the module to adapt, frozen by PEFT.
+        weights: how each adapted weight of it is read, by the weight's name in the module.
 
     Attributes:
-        diablo_blocks: the parameters, each ``(N, d_in, d_out)`` as its layout says.
-        diablo_dropout: dropout on the input of the blocks.
-        diablo_layout: the geometry.
+        diablo_blocks: the parameters by the adapter's name, each ``(*stack, N, d_in, d_out)`` as its layout says.
+        diablo_dropout: dropout on the input of the blocks, by the adapter's name.
+        diablo_layout: the geometry, by the adapter's name.
     """
 
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
     other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
+        super().__init__()
         self.base_layer = base_layer
-        self.diablo_blocks = nn.ParameterDict({})
+        self.weights = dict(weights)
+        self.diablo_blocks: Any = nn.ParameterDict({})
         self.diablo_dropout = nn.ModuleDict({})
-        self.diablo_layout: dict[str, BlockLayout] = {}
+        self.diablo_layout: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        # The base weight's own diagonal, kept while adapters are merged into it: 1/N of the weight for each layout.
-        self._pristine: dict[BlockLayout, list[torch.Tensor]] = {}
+        # The base weights' own diagonals, kept while adapters are merged: 1/N of the weight for each layout.
+        self._pristine: dict[tuple[str, BlockLayout], list[torch.Tensor]] = {}
 
     def update_layer(
-        self, adapter_name: str, layout: BlockLayout, config: DiabloConfig, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        layouts: Mapping[str, BlockLayout],
+        config: DiabloConfig,
+        inference_mode: bool = False,
     ) -> None:
         """Add an adapter, or replace one of the same name.
 
         Args:
             adapter_name: name of the adapter.
-            layout: geometry of its blocks.
+            layouts: geometry of its blocks, by the name of the weight.
             config: its settings.
             inference_mode: whether the adapter starts frozen.
         """
-        self.diablo_layout[adapter_name] = layout
         dropout = nn.Dropout(config.diablo_dropout) if config.diablo_dropout else nn.Identity()
         self.diablo_dropout[adapter_name] = dropout
-        self.diablo_blocks[adapter_name] = nn.Parameter(torch.zeros(layout.blocks_shape))
-        if not config.init_weights:
-            nn.init.normal_(self.diablo_blocks[adapter_name], std=0.02)
+        self._add_blocks(
+            adapter_name, {name: self._new_blocks(name, layout, config) for name, layout in layouts.items()}, layouts
+        )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def blocks_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
+        return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
 
-class DiabloLinear(nn.Module, DiabloLayer):
-    """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
+    def layouts_of(self, adapter_name: str) -> dict[str, BlockLayout]:
+        """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
+        return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)`` in the dtype that the base layer gives.
-    The blocks are stored in fp32 where PEFT is left to its default, and cast for the product; activations are not.
+    def _add_blocks(
+        self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]
+    ) -> None:
+        self.diablo_blocks[adapter_name] = blocks["weight"]
+        self.diablo_layout[adapter_name] = layouts["weight"]
 
-    Args:
-        base_layer: the layer to adapt, frozen by PEFT.
-        adapter_name: name of its first adapter.
-        layout: geometry of that adapter's blocks.
-        config: that adapter's settings.
-    """
+    def _new_blocks(self, weight_name: str, layout: BlockLayout, config: DiabloConfig) -> nn.Parameter:
+        blocks = torch.zeros(layout.blocks_shape)
+        if not config.init_weights:
+            nn.init.normal_(blocks, std=0.02)
+        return nn.Parameter(blocks)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
-        super().__init__()
-        DiabloLayer.__init__(self, base_layer)
-        shape = linear_shape(self.get_base_layer())
-        if shape is None:
-            raise TypeError(f"DiaBlo cannot adapt a {type(self.get_base_layer()).__name__}.")
-        self.in_features, self.out_features = shape
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, layout, config, inference_mode=config.inference_mode)
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT looks for the device in an attribute `weight`, which a module of experts does not have.
+        if device is None:
+            device = self._weight(next(iter(self.weights))).device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The base layer's output plus the product with the blocks of the active adapters.
+        """The base layer's output plus the products with the blocks of the active adapters.
+
+        It has the dtype that the base layer gives. The blocks are stored in fp32 where PEFT is left to its default, and
+        cast for the product; activations are not.
 
         Args:
-            x: ``(..., in_features)``.
+            x: what the base layer takes.
             args: what else the base layer takes.
             adapter_names: for each row of ``x`` (its first dimension) the adapter to use in place of the active ones,
                 or ``"__base__"`` for none.
@@ -104,8 +121,9 @@ class DiabloLinear(nn.Module, DiabloLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        # Under autocast the base layer lowers its input by itself; the blocks follow it.
-        x = x.to(result.dtype)
+        if x.is_floating_point():
+            # Under autocast the base layer lowers its input by itself; the blocks follow it.
+            x = x.to(result.dtype)
         if adapter_names is None:
             for adapter_name in self.active_adapters:
                 if adapter_name in self.diablo_blocks:
@@ -119,10 +137,7 @@ class DiabloLinear(nn.Module, DiabloLayer):
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
         """Add one adapter's product to ``result``, which is overwritten."""
-        dropped = self.diablo_dropout[adapter_name](x)
-        return block_diagonal_linear(
-            dropped, self.diablo_blocks[adapter_name], self.diablo_layout[adapter_name], result
-        )
+        raise NotImplementedError
 
     def _check_rows(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(adapter_names) != len(x):
@@ -130,6 +145,9 @@ class DiabloLinear(nn.Module, DiabloLayer):
                 f"adapter_names has {len(adapter_names)} names and the layer's input {len(x)} rows: give one name for "
                 "each row of the batch; layers that see the tokens of all rows in one dimension cannot tell them apart."
             )
+        self._check_unmerged()
+
+    def _check_unmerged(self) -> None:
         if self.merged:
             raise ValueError(
                 f"adapter_names cannot be given while {', '.join(self.merged_adapters)} is merged; "
@@ -184,67 +202,79 @@ class DiabloLinear(nn.Module, DiabloLayer):
             self._write(others, safe_merge=False)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's update as a dense matrix of the base weight's shape, in the dtype of the blocks.
+        """The adapter's update as a dense tensor of the base weight's shape, in the dtype of the blocks.
 
         Merging does not need it; it serves conversion and inspection.
 
         Raises:
-            ValueError: the layer has no adapter of that name.
+            ValueError: the layer has no adapter of that name, or has several weights.
         """
         if adapter_name not in self.diablo_blocks:
             raise ValueError(f"This layer has no adapter {adapter_name!r}; it has {', '.join(self.diablo_blocks)}.")
-        weight, blocks = self._weight, self.diablo_blocks[adapter_name].detach()
-        delta = torch.zeros(weight.shape, dtype=blocks.dtype, device=blocks.device)
-        for tile in self.diablo_layout[adapter_name].tiles:
-            tile.of_weight(delta).copy_(tile.of_blocks(blocks))
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+        if self.weights.keys() != {"weight"}:
+            raise ValueError(f"This layer has the weights {', '.join(self.weights)}: call delta_weights().")
+        return self.delta_weights(adapter_name)["weight"]
+
+    def delta_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The adapter's updates as dense tensors of the weights' shapes, by the name of the weight."""
+        deltas = {}
+        layouts = self.layouts_of(adapter_name)
+        for name, blocks in self.blocks_of(adapter_name).items():
+            delta = torch.zeros(self._weight(name).shape, dtype=blocks.dtype, device=blocks.device)
+            write_to_diagonal(delta, blocks.detach(), layouts[name])
+            deltas[name] = self.weights[name].original(delta)
+        return deltas
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is added to the weight."""
-        return True
+        """False, but for linear layers, whose low-rank update LoRA can express."""
+        return False
 
     def __repr__(self) -> str:
         return "diablo." + super().__repr__()
 
     def extra_repr(self) -> str:
         """Each adapter's name and the shape of its blocks."""
-        return ", ".join(f"{name}: {layout.blocks_shape}" for name, layout in self.diablo_layout.items())
+        shown = []
+        for adapter_name in self.diablo_layout:
+            for name, layout in self.layouts_of(adapter_name).items():
+                weight = f".{name}" if name != "weight" else ""
+                shown.append(f"{adapter_name}{weight}: {layout.blocks_shape}")
+        return ", ".join(shown)
 
-    @property
-    def _weight(self) -> torch.Tensor:
-        """The base weight as ``(out_features, in_features)``, a view that writes through."""
-        base_layer: Any = self.get_base_layer()
-        return base_layer.weight.data.T if isinstance(base_layer, Conv1D) else base_layer.weight.data
+    def _weight(self, name: str) -> torch.Tensor:
+        """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
+        parameter: Any = self.get_base_layer()._parameters[name]
+        return self.weights[name].matrix(parameter.data)
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Merge adapters into the pristine weight."""
-        pristine = {
-            layout: [tile.of_weight(self._weight).clone() for tile in layout.tiles]
-            for layout in dict.fromkeys(self.diablo_layout[name] for name in adapter_names)
+        """Merge adapters into the pristine weights."""
+        sums: dict[tuple[str, BlockLayout], Any] = {}
+        for adapter_name in adapter_names:
+            layouts = self.layouts_of(adapter_name)
+            for name, blocks in self.blocks_of(adapter_name).items():
+                wide = torch.promote_types(self._weight(name).dtype, torch.float32)
+                key = (name, layouts[name])
+                sums[key] = sums.get(key, 0) + blocks.to(wide)
+        self._pristine = {
+            (name, layout): [tile.of_weight(self._weight(name)).clone() for tile in layout.tiles]
+            for name, layout in sums
         }
-        self._pristine, self.merged_adapters = pristine, list(adapter_names)
-        # A float64 weight must not lose half of its digits on the way.
-        wide = torch.promote_types(self._weight.dtype, torch.float32)
-        for layout in pristine:
-            blocks = sum(
-                self.diablo_blocks[name].to(wide) for name in adapter_names if self.diablo_layout[name] == layout
-            )
-            for tile in layout.tiles:
-                view = tile.of_weight(self._weight)
-                merged = (view.to(wide) + tile.of_blocks(blocks).to(view.device)).to(view.dtype)
-                if safe_merge and not torch.isfinite(merged).all():
-                    self._restore()
-                    raise ValueError(
-                        f"Merging {', '.join(adapter_names)} would put NaN or infinite values into the weight, "
-                        "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
-                    )
-                view.copy_(merged)
+        self.merged_adapters = list(adapter_names)
+        for (name, layout), blocks in sums.items():
+            weight = self._weight(name)
+            write_to_diagonal(weight, blocks, layout)
+            if safe_merge and not all(torch.isfinite(tile.of_weight(weight)).all() for tile in layout.tiles):
+                self._restore()
+                raise ValueError(
+                    f"Merging {', '.join(adapter_names)} would put NaN or infinite values into the weight, "
+                    "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
+                )
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Write the pristine diagonals back. Those of different layouts overlap, and agree where they do."""
-        for layout, diagonal in self._pristine.items():
+        for (name, layout), diagonal in self._pristine.items():
             for tile, values in zip(layout.tiles, diagonal, strict=True):
-                tile.of_weight(self._weight).copy_(values)
+                tile.of_weight(self._weight(name)).copy_(values)
         self._pristine, self.merged_adapters = {}, []

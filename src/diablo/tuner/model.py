@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import peft
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.layer import DiabloLayer, DiabloLinear
-from diablo.tuner.targets import default_target_modules, resolve_targets
+from diablo.tuner.kinds import DiabloParameters, adapt_module
+from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.targets import Target, default_target_modules, resolve_targets
 
 
 class DiabloModel(BaseTuner):
@@ -57,7 +59,10 @@ class DiabloModel(BaseTuner):
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
         targets = resolve_targets(model, peft_config)
-        self._layouts: dict[str, BlockLayout] = {target.name: target.layout for target in targets}
+        self._targets: dict[str, dict[str, BlockLayout]] = {}
+        for target in targets:
+            self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
+        self._check_not_both_kinds(targets)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -69,14 +74,50 @@ class DiabloModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        layout = self._layouts[current_key]
+        layouts = self._targets[current_key]
         if isinstance(target, DiabloLayer):
-            target.update_layer(adapter_name, layout, peft_config, inference_mode=peft_config.inference_mode)
+            target.update_layer(adapter_name, layouts, peft_config, inference_mode=peft_config.inference_mode)
             return
-        new_module = DiabloLinear(target, adapter_name, layout, peft_config)
+        new_module = (
+            DiabloParameters(target, adapter_name, layouts, peft_config)
+            if optional_kwargs.get("parameters")
+            else adapt_module(target, adapter_name, layouts["weight"], peft_config)
+        )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        names: list[str] = []
+        for module_name, layouts in self._targets.items():
+            if module_name not in self._with_parameters:
+                continue
+            parent, module, target_name = _get_submodules(model, module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, module, target_name, parent, current_key=module_name, parameters=True
+                )
+            names += [f"{module_name}.{name}" for name in layouts]
+        # PEFT before 0.21 does not take the names from what is returned.
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
+        return names
+
+    def _check_not_both_kinds(self, targets: list[Target]) -> None:
+        """Refuse what is adapted as a module and by its parameters, in this adapter or another one."""
+        self._with_parameters = {target.module for target in targets if target.parameter is not None}
+        layers = self._layers()
+        for target in targets:
+            layer = layers.get(target.module)
+            by_parameters = target.parameter is not None
+            if (target.parameter is None and target.module in self._with_parameters) or (
+                layer is not None and isinstance(layer, DiabloParameters) != by_parameters
+            ):
+                raise ValueError(
+                    f"{target.module} is adapted both as a module and by its parameters: name it in target_modules or "
+                    "in target_parameters, the same for every adapter."
+                )
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -119,13 +160,14 @@ class DiabloModel(BaseTuner):
         layouts = self._common_layouts(adapters)
         self.peft_config[adapter_name] = replace(
             configs[0],
-            target_modules=sorted(layouts),
+            target_modules=sorted(name for name, parameter in layouts if parameter is None),
+            target_parameters=sorted(f"{name}.{parameter}" for name, parameter in layouts if parameter) or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
             # The names are whole, and an expression matches the end of a name.
             block_pattern={
-                name.replace(".", r"\."): layout.num_blocks
+                ".".join(filter(None, name)).replace(".", r"\."): layout.num_blocks
                 for name, layout in layouts.items()
                 if layout.num_blocks != configs[0].num_blocks
             },
@@ -136,33 +178,37 @@ class DiabloModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         for layer in self._layers().values():
-            if adapter_name not in layer.diablo_blocks:
-                continue
-            target = layer.diablo_blocks[adapter_name]
-            target.requires_grad_(False)
-            target.data.zero_()
-            for name, weight in zip(adapters, weights, strict=True):
-                if name in layer.diablo_blocks:
-                    target.data.add_(layer.diablo_blocks[name].data.to(target.dtype), alpha=weight)
+            for weight_name, target in layer.blocks_of(adapter_name).items():
+                target.requires_grad_(False)
+                target.data.zero_()
+                for name, weight in zip(adapters, weights, strict=True):
+                    if (blocks := layer.blocks_of(name).get(weight_name)) is not None:
+                        target.data.add_(blocks.data.to(target.dtype), alpha=weight)
 
-    def _common_layouts(self, adapters: list[str]) -> dict[str, BlockLayout]:
-        """The layout of each layer that one of the adapters touches, by the layer's name."""
-        layouts: dict[str, BlockLayout] = {}
+    def _common_layouts(self, adapters: list[str]) -> dict[tuple[str, str | None], BlockLayout]:
+        """The layout of each module or parameter (its name in the module) that one of the adapters touches."""
+        layouts: dict[tuple[str, str | None], BlockLayout] = {}
         for layer_name, layer in self._layers().items():
-            found = {name: layer.diablo_layout[name] for name in adapters if name in layer.diablo_layout}
-            if len(set(found.values())) > 1:
-                raise ValueError(
-                    f"The adapters cut {layer_name} into different blocks "
-                    f"({', '.join(f'{name}: {layout.num_blocks}' for name, layout in found.items())}), whose sum is "
-                    "not block-diagonal in either layout: combine adapters of equal num_blocks, or activate them "
-                    "together with set_adapter, which adds them up."
-                )
-            if found:
-                layouts[layer_name] = next(iter(found.values()))
+            for weight_name in layer.weights:
+                found = {
+                    name: layer.layouts_of(name)[weight_name]
+                    for name in adapters
+                    if weight_name in layer.layouts_of(name)
+                }
+                if len(set(found.values())) > 1:
+                    raise ValueError(
+                        f"The adapters cut {layer_name} into different blocks "
+                        f"({', '.join(f'{name}: {layout.num_blocks}' for name, layout in found.items())}), whose sum "
+                        "is not block-diagonal in either layout: combine adapters of equal num_blocks, or activate "
+                        "them together with set_adapter, which adds them up."
+                    )
+                if found:
+                    parameter = weight_name if isinstance(layer, DiabloParameters) else None
+                    layouts[layer_name, parameter] = next(iter(found.values()))
         return layouts
 
-    def _layers(self) -> dict[str, DiabloLinear]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLinear)}
+    def _layers(self) -> dict[str, DiabloLayer]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLayer)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where it is merged, the weights become what they would be without it, to the bit.
@@ -180,12 +226,12 @@ class DiabloModel(BaseTuner):
         super()._check_merge_allowed()
         owners: dict[int, list[str]] = {}
         for name, module in self.model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None and not weight.is_meta:
-                owners.setdefault(weight.data_ptr(), []).append(name.removesuffix(".base_layer"))
+            for weight in module._parameters.values():
+                if weight is not None and not weight.is_meta:
+                    owners.setdefault(weight.data_ptr(), []).append(name.removesuffix(".base_layer"))
         for name, layer in self._layers().items():
-            base_layer: Any = layer.get_base_layer()
-            sharing = owners.get(base_layer.weight.data_ptr(), [])
+            base_layer = layer.get_base_layer()
+            sharing = max((owners.get(base_layer.get_parameter(own).data_ptr(), []) for own in layer.weights), key=len)
             if len(sharing) > 1:
                 raise ValueError(
                     f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}: merging "
@@ -199,8 +245,8 @@ class DiabloModel(BaseTuner):
         error_msgs: list[str] = args[-1]
         expected = {f"{prefix}model.{layer}.{key}" for layer, key in self._block_keys()}
         given = {key for key in state_dict if ".diablo_blocks" in key}
-        adapters = {key.rpartition(".")[2] for key in given}
-        missing = sorted(key for key in expected - given if key.rpartition(".")[2] in adapters)
+        adapters = {_adapter_of(key) for key in given}
+        missing = sorted(key for key in expected - given if _adapter_of(key) in adapters)
         unexpected = sorted(given - expected)
         if not given and not any(key in state_dict for key in self.state_dict(prefix=prefix)):
             missing = sorted(expected)
@@ -212,8 +258,9 @@ class DiabloModel(BaseTuner):
 
     def _block_keys(self) -> Iterator[tuple[str, str]]:
         for layer_name, layer in self._layers().items():
-            for adapter_name in layer.diablo_blocks:
-                yield layer_name, f"diablo_blocks.{adapter_name}"
+            for key, _ in layer.named_parameters():
+                if key.startswith("diablo_blocks."):
+                    yield layer_name, key
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -254,6 +301,10 @@ class DiabloModel(BaseTuner):
             return set()
         model: Any = self.model
         return set(model.get_encoder().modules())
+
+
+def _adapter_of(key: str) -> str:
+    return key.rpartition("diablo_blocks.")[2].partition(".")[0]
 
 
 def _give_names(

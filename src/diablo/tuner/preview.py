@@ -16,20 +16,21 @@ from diablo.tuner.targets import (
     Target,
     base_layer_of,
     default_target_modules,
-    linear_shape,
     modules_outside_adapters,
+    other_parameters,
     resolve_targets,
 )
+from diablo.tuner.weights import module_weight
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module with a weight matrix that a configuration leaves alone.
+    """A module with a weight matrix, or a parameter by itself, that a configuration leaves alone.
 
     Attributes:
-        name: the module's full name in the model.
-        module_type: name of its class.
-        shape: shape of its weight.
+        name: its full name in the model.
+        module_type: name of the module's class.
+        shape: shape of the weight.
         reason: why it is not adapted.
     """
 
@@ -60,7 +61,7 @@ class TargetPreview:
         adapted: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for target in self.targets:
             layout = target.layout
-            stored = f"{layout.num_stored_blocks} x {layout.block_in} x {layout.block_out}"
+            stored = " x ".join(map(str, layout.blocks_shape))
             sizes = f"{layout.in_features} -> {layout.out_features}"
             adapted[target.kind, sizes, stored].append(layout.num_parameters)
         rows: list[tuple[str, ...]] = [("adapted", "in -> out", "blocks", "layers", "parameters")]
@@ -94,12 +95,18 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
         )
     targets = resolve_targets(model, config)
     names = {target.name for target in targets}
+    by_themselves = {name: (module, parameter) for name, module, parameter in other_parameters(model)}
     skipped = []
     for name, module in modules_outside_adapters(model):
         base_layer: Any = base_layer_of(module)
         weight = base_layer._parameters.get("weight")
-        if name not in names and weight is not None and weight.dim() > 1:
+        own = f"{name}.weight" in names or f"{name}.weight" in by_themselves
+        if name not in names and not own and weight is not None and weight.dim() > 1:
             skipped.append(Skipped(name, type(base_layer).__name__, tuple(weight.shape), _reason(config, name, module)))
+    for name, (module, parameter) in by_themselves.items():
+        if name not in names:
+            value = module.get_parameter(parameter)
+            skipped.append(Skipped(name, type(module).__name__, tuple(value.shape), "not in target_parameters"))
     return TargetPreview(targets, skipped)
 
 
@@ -110,8 +117,10 @@ def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:
             setattr(without, setting, None)
         if check_target_module_exists(without, name):
             return f"left out by {settings[0]}"
-    if linear_shape(base_layer_of(module)) is None:
-        return "no linear layer"
+    try:
+        module_weight(base_layer_of(module))
+    except TypeError:
+        return "not supported"
     return "not in target_modules"
 
 

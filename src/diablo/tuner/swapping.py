@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.layer import DiabloLinear
+from diablo.tuner.layer import DiabloLayer
 
 
 @torch.no_grad()
@@ -62,5 +62,5 @@ def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default
         for key, target in targets.items():
             target.copy_(saved.get_tensor(key))
     for module in peft_model.modules():
-        if isinstance(module, DiabloLinear) and adapter_name in module.merged_adapters:
+        if isinstance(module, DiabloLayer) and adapter_name in module.merged_adapters:
             module.refresh_merge()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.weights import SUPPORTED, Weight, linear_shape, module_weight, parameter_weight
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the paper adapts ("qkvud"), by their names in Llama-like models."""
@@ -22,40 +23,27 @@ PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Target:
-    """A module that a configuration adapts.
+    """A module, or a parameter by itself, that a configuration adapts.
 
     Attributes:
-        name: the module's full name in the model.
+        name: its full name in the model.
         layout: the geometry of its blocks.
+        parameter: the parameter's own name where it is adapted by itself; None for a module.
     """
 
     name: str
     layout: BlockLayout
+    parameter: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Full name of the module, or of that which holds the parameter."""
+        return self.name if self.parameter is None else self.name.removesuffix(f".{self.parameter}")
 
     @property
     def kind(self) -> str:
         """The last part of the name."""
         return self.name.rpartition(".")[2]
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a module that can be adapted; None where it cannot."""
-    weight: Any = getattr(module, "weight", None)
-    # Quantized layers are often subclasses of nn.Linear, and keep integers or a tensor class of their own.
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight):
-        return None
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return None
-
-
-def _is_packed(weight: torch.Tensor) -> bool:
-    """Whether a weight is of a class that a quantization library defines: its values are not laid out as its shape."""
-    return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(
-        "torch.ao"
-    )
 
 
 def default_target_modules(model: nn.Module, model_type: str | None) -> set[str] | str:
@@ -104,31 +92,34 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
     bypassed: list[str] = []
     misfits: dict[str, list[str]] = {}
     unused_patterns = set(config.block_pattern)
-    for name, module in modules_outside_adapters(model):
-        if not check_target_module_exists(config, name):
-            continue
+    for name, parameter in _candidates(model, config):
         pattern = get_pattern_key(list(config.block_pattern), name)
         unused_patterns.discard(pattern)
-        parent = model.get_submodule(name.rpartition(".")[0])
+        module_name = name if parameter is None else name.removesuffix(f".{parameter}")
+        parent = model.get_submodule(module_name.rpartition(".")[0])
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             bypassed.append(name)
             continue
-        shape = linear_shape(base_layer_of(module))
-        if shape is None:
-            unsupported.append(f"{name} ({type(base_layer_of(module)).__name__})")
+        try:
+            weight = _weight(model, module_name, parameter)
+        except TypeError as reason:
+            unsupported.append(f"{name} ({reason})")
             continue
         num_blocks = config.block_pattern.get(pattern, config.num_blocks)
-        if num_blocks > min(shape):
+        most = min(weight.in_features, weight.out_features)
+        if num_blocks > most:
             fault = (
-                f"(in_features={shape[0]}, out_features={shape[1]}) takes at most {min(shape)} blocks, not {num_blocks}"
+                f"(in_features={weight.in_features}, out_features={weight.out_features}) takes at most {most} blocks, "
+                f"not {num_blocks}"
             )
             misfits.setdefault(fault, []).append(name)
             continue
-        targets.append(Target(name, BlockLayout(*shape, num_blocks)))
+        targets.append(Target(name, weight.layout(num_blocks), parameter))
     if unsupported:
         raise TypeError(
-            f"DiaBlo adapts nn.Linear and transformers' Conv1D that are not quantized; the target modules "
-            f"{config.target_modules!r} also match {_listed(unsupported)}: narrow them or use exclude_modules."
+            f"DiaBlo adapts {SUPPORTED}, none of them quantized, and with target_parameters parameters of 2 or 3 "
+            f"dimensions; {_targets_in_words(config)} also match {_listed(unsupported)}: narrow them or use "
+            "exclude_modules."
         )
     if bypassed:
         raise TypeError(
@@ -144,13 +135,19 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
         )
     if not targets:
         raise ValueError(
-            f"The target modules {_as_given(config.target_modules)} match nothing in {type(model).__name__}"
-            f"{_after_filters(config)}; its linear layers are {_listed(linear_kinds(model))}."
+            f"{_targets_in_words(config)} match nothing in {type(model).__name__}{_after_filters(config)}; its linear "
+            f"layers are {_listed(linear_kinds(model))}{_other_parameters(model)}."
         )
     if absent := [name for name in _names(config.target_modules) if not matches_any(name, model)]:
         raise ValueError(
             f"target_modules has {_listed(absent)}, which match no module of {type(model).__name__}; its linear layers "
             f"are {_listed(linear_kinds(model))}."
+        )
+    found = [target.name for target in targets if target.parameter is not None]
+    if absent := [name for name in config.target_parameters or () if not _ends_one_of(name, found)]:
+        raise ValueError(
+            f"target_parameters has {_listed(absent)}, which match no parameter of {type(model).__name__}"
+            f"{_after_filters(config)}{_other_parameters(model)}."
         )
     if unused_patterns:
         raise ValueError(
@@ -178,6 +175,73 @@ def base_layer_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def other_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """What only ``target_parameters`` can adapt: full name, module and own name of each parameter."""
+    return [
+        (f"{name}.{parameter}", base_layer_of(module), parameter)
+        for name, module in modules_outside_adapters(model)
+        for parameter in _adaptable_parameters(base_layer_of(module))
+    ]
+
+
+def _candidates(model: nn.Module, config: DiabloConfig) -> list[tuple[str, str | None]]:
+    """The modules and parameters that the names in ``config`` match: full name, and a parameter's own name."""
+    names: list[tuple[str, str | None]] = []
+    parameters = copy.copy(config)
+    # PEFT's matching of modules, filters included, serves for parameters as well.
+    parameters.target_modules = set(config.target_parameters or ())
+    for name, module in modules_outside_adapters(model):
+        if check_target_module_exists(config, name):
+            names.append((name, None))
+        if config.target_parameters:
+            for parameter, value in base_layer_of(module)._parameters.items():
+                full_name = f"{name}.{parameter}"
+                if value is not None and check_target_module_exists(parameters, full_name):
+                    names.append((full_name, parameter))
+    return names
+
+
+def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight:
+    module = model.get_submodule(module_name)
+    base_layer = base_layer_of(module)
+    if parameter is not None:
+        return parameter_weight(base_layer, parameter)
+    try:
+        return module_weight(base_layer)
+    except TypeError as reason:
+        if own := _adaptable_parameters(base_layer):
+            raise TypeError(f"{reason}; name its {_listed(own)} in target_parameters instead") from None
+        raise
+
+
+def _adaptable_parameters(module: nn.Module) -> list[str]:
+    names = []
+    for name, value in module._parameters.items():
+        if value is not None:
+            with suppress(TypeError):
+                parameter_weight(module, name)
+                names.append(name)
+    return names
+
+
+def _ends_one_of(name: str, full_names: list[str]) -> bool:
+    return any(full_name == name or full_name.endswith(f".{name}") for full_name in full_names)
+
+
+def _targets_in_words(config: DiabloConfig) -> str:
+    words = []
+    if config.target_modules or not config.target_parameters:
+        words.append(f"the target modules {_as_given(config.target_modules)!r}")
+    if config.target_parameters:
+        words.append(f"the target parameters {config.target_parameters!r}")
+    return " and ".join(words)
+
+
+def _other_parameters(model: nn.Module) -> str:
+    kinds = Counter(".".join(name.split(".")[-2:]) for name, _, _ in other_parameters(model))
+    return f"; parameters that target_parameters takes are {_listed(kinds)}" if kinds else ""
+
+
 def _names(target_modules: Any) -> list[str]:
     """The names of a list of targets; none where it is an expression."""
     return [] if isinstance(target_modules, str) else sorted(target_modules)
@@ -185,8 +249,7 @@ def _names(target_modules: Any) -> list[str]:
 
 def matches_any(target: str, model: nn.Module) -> bool:
     """Whether a name, or end of a name, is that of any module."""
-    names = [name for name, _ in modules_outside_adapters(model)]
-    return any(name == target or name.endswith(f".{target}") for name in names)
+    return _ends_one_of(target, [name for name, _ in modules_outside_adapters(model)])
 
 
 def _as_given(target_modules: Any) -> Any:

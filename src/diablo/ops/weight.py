@@ -1,0 +1,69 @@
+"""A weight with blocks added to its diagonal, for modules that compute with it in ways of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diablo.layout import BlockLayout
+
+
+def add_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """A copy of ``weight`` with ``blocks`` added to its diagonal, to the bit what merging would make of it.
+
+    Args:
+        weight: ``(*stack, out_features, in_features)``, of any strides, which the copy keeps.
+        blocks: ``(*stack, N, d_in, d_out)``, of ``layout.blocks_shape``.
+        layout: the geometry.
+
+    Returns:
+        A tensor of the shape and dtype of ``weight``. Derivatives of any order work.
+    """
+    return _AddToDiagonal.apply(weight, blocks, layout)
+
+
+@torch.no_grad()
+def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> None:
+    """Add ``blocks`` to the diagonal of ``weight`` in place, rounding once.
+
+    The sum is formed in fp32, or in the weight's dtype where that is wider.
+    """
+    # A float64 weight must not lose half of its digits on the way.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for tile in layout.tiles:
+        view = tile.of_weight(weight)
+        view.copy_(view.to(wide) + tile.of_blocks(blocks).to(view.device, wide))
+
+
+class _AddToDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+        ctx.layout, ctx.dtype = layout, blocks.dtype
+        total = weight.clone()
+        write_to_diagonal(total, blocks, layout)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        grad_blocks = _TakeDiagonal.apply(grad, ctx.layout, ctx.dtype) if ctx.needs_input_grad[1] else None
+        return grad if ctx.needs_input_grad[0] else None, grad_blocks, None
+
+
+class _TakeDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
+        ctx.layout, ctx.dtype = layout, weight.dtype
+        ctx.shape = weight.shape
+        # Entries outside the matrix are in no tile: they keep the zero.
+        blocks = weight.new_zeros(layout.blocks_shape, dtype=dtype)
+        for tile in layout.tiles:
+            tile.of_blocks(blocks).copy_(tile.of_weight(weight))
+        return blocks
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        zeros = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return _AddToDiagonal.apply(zeros, grad, ctx.layout), None, None

@@ -1,0 +1,119 @@
+"""How the weights of the supported modules are read as matrices of ``(out_features, in_features)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from diablo.layout import BlockLayout
+
+SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d of one group, and nn.Embedding"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight, read as a stack of matrices.
+
+    Attributes:
+        in_features: length of the input of each matrix: channels for a convolution, the vocabulary for an embedding.
+        out_features: length of its output.
+        stack: the positions of a convolution's kernel, the experts of a mixture; empty for one matrix.
+        order: the dimensions of the weight in the order ``(*stack, out_features, in_features)``.
+    """
+
+    in_features: int
+    out_features: int
+    stack: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as ``(*stack, out_features, in_features)``, a view that writes through."""
+        return weight.permute(self.order)
+
+    def original(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`matrix`, a view."""
+        return matrix.permute(tuple(self.order.index(dimension) for dimension in range(len(self.order))))
+
+    def layout(self, num_blocks: int) -> BlockLayout:
+        """The layout that cuts each matrix into ``num_blocks``."""
+        return BlockLayout(self.in_features, self.out_features, num_blocks, self.stack)
+
+
+def module_weight(module: nn.Module) -> Weight:
+    """How the weight of a module is read that DiaBlo adapts as a module.
+
+    Raises:
+        TypeError: the module cannot be adapted; the message is the reason, to be put after the module's name.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"a {type(module).__name__}, which has no weight")
+    # Quantized layers are often subclasses of nn.Linear, and keep integers or a tensor class of their own.
+    if not weight.is_floating_point() or _is_packed(weight):
+        raise TypeError(f"a {type(module).__name__} with a quantized weight")
+    if isinstance(module, nn.Linear):
+        return Weight(module.in_features, module.out_features, (), (0, 1))
+    if isinstance(module, Conv1D):
+        return Weight(module.nx, module.nf, (), (1, 0))
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise TypeError("an Embedding with max_norm, which rewrites its weight in every forward")
+        return Weight(module.num_embeddings, module.embedding_dim, (), (1, 0))
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.groups != 1:
+            raise TypeError(f"a {type(module).__name__} of {module.groups} groups, whose kernel is block-diagonal")
+        kernel = range(2, weight.dim())
+        return Weight(module.in_channels, module.out_channels, tuple(module.kernel_size), (*kernel, 0, 1))
+    raise TypeError(f"a {type(module).__name__}")
+
+
+def parameter_weight(module: nn.Module, name: str) -> Weight:
+    """How a parameter is read that DiaBlo adapts by itself, whatever its module does with it.
+
+    A matrix is ``(out, in)`` and the experts of a mixture are ``(experts, out, in)``; transformers marks the modules
+    that hold ``(experts, in, out)``. Which way round it is read changes no value: the same entries are trained.
+
+    Raises:
+        TypeError: the parameter cannot be adapted; the message is the reason, to be put after the parameter's name.
+    """
+    parameter = module._parameters[name]
+    assert parameter is not None
+    if not parameter.is_floating_point() or _is_packed(parameter):
+        raise TypeError("a quantized parameter")
+    if parameter.dim() not in (2, 3):
+        raise TypeError(f"a parameter of {parameter.dim()} dimensions, where 2 or 3 are allowed")
+    try:
+        module_weight(module)
+    except TypeError:
+        pass
+    else:
+        if name == "weight":
+            raise TypeError(f"the weight of a {type(module).__name__}: name the module in target_modules instead")
+    *stack, out_features, in_features = parameter.shape
+    order = tuple(range(parameter.dim()))
+    if stack and getattr(module, "is_transposed", False):
+        out_features, in_features = in_features, out_features
+        order = (0, 2, 1)
+    return Weight(in_features, out_features, tuple(stack), order)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of a linear layer that can be adapted; None for everything else."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return None
+    try:
+        weight = module_weight(module)
+    except TypeError:
+        return None
+    return weight.in_features, weight.out_features
+
+
+def _is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class that a quantization library defines: its values are not laid out as its shape."""
+    return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(
+        "torch.ao"
+    )
