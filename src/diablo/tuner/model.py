@@ -104,6 +104,13 @@ class DiabloModel(BaseTuner):
         self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
         return names
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, DiabloParameters):
+            # PEFT hands the weight of an unloaded layer on; a module of experts has none of that name.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_not_both_kinds(self, targets: list[Target]) -> None:
         """Refuse what is adapted as a module and by its parameters, in this adapter or another one."""
         self._with_parameters = {target.module for target in targets if target.parameter is not None}
