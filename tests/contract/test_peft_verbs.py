@@ -206,6 +206,22 @@ def test_a_merged_weight_is_the_sum_rounded_once(dtype):
         assert torch.equal(layer.get_base_layer().weight, (weight.to(wide) + delta.to(wide)).to(dtype)), name
 
 
+@every_dtype
+def test_a_merged_weight_of_two_adapters_is_rounded_once(dtype):
+    case = BY_NAME["ragged"]
+    base = case.base(dtype)
+    model = fill(get_peft_model(copy.deepcopy(base), case.config()))
+    model.add_adapter("other", case.config())
+    fill(model, "other", seed=4)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"])
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, layer in tuner_layers(model).items():
+        plain = base.get_submodule(name)
+        delta = dense_delta(layer.diablo_blocks["default"].to(wide) + layer.diablo_blocks["other"].to(wide), plain)
+        assert torch.equal(layer.get_base_layer().weight, (plain.weight.to(wide) + delta).to(dtype)), name
+
+
 @every_case
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_safe_merge_refuses_values_that_are_not_finite(case, broken):
