@@ -5,6 +5,7 @@ from diablo.tuner.kinds import DiabloConv, DiabloEmbedding, DiabloLinear, Diablo
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.model import DiabloModel
 from diablo.tuner.preview import TargetPreview, preview_targets
+from diablo.tuner.quantized import DiabloQuantizedLinear
 from diablo.tuner.register import register
 from diablo.tuner.swapping import hotswap_adapter
 
@@ -16,6 +17,7 @@ __all__ = [
     "DiabloLinear",
     "DiabloModel",
     "DiabloParameters",
+    "DiabloQuantizedLinear",
     "TargetPreview",
     "hotswap_adapter",
     "preview_targets",

@@ -92,7 +92,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT looks for the device in an attribute `weight`, which a module of experts does not have.
-        if device is None:
+        if device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
@@ -121,6 +121,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        result = self._result(result)
         if x.is_floating_point():
             # Under autocast the base layer lowers its input by itself; the blocks follow it.
             x = x.to(result.dtype)
@@ -133,6 +134,10 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             if adapter_name in self.diablo_blocks:
                 rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
                 result[rows] = self._add_update(x[rows], adapter_name, result[rows])
+        return result
+
+    def _result(self, result: torch.Tensor) -> torch.Tensor:
+        """The base layer's output as a tensor that may be written into."""
         return result
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
@@ -249,13 +254,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
-        sums: dict[tuple[str, BlockLayout], Any] = {}
-        for adapter_name in adapter_names:
-            layouts = self.layouts_of(adapter_name)
-            for name, blocks in self.blocks_of(adapter_name).items():
-                wide = torch.promote_types(self._weight(name).dtype, torch.float32)
-                key = (name, layouts[name])
-                sums[key] = sums.get(key, 0) + blocks.to(wide)
+        sums = self._summed(adapter_names, self._weight(next(iter(self.weights))).dtype)
         self._pristine = {
             (name, layout): [tile.of_weight(self._weight(name)).clone() for tile in layout.tiles]
             for name, layout in sums
@@ -266,10 +265,23 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             write_to_diagonal(weight, blocks, layout)
             if safe_merge and not all(torch.isfinite(tile.of_weight(weight)).all() for tile in layout.tiles):
                 self._restore()
-                raise ValueError(
-                    f"Merging {', '.join(adapter_names)} would put NaN or infinite values into the weight, "
-                    "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
-                )
+                raise self._not_finite(adapter_names)
+
+    def _summed(self, adapter_names: list[str], dtype: torch.dtype) -> dict[tuple[str, BlockLayout], torch.Tensor]:
+        """The sum of the adapters' blocks for each weight and layout, in fp32 or in ``dtype`` where that is wider."""
+        sums: dict[tuple[str, BlockLayout], Any] = {}
+        for adapter_name in adapter_names:
+            layouts = self.layouts_of(adapter_name)
+            for name, blocks in self.blocks_of(adapter_name).items():
+                key = (name, layouts[name])
+                sums[key] = sums.get(key, 0) + blocks.to(torch.promote_types(dtype, torch.float32))
+        return sums
+
+    def _not_finite(self, adapter_names: list[str]) -> ValueError:
+        return ValueError(
+            f"Merging {', '.join(adapter_names)} would put NaN or infinite values into the weight, "
+            "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
+        )
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import peft
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -18,6 +19,7 @@ from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.quantized import DiabloQuantizedLinear, quantization_backend
 from diablo.tuner.targets import Target, default_target_modules, resolve_targets
 
 
@@ -81,11 +83,19 @@ class DiabloModel(BaseTuner):
         new_module = (
             DiabloParameters(target, adapter_name, layouts, peft_config)
             if optional_kwargs.get("parameters")
-            else adapt_module(target, adapter_name, layouts["weight"], peft_config)
+            else self._adapt_module(target, adapter_name, layouts["weight"], peft_config)
         )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _adapt_module(
+        self, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
+    ) -> DiabloLayer:
+        backend = quantization_backend(module, self.model)
+        if backend is not None:
+            return DiabloQuantizedLinear(module, adapter_name, layout, config, backend)
+        return adapt_module(module, adapter_name, layout, config)
 
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -105,8 +115,8 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloParameters):
-            # PEFT hands the weight of an unloaded layer on; a module of experts has none of that name.
+        if isinstance(child, DiabloLayer):
+            # PEFT hands the weight of an unloaded layer on; experts and some quantized layers have none of that name.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -235,10 +245,12 @@ class DiabloModel(BaseTuner):
         for name, module in self.model.named_modules():
             for weight in module._parameters.values():
                 if weight is not None and not weight.is_meta:
-                    owners.setdefault(weight.data_ptr(), []).append(name.removesuffix(".base_layer"))
+                    owners.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
         for name, layer in self._layers().items():
             base_layer = layer.get_base_layer()
-            sharing = max((owners.get(base_layer.get_parameter(own).data_ptr(), []) for own in layer.weights), key=len)
+            sharing = max(
+                (owners.get(_identity(base_layer._parameters.get(own)), []) for own in layer.weights), key=len
+            )
             if len(sharing) > 1:
                 raise ValueError(
                     f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}: merging "
@@ -308,6 +320,12 @@ class DiabloModel(BaseTuner):
             return set()
         model: Any = self.model
         return set(model.get_encoder().modules())
+
+
+def _identity(weight: torch.Tensor | None) -> int:
+    """What two parameters have in common that share their values."""
+    # The tensor classes of quantization libraries have no memory of their own.
+    return weight.data_ptr() if weight is not None and type(weight) is nn.Parameter else id(weight)
 
 
 def _adapter_of(key: str) -> str:

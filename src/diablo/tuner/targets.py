@@ -15,6 +15,7 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.quantized import quantization_backend
 from diablo.tuner.weights import SUPPORTED, Weight, linear_shape, module_weight, parameter_weight
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -117,8 +118,8 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
         targets.append(Target(name, weight.layout(num_blocks), parameter))
     if unsupported:
         raise TypeError(
-            f"DiaBlo adapts {SUPPORTED}, none of them quantized, and with target_parameters parameters of 2 or 3 "
-            f"dimensions; {_targets_in_words(config)} also match {_listed(unsupported)}: narrow them or use "
+            f"DiaBlo adapts {SUPPORTED}, linear layers also quantized, and with target_parameters parameters of 2 "
+            f"or 3 dimensions; {_targets_in_words(config)} also match {_listed(unsupported)}: narrow them or use "
             "exclude_modules."
         )
     if bypassed:
@@ -207,6 +208,7 @@ def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight
     if parameter is not None:
         return parameter_weight(base_layer, parameter)
     try:
+        quantization_backend(base_layer, model)
         return module_weight(base_layer)
     except TypeError as reason:
         if own := _adaptable_parameters(base_layer):

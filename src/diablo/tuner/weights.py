@@ -49,12 +49,10 @@ def module_weight(module: nn.Module) -> Weight:
     Raises:
         TypeError: the module cannot be adapted; the message is the reason, to be put after the module's name.
     """
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"a {type(module).__name__}, which has no weight")
-    # Quantized layers are often subclasses of nn.Linear, and keep integers or a tensor class of their own.
-    if not weight.is_floating_point() or _is_packed(weight):
-        raise TypeError(f"a {type(module).__name__} with a quantized weight")
+    if is_quantized(module):
+        if isinstance(module, nn.Embedding):
+            raise TypeError(f"a quantized {type(module).__name__}, of which only linear layers can be adapted")
+        return Weight(int(module.in_features), int(module.out_features), (), (0, 1))  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         return Weight(module.in_features, module.out_features, (), (0, 1))
     if isinstance(module, Conv1D):
@@ -66,7 +64,7 @@ def module_weight(module: nn.Module) -> Weight:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.groups != 1:
             raise TypeError(f"a {type(module).__name__} of {module.groups} groups, whose kernel is block-diagonal")
-        kernel = range(2, weight.dim())
+        kernel = range(2, module.weight.dim())
         return Weight(module.in_channels, module.out_channels, tuple(module.kernel_size), (*kernel, 0, 1))
     raise TypeError(f"a {type(module).__name__}")
 
@@ -102,14 +100,25 @@ def parameter_weight(module: nn.Module, name: str) -> Weight:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a linear layer that can be adapted; None for everything else."""
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    """``(in_features, out_features)`` of a linear layer, which may be quantized; None for everything else."""
+    if not isinstance(module, (nn.Linear, Conv1D)) and not is_quantized(module):
         return None
     try:
         weight = module_weight(module)
     except TypeError:
         return None
     return weight.in_features, weight.out_features
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a quantization library holds the weight of a layer, whose sizes are known all the same."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")) and not isinstance(
+        module, nn.Embedding
+    ):
+        return False
+    weight: Any = getattr(module, "weight", None)
+    # Such layers are often subclasses of nn.Linear, and keep integers, a tensor class of their own, or other names.
+    return not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight)
 
 
 def _is_packed(weight: torch.Tensor) -> bool:

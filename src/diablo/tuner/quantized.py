@@ -1,0 +1,123 @@
+"""Linear layers whose weight a quantization library holds: the blocks stand beside it, and merging quantizes again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from diablo.layout import BlockLayout
+from diablo.ops.weight import write_to_diagonal
+from diablo.tuner.config import DiabloConfig
+from diablo.tuner.kinds import DiabloLinear
+from diablo.tuner.weights import is_quantized
+
+
+def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
+    """PEFT's access to the weight of a quantized layer.
+
+    Args:
+        module: the layer.
+        model: the whole model, which torchao's settings are read from.
+
+    Returns:
+        A ``peft.utils.quantization_utils.QuantizationBackend``; None where the layer is not quantized.
+
+    Raises:
+        TypeError: the layer is quantized in a way that PEFT does not know; the message is the reason.
+    """
+    if not is_quantized(module):
+        return None
+    try:
+        from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+    except ImportError:
+        raise TypeError(f"a quantized {type(module).__name__}, which needs PEFT 0.20 or newer") from None
+    try:
+        backend = resolve_quantization_backend(module, **get_quantization_kwargs(model))
+    except ValueError as error:
+        raise TypeError(f"a quantized {type(module).__name__}: {error}") from None
+    if backend is None or backend.layer_type != "linear":
+        raise TypeError(f"a quantized {type(module).__name__}, which PEFT does not know")
+    return backend
+
+
+class DiabloQuantizedLinear(DiabloLinear):
+    """A quantized linear layer with DiaBlo adapters.
+
+    Merging dequantizes the weight, adds the blocks and quantizes again, which rounds the whole weight anew. The layer
+    as it was is kept meanwhile, so that unmerging is exact.
+
+    Args:
+        base_layer: the quantized layer.
+        adapter_name: name of its first adapter.
+        layout: geometry of that adapter's blocks.
+        config: that adapter's settings.
+        backend: PEFT's access to the weight, from :func:`quantization_backend`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig, backend: Any
+    ) -> None:
+        super().__init__(base_layer, adapter_name, layout, config)
+        self.quantization_backend: Any = backend
+        # Outside of the modules that torch sees: its parameters are no part of the model while adapters are merged.
+        self._unmerged: list[nn.Module] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add blocks to the dequantized weight and quantize the sum again.
+
+        Args:
+            safe_merge: refuse blocks that would put a NaN or an infinity into the weight, and leave it untouched.
+            adapter_names: adapters to merge; the active ones where None.
+
+        Raises:
+            ValueError: the library cannot quantize again, or ``safe_merge`` found a value that is not finite.
+        """
+        if not self.quantization_backend.supports_merge:
+            raise ValueError(
+                f"A weight that {self.quantization_backend.backend_name} has quantized cannot be merged into: merge "
+                "into the model before quantization, or use the adapter unmerged."
+            )
+        super().merge(safe_merge, adapter_names)
+
+    def _result(self, result: torch.Tensor) -> torch.Tensor:
+        # Some libraries return a view made by a function of theirs, into which autograd lets nobody write.
+        return result.clone()
+
+    def _dequantized(self) -> torch.Tensor:
+        # On some CPUs bitsandbytes rearranges a weight in the first evaluation, which its dequantization does not
+        # know; making a state dict puts it back.
+        self.get_base_layer().state_dict()
+        return self.quantization_backend.get_base_weight(self.get_base_layer()).detach()
+
+    @torch.no_grad()
+    def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
+        weight = self._dequantized().clone()
+        for (_, layout), blocks in self._summed(adapter_names, weight.dtype).items():
+            write_to_diagonal(weight, blocks, layout)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise self._not_finite(adapter_names)
+        warnings.warn(
+            f"Merging into a weight of {self.quantization_backend.backend_name} quantizes it again, which rounds "
+            "all of it: outputs differ a little from those of the unmerged adapter.",
+            stacklevel=4,
+        )
+        self._unmerged = [self.base_layer]
+        self.base_layer = copy.deepcopy(self.base_layer)
+        self.quantization_backend.set_base_weight(self, weight)
+        self.merged_adapters = list(adapter_names)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        (self.base_layer,) = self._unmerged
+        self._unmerged, self.merged_adapters = [], []
+
+    def delta_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The adapter's update as a dense ``(out_features, in_features)`` tensor, in the dtype of the blocks."""
+        blocks = self.diablo_blocks[adapter_name].detach()
+        delta = blocks.new_zeros(self.out_features, self.in_features)
+        write_to_diagonal(delta, blocks, self.diablo_layout[adapter_name])
+        return {"weight": delta}
