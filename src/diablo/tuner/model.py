@@ -19,7 +19,7 @@ from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
-from diablo.tuner.quantized import DiabloQuantizedLinear, quantization_backend
+from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
 from diablo.tuner.targets import Target, default_target_modules, resolve_targets
 
 
@@ -65,6 +65,7 @@ class DiabloModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
         self._check_not_both_kinds(targets)
+        keep_backward(model)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -88,6 +89,13 @@ class DiabloModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def train(self, mode: bool = True) -> DiabloModel:
+        """Set training mode, in which every quantized layer, adapted or not, has to have a backward."""
+        if mode:
+            check_backward(self.model, "Training")
+        super().train(mode)
+        return self
 
     def _adapt_module(
         self, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig

@@ -44,6 +44,34 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
     return backend
 
 
+def keep_backward(model: nn.Module) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights in the first evaluation, as it does on CPUs with AVX-512 bf16.
+
+    The rearranged weight has no backward and cannot be dequantized, neither of which is an error there: training or
+    merging after an evaluation would silently be wrong, and what it offers for the way back is not exact.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_backward(model: nn.Module, doing: str) -> None:
+    """Refuse to train or merge over weights that were rearranged before the adapter was added.
+
+    Raises:
+        RuntimeError: some are; see :func:`keep_backward`.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{doing} needs the 4-bit weight of {name or type(module).__name__}, which bitsandbytes rearranged "
+                "when the model was evaluated before it had an adapter: load the model again, and add the adapter before "
+                "the first evaluation."
+            )
+
+
 class DiabloQuantizedLinear(DiabloLinear):
     """A quantized linear layer with DiaBlo adapters.
 
@@ -88,9 +116,7 @@ class DiabloQuantizedLinear(DiabloLinear):
         return result.clone()
 
     def _dequantized(self) -> torch.Tensor:
-        # On some CPUs bitsandbytes rearranges a weight in the first evaluation, which its dequantization does not
-        # know; making a state dict puts it back.
-        self.get_base_layer().state_dict()
+        check_backward(self.get_base_layer(), "Merging")
         return self.quantization_backend.get_base_weight(self.get_base_layer()).detach()
 
     @torch.no_grad()
