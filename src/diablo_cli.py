@@ -7,6 +7,7 @@ which ``diablo --help`` should not. Everything heavy is imported by the verb tha
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ Base = Annotated[str | None, typer.Option(help="Base model to use in place of th
 def main() -> None:
     """Run the command line; an error that the user can mend is a message and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where quantization libraries are installed, PEFT imports them, and they report kernels for other machines.
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -67,8 +67,8 @@ def check_backward(model: nn.Module, doing: str) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
                 f"{doing} needs the 4-bit weight of {name or type(module).__name__}, which bitsandbytes rearranged "
-                "when the model was evaluated before it had an adapter: load the model again, and add the adapter before "
-                "the first evaluation."
+                "when the model was evaluated before it had an adapter: load the model again, and add the adapter "
+                "before the first evaluation."
             )
 
 
