@@ -31,6 +31,8 @@ class DiabloConfig(PeftConfig):
         diablo_dropout: probability of dropping an input of the blocks in training, from 0 to below 1.
         layers_to_transform: indices of the layers to adapt; all where None.
         layers_pattern: name of the list of layers, where it is not a common one (``layers``, ``h``, ...).
+        layer_replication: ranges of layers, first to below last, of which the model is made anew, sharing the base
+            weights: ``[(0, 4), (2, 5)]`` makes layers 0, 1, 2, 3, 2, 3, 4, each with blocks of its own.
         bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained. Needs PEFT 0.21.
         modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
         init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
@@ -63,6 +65,9 @@ class DiabloConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts in."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Ranges of layers that the model is made of, sharing the base weights."}
     )
     bias: Literal["none", "all", "diablo_only"] = field(
         default="none", metadata={"help": "Biases to train: 'none', 'all' or 'diablo_only'."}

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
@@ -20,7 +20,7 @@ from diablo.tuner.config import DiabloConfig
 from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
-from diablo.tuner.targets import Target, default_target_modules, resolve_targets
+from diablo.tuner.targets import Target, default_target_modules, resolve_targets, with_replicated_layers
 
 
 class DiabloModel(BaseTuner):
@@ -60,12 +60,28 @@ class DiabloModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
-        targets = resolve_targets(model, peft_config)
+        ranges = self._new_layer_ranges(peft_config)
+        targets = resolve_targets(with_replicated_layers(model, peft_config) if ranges else model, peft_config)
         self._targets: dict[str, dict[str, BlockLayout]] = {}
         for target in targets:
             self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
         self._check_not_both_kinds(targets)
+        if ranges:
+            replicate_layers(model, ranges)
         keep_backward(model)
+
+    def _new_layer_ranges(self, peft_config: DiabloConfig) -> list[tuple[int, int]] | None:
+        """The layers that the model has to be made of anew; None where it is as the adapter needs it."""
+        configs: list[Any] = list(self.peft_config.values())
+        others = [config.layer_replication for config in configs if config is not peft_config]
+        if not others:
+            return peft_config.layer_replication
+        if peft_config.layer_replication != others[0]:
+            raise ValueError(
+                f"layer_replication={peft_config.layer_replication!r} differs from that of the model's first adapter, "
+                f"{others[0]!r}: all adapters of a model have the same layers."
+            )
+        return None
 
     def _create_and_replace(  # type: ignore[override]
         self,

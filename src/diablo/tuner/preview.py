@@ -19,6 +19,7 @@ from diablo.tuner.targets import (
     modules_outside_adapters,
     other_parameters,
     resolve_targets,
+    with_replicated_layers,
 )
 from diablo.tuner.weights import module_weight
 
@@ -89,6 +90,7 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
             adapter is added.
     """
     config = copy.deepcopy(config)
+    model = with_replicated_layers(model, config)
     if config.target_modules is None:
         config.target_modules = default_target_modules(
             model, getattr(getattr(model, "config", None), "model_type", None)

@@ -8,7 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+    clone_module,
+    replicate_layers,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -156,6 +162,26 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
             f"these are of the kinds {_listed(Counter(target.kind for target in targets))}."
         )
     return targets
+
+
+def with_replicated_layers(model: nn.Module, config: DiabloConfig) -> nn.Module:
+    """The model that ``config.layer_replication`` makes, for looking at: a copy that shares all tensors.
+
+    Raises:
+        ValueError: a range is outside of the model's layers, or these cannot be found.
+    """
+    if not config.layer_replication:
+        return model
+    copied = clone_module(model, share_weights=True)
+    try:
+        replicate_layers(copied, config.layer_replication)
+    except (IndexError, TypeError):
+        raise ValueError(
+            f"layer_replication={config.layer_replication!r} must be a list of ranges (first, below last) of the "
+            f"model's layers, of which {type(model).__name__} has "
+            f"{getattr(getattr(model, 'config', None), 'num_hidden_layers', 'another number')}."
+        ) from None
+    return copied
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
