@@ -1,0 +1,209 @@
+"""Adapters in the training loops that people use: transformers' Trainer, TRL's trainers, accelerate, two processes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import assert_same_bits, base_weights, fill, mlp
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from diablo import DiabloConfig
+
+IDS = torch.randint(3, 60, (16, 12), generator=torch.Generator().manual_seed(0))
+
+
+def config() -> DiabloConfig:
+    return DiabloConfig(num_blocks=4, task_type="CAUSAL_LM")
+
+
+def base(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def blocks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.detach().clone() for name, p in model.named_parameters() if ".diablo_blocks." in name}
+    assert found
+    return found
+
+
+def settings(folder: Path, **more) -> dict:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_steps": 6,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 1,
+        **more,
+    }
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_only_blocks_moved(model: torch.nn.Module, folder: Path) -> None:
+    assert_same_bits(base_weights(model), base_weights(base(folder)))
+    assert all((block != 0).any() for block in blocks(model).values())
+
+
+def trainer(tiny_model: Path, folder: Path, model=None, **more) -> Trainer:
+    torch.manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    model = model or get_peft_model(base(tiny_model), config())
+    return Trainer(model, TrainingArguments(**settings(folder, **more)), train_dataset=rows)
+
+
+def test_transformers_trainer_saves_and_resumes_to_the_bit(tiny_model, tmp_path):
+    whole = trainer(tiny_model, tmp_path / "whole", save_steps=3)
+    whole.train()
+    assert_only_blocks_moved(whole.model, tiny_model)
+    assert losses(whole)[-1] < losses(whole)[0]
+    saved = load_file(tmp_path / "whole" / "checkpoint-3" / "adapter_model.safetensors")
+    assert all(key.endswith(".diablo_blocks") for key in saved)
+    resumed = trainer(tiny_model, tmp_path / "whole", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert len(losses(resumed)) == 6
+    assert_same_bits(blocks(resumed.model), blocks(whole.model))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_in_the_trainer_gives_the_same_blocks(tiny_model, tmp_path, use_reentrant):
+    plain = trainer(tiny_model, tmp_path / "plain", max_steps=3)
+    plain.train()
+    checkpointed = trainer(
+        tiny_model,
+        tmp_path / "checkpointed",
+        max_steps=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+    )
+    checkpointed.train()
+    for name, expected in blocks(plain.model).items():
+        torch.testing.assert_close(blocks(checkpointed.model)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_a_second_adapter_leaves_the_first_as_it_was(tiny_model, tmp_path):
+    model = fill(get_peft_model(base(tiny_model), config()))
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    before = blocks(model)
+    trainer(tiny_model, tmp_path, model, max_steps=2).train()
+    for name, block in blocks(model).items():
+        assert torch.equal(block, before[name]) == name.endswith(".default"), name
+
+
+def test_sft(tiny_model, tmp_path):
+    rows = [{"text": "The quick brown fox jumps over the lazy dog."}, {"text": "Equation: x = 3 + 4"}] * 4
+    sft = SFTTrainer(
+        base(tiny_model),
+        SFTConfig(**settings(tmp_path, max_length=32)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=config(),
+    )
+    sft.train()
+    assert_only_blocks_moved(sft.model, tiny_model)
+    assert losses(sft)[-1] < losses(sft)[0]
+    sft.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(base(tiny_model), tmp_path / "adapter")
+    assert_same_bits(blocks(loaded), blocks(sft.model))
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, sft.model.eval()(input_ids=IDS).logits)
+
+
+def test_dpo_takes_the_disabled_adapter_for_the_reference(tiny_model, tmp_path):
+    rows = [{"prompt": "How many?", "chosen": " x = 3 + 4", "rejected": " The dog sleeps on."}] * 8
+    dpo = DPOTrainer(
+        base(tiny_model),
+        args=DPOConfig(**settings(tmp_path, beta=0.5)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=config(),
+    )
+    dpo.train()
+    # At zero the policy is the reference, and the logistic loss of a margin of zero is ln 2.
+    assert losses(dpo)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(dpo)[-1] < 0.6
+    assert_only_blocks_moved(dpo.model, tiny_model)
+
+
+def test_grpo(tiny_model, tmp_path):
+    def reward(completions: list[str], **_) -> list[float]:
+        return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+    grpo = GRPOTrainer(
+        base(tiny_model),
+        reward,
+        args=GRPOConfig(**settings(tmp_path, max_steps=2, num_generations=4, max_completion_length=8)),
+        train_dataset=Dataset.from_list([{"prompt": "How many apples?"}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=config(),
+    )
+    grpo.train()
+    assert_only_blocks_moved(grpo.model, tiny_model)
+
+
+def test_accelerate_with_gradient_accumulation(tiny_model, tmp_path):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = get_peft_model(base(tiny_model), config())
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(IDS, batch_size=4))
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    plain = accelerator.unwrap_model(model)
+    assert_only_blocks_moved(plain, tiny_model)
+    plain.save_pretrained(tmp_path)
+    assert_same_bits(blocks(PeftModel.from_pretrained(base(tiny_model), tmp_path)), blocks(plain))
+
+
+def rows_of_mlp() -> torch.Tensor:
+    return torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def adapted_mlp() -> torch.nn.Module:
+    return fill(get_peft_model(mlp().double(), DiabloConfig(num_blocks=5, target_modules=["up", "down"])))
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """What each of two processes does: half of the batch, one step, and its blocks and gradients into a file."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = DistributedDataParallel(adapted_mlp())
+    model(rows_of_mlp()[rank * 4 : rank * 4 + 4]).square().mean().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in trained]
+    torch.optim.SGD(trained, lr=0.1).step()
+    torch.save({"gradients": gradients, "blocks": [p.detach() for p in trained]}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradient_of_the_whole_batch_and_equal_blocks(tmp_path):
+    mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model = adapted_mlp()
+    model(rows_of_mlp()).square().mean().backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(expected) == 2
+    for rank in range(2):
+        for got, want in zip(both[rank]["gradients"], expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for first, second in zip(both[0]["blocks"], both[1]["blocks"], strict=True):
+        assert torch.equal(first, second)
