@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from diablo.errors import UserError
 from diablo.methods import count_parameters
 from diablo.models import load_config, load_model, load_tokenizer, resolve_model
+from diablo.tuner import DiabloConfig
+from diablo.tuner.card import write_model_card
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +50,8 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
         target = Path(scratch) / "saved"
         if isinstance(model, PeftModel):
             model.save_pretrained(str(target))
-            _write_model_card(model, target)
+            if not isinstance(model.active_peft_config, DiabloConfig):
+                _describe(model, target)
         else:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
@@ -188,38 +191,13 @@ def _replace(source: Path, folder: Path) -> None:
     source.rename(folder)
 
 
-def _write_model_card(model: PeftModel, folder: Path) -> None:
-    config = model.active_peft_config
-    method = str(config.peft_type.value)
+def _describe(model: PeftModel, folder: Path) -> None:
+    """Write the card of an adapter of a method that does not write its own."""
+    config: Any = model.active_peft_config
     trainable, total = count_parameters(model)
-    settings = {
-        "method": method,
-        "base model": config.base_model_name_or_path,
-        "num_blocks" if method == "DIABLO" else "rank": getattr(config, "num_blocks", None)
-        or getattr(config, "r", None),
+    rows = {
+        "rank": str(config.r),
         "target modules": ", ".join(sorted(config.target_modules)),
         "trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    import_line = "import diablo  # registers the method with PEFT\n" if method == "DIABLO" else ""
-    (folder / "README.md").write_text(
-        f"""---
-base_model: {config.base_model_name_or_path}
-library_name: peft
-tags: [{method.lower()}]
----
-
-# A {method} adapter
-
-| | |
-|---|---|
-{rows}
-
-```python
-{import_line}from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
-```
-""",
-        encoding="utf-8",
-    )
+    write_model_card(folder, str(config.peft_type.value), config.base_model_name_or_path, rows)

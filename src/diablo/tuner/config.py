@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftType
+
+from diablo.tuner.card import write_model_card
 
 
 @dataclass
@@ -84,6 +88,8 @@ class DiabloConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Parameters in blocks and of the base model, once the adapter is on one; no setting, hence no field.
+        self._trained_of_all: tuple[int, int] | None = None
         self.peft_type = PeftType("DIABLO")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
@@ -117,6 +123,36 @@ class DiabloConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give the indices."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the settings and, for an adapter that is on a model, put what it is into the folder's model card.
+
+        Args:
+            save_directory: the folder, made where it does not exist.
+            kwargs: what ``PeftConfig.save_pretrained`` takes.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        counts: tuple[int, int] | None = self._trained_of_all
+        if counts is None:
+            return
+        trained, total = counts
+        targets = {
+            "target modules": self.target_modules,
+            "target parameters": self.target_parameters,
+            "modules trained whole": self.modules_to_save,
+        }
+        named = {
+            name: value if isinstance(value, str) else ", ".join(sorted(value))
+            for name, value in targets.items()
+            if value
+        }
+        other = f", {json.dumps(self.block_pattern)}" if self.block_pattern else ""
+        rows = {
+            "num_blocks": f"{self.num_blocks}{other}",
+            **named,
+            "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
+        }
+        write_model_card(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
 
     def _check_target_parameters(self) -> None:
         if isinstance(self.target_parameters, str):

@@ -21,6 +21,7 @@ from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
 from diablo.tuner.targets import Target, default_target_modules, resolve_targets, with_replicated_layers
+from diablo.tuner.weights import is_quantized
 
 
 class DiabloModel(BaseTuner):
@@ -66,6 +67,11 @@ class DiabloModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
         self._check_not_both_kinds(targets)
+        # For the model card, which the configuration writes. A packed weight does not tell how many values it holds.
+        packed = any(is_quantized(module) for module in model.modules())
+        base = [parameter.numel() for name, parameter in model.named_parameters() if ".diablo_" not in name]
+        trained = sum(target.layout.num_parameters for target in targets)
+        peft_config._trained_of_all = (trained, 0 if packed else sum(base))
         if ranges:
             replicate_layers(model, ranges)
         keep_backward(model)

@@ -1,0 +1,48 @@
+"""The card that saving an adapter writes."""
+
+from __future__ import annotations
+
+from peft import get_peft_model
+from tiny_models import llama
+from transformers import LlamaForCausalLM
+
+from diablo import DiabloConfig
+
+SETTINGS = {"num_blocks": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def saved(folder, **settings) -> str:
+    config = DiabloConfig(**{**SETTINGS, **settings})
+    llama().save_pretrained(folder / "base")
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), config).save_pretrained(folder)
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_says_what_the_adapter_is(tmp_path):
+    card = saved(tmp_path, block_pattern={"v_proj": 2})
+    total = sum(parameter.numel() for parameter in llama().parameters())
+    # In each of two layers 16 -> 16 in 4 blocks of 4 x 4, and 16 -> 8 in 2 of 8 x 4.
+    assert f"256 parameters, {256 / total:.2%} of {total:,}" in card
+    assert str(tmp_path / "base") in card
+    assert "| target modules | q_proj, v_proj |" in card
+    assert '| num_blocks | 4, {"v_proj": 2} |' in card
+    assert "import diablo" in card
+    assert "library_name: peft" in card
+    assert "- diablo" in card
+    assert "More Information Needed" not in card
+
+
+def test_what_somebody_wrote_into_a_card_stays_and_facts_are_renewed(tmp_path):
+    first = saved(tmp_path)
+    mine = first.replace("# A DIABLO adapter", "# Mine\n\nIt counts apples.") + "\nMore of mine.\n"
+    (tmp_path / "README.md").write_text(mine)
+    second = saved(tmp_path, num_blocks=8)
+    assert "It counts apples." in second
+    assert "More of mine." in second
+    assert "| num_blocks | 8 |" in second
+    assert "| num_blocks | 4 |" not in second
+
+
+def test_a_configuration_alone_writes_no_card(tmp_path):
+    DiabloConfig(num_blocks=4).save_pretrained(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
