@@ -1,0 +1,53 @@
+"""Adapted embeddings of language models, and adapters that are loaded onto a base of another dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import fill, llama, output, tuner_layers
+from torch import nn
+
+from diablo import DiabloConfig
+
+CONFIG = {"num_blocks": 4, "target_modules": ["embed_tokens", "q_proj"]}
+
+
+@pytest.mark.parametrize("save_embedding_layers", [True, False])
+def test_an_adapted_embedding_is_saved_with_or_without_its_base(save_embedding_layers, tmp_path):
+    model = fill(get_peft_model(llama(), DiabloConfig(**CONFIG)))
+    model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any("embed_tokens.base_layer" in key for key in keys) == save_embedding_layers
+    assert torch.equal(output(PeftModel.from_pretrained(llama(), tmp_path)), output(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_adapter_loads_onto_a_base_of_another_dtype(dtype, autocast, tmp_path):
+    model = fill(get_peft_model(llama(), DiabloConfig(**CONFIG)), std=0.1)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(llama().to(dtype), tmp_path, autocast_adapter_dtype=autocast)
+    kept = {torch.bfloat16, torch.float16}
+    expected = torch.float32 if autocast and dtype in kept else dtype
+    assert {layer.diablo_blocks["default"].dtype for layer in tuner_layers(loaded).values()} == {expected}
+    got, exact = output(loaded), output(model)
+    assert got.dtype == dtype
+    assert (got.double() - exact.double()).norm() < (0.05 if dtype in kept else 1e-5) * exact.double().norm()
+    assert (exact - output(llama())).norm() > 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.Conv2d(4, 8, 3, groups=2), "Conv2d of 2 groups"),
+        (nn.ConvTranspose1d(4, 8, 3), "ConvTranspose1d"),
+        (nn.Embedding(8, 4, max_norm=1.0), "max_norm"),
+        (nn.LSTM(4, 8), "weight_ih_l0, weight_hh_l0 in target_parameters"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_kinds_that_are_not_supported_say_why(module, words):
+    with pytest.raises(TypeError, match=words):
+        get_peft_model(nn.ModuleDict({"it": module}), DiabloConfig(num_blocks=2, target_modules=["it"]))
