@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -48,6 +50,8 @@ def hqq() -> None:
 
 def torchao() -> TorchAoConfig:
     pytest.importorskip("torchao")
+    if Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT 0.20 imports what torchao 0.18 no longer has")
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())

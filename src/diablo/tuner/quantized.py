@@ -37,7 +37,7 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
         raise TypeError(f"a quantized {type(module).__name__}, which needs PEFT 0.20 or newer") from None
     try:
         backend = resolve_quantization_backend(module, **get_quantization_kwargs(model))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise TypeError(f"a quantized {type(module).__name__}: {error}") from None
     if backend is None or backend.layer_type != "linear":
         raise TypeError(f"a quantized {type(module).__name__}, which PEFT does not know")
