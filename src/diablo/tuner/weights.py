@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 
+_ADAPTED_AS_MODULES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d of one group, and nn.Embedding"
 
 
@@ -84,13 +85,8 @@ def parameter_weight(module: nn.Module, name: str) -> Weight:
         raise TypeError("a quantized parameter")
     if parameter.dim() not in (2, 3):
         raise TypeError(f"a parameter of {parameter.dim()} dimensions, where 2 or 3 are allowed")
-    try:
-        module_weight(module)
-    except TypeError:
-        pass
-    else:
-        if name == "weight":
-            raise TypeError(f"the weight of a {type(module).__name__}: name the module in target_modules instead")
+    if name == "weight" and isinstance(module, _ADAPTED_AS_MODULES):
+        raise TypeError(f"the weight of a {type(module).__name__}: name the module in target_modules instead")
     *stack, out_features, in_features = parameter.shape
     order = tuple(range(parameter.dim()))
     if stack and getattr(module, "is_transposed", False):
