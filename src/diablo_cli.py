@@ -136,6 +136,34 @@ def merge(
     )
 
 
+@app.command("to-lora")
+def to_lora(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the LoRA adapter.")],
+    rank: Annotated[str, typer.Option(help="LoRA's rank, or a share of the update to keep, such as 0.99.")],
+    base: Base = None,
+) -> None:
+    """Turn an adapter into a LoRA adapter, for engines that serve LoRA alone, and say what that loses."""
+    from diablo.checkpoints import adapter_folder, write_as_lora
+    from diablo.errors import UserError
+
+    try:
+        chosen = float(rank) if "." in rank else int(rank)
+    except ValueError:
+        raise UserError(f"--rank: found {rank!r}; give an integer, or a share above 0 and up to 1.0.") from None
+    source = adapter_folder(adapter)
+    _quiet()
+    report = write_as_lora(source, folder, chosen, base=base)
+    ranks = sorted(set(report.ranks.values()))
+    rank_range = " to ".join(map(str, ranks[:1] + ranks[1:][-1:]))
+    worst = max(report.relative_errors, key=report.relative_errors.__getitem__)
+    out.print(
+        f"Wrote {escape(str(folder))}: LoRA of rank {rank_range} on {len(report.ranks)} modules, "
+        f"{sum(tensor.numel() for tensor in report.state_dict.values()):,} parameters. The update differs by "
+        f"{report.relative_error:.1%} (Frobenius norm), most by {report.relative_errors[worst]:.1%} in {worst}."
+    )
+
+
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, typer.Argument(help="The authors' adapter.chkpt.")],

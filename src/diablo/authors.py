@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diablo.checkpoints import ADAPTER_WEIGHTS
+from diablo.checkpoints import ADAPTER_WEIGHTS, new_folder
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models import load_config, meta_model, resolve_model
@@ -54,8 +53,16 @@ def import_checkpoint(path: Path, folder: Path, *, base: str) -> ImportReport:
     Raises:
         UserError: the file is no such checkpoint, or does not fit the base model.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the adapter.")
+    with new_folder(folder, "adapter") as target:
+        config, blocks = _converted(path, base)
+        config.save_pretrained(str(target))
+        tensors = {f"base_model.model.{name}.diablo_blocks": tensor.contiguous() for name, tensor in blocks.items()}
+        save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return ImportReport(folder, len(blocks), sum(tensor.numel() for tensor in blocks.values()), config.num_blocks)
+
+
+def _converted(path: Path, base: str) -> tuple[DiabloConfig, dict[str, torch.Tensor]]:
+    """The configuration that a checkpoint's blocks have on a base model, and the blocks by their module's name."""
     blocks = _read(path)
     model = meta_model(load_config(resolve_model(base)))
     choices = {name: _fitting(model, name, tensor) for name, tensor in blocks.items()}
@@ -76,16 +83,7 @@ def import_checkpoint(path: Path, folder: Path, *, base: str) -> ImportReport:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch) / "adapter"
-        config.save_pretrained(str(target))
-        tensors = {f"base_model.model.{name}.diablo_blocks": tensor.contiguous() for name, tensor in blocks.items()}
-        save_file(tensors, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        if folder.exists():
-            folder.rmdir()
-        target.rename(folder)
-    return ImportReport(folder, len(blocks), sum(tensor.numel() for tensor in blocks.values()), num_blocks)
+    return config, blocks
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from diablo.errors import UserError
 from diablo.methods import count_parameters
 from diablo.models import load_config, load_model, load_tokenizer, resolve_model
-from diablo.tuner import DiabloConfig
+from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.card import write_model_card
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -140,24 +142,78 @@ def merge_adapter(
     Raises:
         UserError: the adapter does not fit, the folder has files, or the merged weights would not be finite.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the merged model.")
-    model, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
-    probe = torch.arange(32).unsqueeze(0) % model.config.get_text_config().vocab_size
-    with torch.no_grad():
-        adapted = model(input_ids=probe).logits.float()
-        try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise UserError(f"The adapter {str(adapter)!r} cannot be merged: {error}") from None
-        logits = merged(input_ids=probe).logits.float()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch) / "merged"
+    with new_folder(folder, "merged model") as target:
+        model, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
+        probe = torch.arange(32).unsqueeze(0) % model.config.get_text_config().vocab_size
+        with torch.no_grad():
+            adapted = model(input_ids=probe).logits.float()
+            try:
+                merged = model.merge_and_unload(safe_merge=True)
+            except ValueError as error:
+                raise UserError(f"The adapter {str(adapter)!r} cannot be merged: {error}") from None
+            logits = merged(input_ids=probe).logits.float()
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        _replace(target, folder)
     return MergeReport(folder, merged.dtype, float((logits - adapted).abs().max()), float(adapted.abs().max()))
+
+
+def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str | None = None) -> LoraConversion:
+    """Write an adapter as a LoRA adapter, for engines that serve LoRA alone.
+
+    Args:
+        adapter: the adapter's folder.
+        folder: where to write; it must not exist or be empty, and is never left half written.
+        rank: LoRA's rank, or, as a float of at most 1, the share of the squared singular values to keep in each layer.
+        base: base model to use in place of the one that the adapter names.
+
+    Returns:
+        The conversion, with the error that it makes.
+
+    Raises:
+        UserError: the adapter does not fit its base, cannot be converted, or the folder has files.
+    """
+    with new_folder(folder, "LoRA adapter") as target:
+        model, _ = load_adapter(adapter, base=base)
+        try:
+            conversion = convert_to_lora(model, rank)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"The adapter {str(adapter)!r} cannot be converted to LoRA: {error}") from None
+        conversion.save_pretrained(target)
+        ranks = sorted(set(conversion.ranks.values()))
+        rows = {
+            "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}, by layer",
+            "converted from": "a DIABLO adapter",
+            "relative error of the update": f"{conversion.relative_error:.2%}",
+        }
+        write_model_card(target, "LORA", conversion.config.base_model_name_or_path, rows)
+    return conversion
+
+
+@contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
+
+    Args:
+        folder: the folder to make; it must not exist or be empty.
+        what: what is written there, for the message.
+
+    Raises:
+        UserError: the folder has files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            target = Path(scratch) / "new"
+            target.mkdir()
+            yield target
+            _replace(target, folder)
+    except BaseException:
+        for parent in made:
+            parent.rmdir()
+        raise
 
 
 def stored_dtype(name: str) -> torch.dtype:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import assert_same_bits, block_entries, output
+from tiny_models import assert_close, assert_same_bits, block_entries, output
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -295,3 +295,18 @@ def test_a_missing_experts_tensor_is_an_error(tmp_path):
     save_file(tensors, path)
     with pytest.raises(RuntimeError, match="down_proj"):
         PeftModel.from_pretrained(mixtral(), tmp_path)
+
+
+@every_mixture
+def test_forward_and_backward_under_compile_equal_eager_ones(build):
+    model = adapted(build)
+    inputs = torch.arange(10).reshape(2, 5)
+    blocks = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = model(input_ids=inputs).logits
+    wanted = torch.autograd.grad(expected.square().sum(), blocks)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    got = compiled(input_ids=inputs).logits
+    assert_close(got, expected, 1e-5)
+    for one, other in zip(torch.autograd.grad(got.square().sum(), blocks), wanted, strict=True):
+        assert_close(one, other, 1e-4)

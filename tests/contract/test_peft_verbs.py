@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from tiny_models import (
     CASES,
+    assert_close,
     assert_same_bits,
     backward,
     base_weights,
@@ -48,10 +49,6 @@ saves_biases = pytest.mark.skipif(
 transformers_takes_this_peft = pytest.mark.skipif(
     Version(peft.__version__) < Version("0.20"), reason="this transformers loads adapters with PEFT 0.20 or newer only"
 )
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_differ(a: torch.Tensor, b: torch.Tensor) -> None:

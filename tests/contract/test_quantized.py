@@ -291,3 +291,30 @@ def test_rows_with_different_adapters_equal_each_row_alone(folder, library):
             base = model(input_ids=ids[1:]).logits
     torch.testing.assert_close(mixed[:1], alone, rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(mixed[1:], base, rtol=5e-2, atol=5e-2)
+
+
+def test_a_layer_that_is_moved_while_merged_is_unmerged_where_it_is_now(folder):
+    # The one library whose layers move to the only other device that every machine has.
+    model = get_peft_model(quantized(folder, torchao), config())
+    model.merge_adapter()
+    layer = next(module for module in model.modules() if isinstance(module, DiabloQuantizedLinear))
+    layer.to("meta")
+    layer.unmerge()
+    assert {tensor.device.type for tensor in layer.parameters()} == {"meta"}
+
+
+def test_a_library_that_cannot_quantize_again_trains_and_refuses_to_merge(folder):
+    """PEFT's own access to GPTQ, AWQ and others is of this class; those libraries do not run on this CPU."""
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+    pytest.importorskip("bitsandbytes")
+    model = get_peft_model(quantized(folder, bnb_4bit), config())
+    layer = next(module for module in model.modules() if isinstance(module, DiabloQuantizedLinear))
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
+    before = layer(torch.ones(1, layer.in_features))
+    before.sum().backward()
+    assert layer.diablo_blocks["default"].grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="gptq has quantized cannot be merged into"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer(torch.ones(1, layer.in_features)), before)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     CASES,
     LINEAR_CASES,
+    assert_close,
     assert_same_bits,
     base_weights,
     fill,
@@ -32,10 +33,6 @@ BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_case_of_linear_layers = pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.name)
 every_language_model = pytest.mark.parametrize("case", [BY_NAME["llama"], BY_NAME["gpt2"]], ids=lambda case: case.name)
-
-
-def assert_close(got, expected, tolerance):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def two_adapters(case, dtype=torch.float64):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_layer_status, get_model_status, get_peft_model, save_as_lora
-from tiny_models import CASES, LINEAR_CASES, fill, output, tuner_layers
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    save_as_lora,
+)
+from tiny_models import CASES, LINEAR_CASES, assert_close, fill, output, tuner_layers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import diablo
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -42,6 +56,85 @@ def test_conversion_to_lora_states_the_best_approximation_of_its_rank(case):
         values = torch.linalg.svdvals(delta)
         # Eckart and Young: the error of the best approximation is the norm of the singular values left out.
         assert float((delta - product).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3, abs=1e-5)
+
+
+@every_case_of_linear_layers
+def test_our_conversion_to_lora_states_its_error_and_is_pefts(case, tmp_path):
+    model = case.adapted(torch.float32)
+    expected, plain = output(model), output(case.base(torch.float32))
+    for rank in (1, 3, 0.9, 1.0):
+        conversion = diablo.convert_to_lora(model, rank)
+        if not isinstance(rank, float):
+            _, factors = convert_to_lora(model, rank=rank)
+        squares = total = 0.0
+        for name, layer in tuner_layers(model).items():
+            delta = layer.get_delta_weight("default").double()
+            if isinstance(layer.get_base_layer(), Conv1D):
+                delta = delta.T
+            product = _product(conversion.state_dict, name)
+            error = float((delta - product).norm() / delta.norm())
+            assert conversion.relative_errors[name] == pytest.approx(error, abs=2e-6)
+            if not isinstance(rank, float):
+                # Peer: the best approximation is one and the same, its factors are not.
+                assert_close(product, _product(factors, name), 1e-4)
+            elif rank < 1:
+                assert error**2 <= 1 - rank + 1e-6
+                one_less = torch.linalg.svdvals(delta)[conversion.ranks[name] - 1 :].square().sum()
+                assert float(one_less / delta.square().sum()) > 1 - rank - 1e-6, (
+                    "the rank is no larger than it has to be"
+                )
+            squares, total = squares + float((delta - product).norm() ** 2), total + float(delta.norm() ** 2)
+        assert conversion.relative_error == pytest.approx((squares / total) ** 0.5, abs=2e-6)
+        conversion.save_pretrained(tmp_path / str(rank))
+        lora = PeftModel.from_pretrained(case.base(torch.float32), tmp_path / str(rank))
+        from_the_whole = float((output(lora) - expected).norm() / (expected - plain).norm())
+        assert (from_the_whole < 1e-3) == (conversion.relative_error < 1e-3)
+    assert conversion.relative_error < 1e-3, "at a share of 1.0 nothing is left out"
+
+
+def _product(factors, name):
+    a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "AB")
+    return b @ a
+
+
+def test_conversion_keeps_modules_to_save_and_works_without_peft_knowing_diablo(tmp_path):
+    case = BY_NAME["llama"]
+    model = get_peft_model(case.base(torch.float32), replace(case.config(), modules_to_save=["lm_head"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+    diablo.convert_to_lora(model.eval(), 64).save_pretrained(tmp_path)
+    lora = PeftModel.from_pretrained(case.base(torch.float32), tmp_path)
+    assert_close(output(lora), output(model), 1e-4)
+    # A narrow layer has less than the rank that was asked for: it is exact at its own.
+    assert lora.peft_config["default"].r < 64
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("rank", "match"), [(0, "rank=0"), (-1, "rank=-1"), (1.5, "rank=1.5"), (0.0, "rank=0.0"), (True, "rank=True")]
+)
+def test_a_rank_out_of_range_is_refused(rank, match):
+    with pytest.raises(ValueError, match=match):
+        diablo.convert_to_lora(BY_NAME["mlp"].adapted(), rank)
+
+
+@pytest.mark.parametrize("name", ["conv_2d", "embedding"])
+def test_conversion_names_the_layers_that_lora_has_no_factors_for(name):
+    with pytest.raises(TypeError, match="Only the updates of linear layers"):
+        diablo.convert_to_lora(BY_NAME[name].adapted(), 2)
+
+
+def test_conversion_of_what_is_not_there_is_refused():
+    model = BY_NAME["mlp"].adapted()
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        diablo.convert_to_lora(model, 2, "other")
+    with pytest.raises(TypeError, match="takes a PeftModel"):
+        diablo.convert_to_lora(nn.Linear(3, 3), 2)
+    lora = get_peft_model(BY_NAME["mlp"].base(), LoraConfig(target_modules=["up"]))
+    with pytest.raises(TypeError, match="only DiaBlo adapters"):
+        diablo.convert_to_lora(lora, 2)
 
 
 @every_case

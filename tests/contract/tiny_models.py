@@ -286,3 +286,7 @@ def with_dense_delta(base: nn.Module, model: nn.Module, adapter_names: tuple[str
             if adapter_name in layer.diablo_blocks:
                 plain.weight.data += dense_delta(layer.diablo_blocks[adapter_name], plain).to(plain.weight.dtype)
     return dense
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

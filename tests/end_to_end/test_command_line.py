@@ -75,6 +75,14 @@ def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path
     changed = {name for name in base if not torch.equal(base[name], new[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
 
+    lora = tmp_path / "lora"
+    status, out, _ = diablo("to-lora", run, lora, "--rank", "1.0")
+    assert status == 0
+    assert "differs by 0.0%" in out.replace("\n", " ")
+    status, _, error = diablo("to-lora", run, tmp_path / "other", "--rank", "many")
+    assert status == 2
+    assert "--rank: found 'many'" in error
+
     texts = []
     for model in (run / "adapter", merged):
         status, out, _ = diablo("generate", model, "Problem: 2 and 3 ?\nEquation:", "--max-new-tokens", 8)

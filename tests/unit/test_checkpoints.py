@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +24,7 @@ from diablo.checkpoints import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    write_as_lora,
 )
 from diablo.errors import UserError
 
@@ -216,3 +217,20 @@ def test_adapter_with_nan_is_not_merged(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be merged"):
         merge_adapter(adapter, tmp_path / "out" / "merged")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_written_as_lora_with_its_error(adapter: Path, saved, tiny_model: Path, tmp_path: Path) -> None:
+    report = write_as_lora(adapter, tmp_path / "lora", 1.0)
+    assert report.relative_error < 1e-3
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(lora), saved[1], rtol=1e-3, atol=1e-3)
+    assert write_as_lora(adapter, tmp_path / "rank_one", 1).relative_error > 0.1
+    card = (tmp_path / "rank_one" / "README.md").read_text()
+    assert "relative error of the update" in card
+    assert "import diablo" not in card
+
+
+def test_a_conversion_that_fails_leaves_no_folder(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rank=0 is out of range"):
+        write_as_lora(adapter, tmp_path / "lora", 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

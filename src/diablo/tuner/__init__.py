@@ -1,6 +1,7 @@
 """The PEFT tuner: configuration, layers, model and the registration of the method."""
 
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.conversion import LoraConversion, convert_to_lora
 from diablo.tuner.kinds import DiabloConv, DiabloEmbedding, DiabloLinear, DiabloParameters
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.model import DiabloModel
@@ -18,7 +19,9 @@ __all__ = [
     "DiabloModel",
     "DiabloParameters",
     "DiabloQuantizedLinear",
+    "LoraConversion",
     "TargetPreview",
+    "convert_to_lora",
     "hotswap_adapter",
     "preview_targets",
     "register",

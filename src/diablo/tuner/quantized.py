@@ -138,7 +138,11 @@ class DiabloQuantizedLinear(DiabloLinear):
 
     @torch.no_grad()
     def _restore(self) -> None:
-        (self.base_layer,) = self._unmerged
+        merged, (self.base_layer,) = self.base_layer, self._unmerged
+        here, there = (next(layer.parameters()).device for layer in (self.base_layer, merged))
+        if here != there:
+            # The model was moved while this layer was no part of it.
+            self.base_layer.to(there)
         self._unmerged, self.merged_adapters = [], []
 
     def delta_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
