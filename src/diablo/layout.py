@@ -9,7 +9,7 @@ the one that its edge may cut through are described as two :class:`Tile`\\ s, wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -95,6 +95,9 @@ class BlockLayout:
         num_blocks: N as the user asked for it, from 1 (the whole matrix) to the smaller dimension.
         stack: how many such matrices there are, along each leading dimension; empty for one matrix.
 
+    Attributes:
+        tiles: the diagonal as one run of whole blocks and, where an edge cuts through a block, that block's inner part.
+
     Raises:
         TypeError: a size is not an integer.
         ValueError: ``num_blocks`` is less than 1 or exceeds a dimension.
@@ -104,6 +107,8 @@ class BlockLayout:
     out_features: int
     num_blocks: int
     stack: tuple[int, ...] = ()
+    # Not a cached property: torch.compile cannot trace the lock that guards one in Python 3.11.
+    tiles: tuple[Tile, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "num_blocks"):
@@ -115,6 +120,7 @@ class BlockLayout:
                 f"num_blocks={self.num_blocks} does not fit a matrix of in_features={self.in_features}, "
                 f"out_features={self.out_features}: it takes from 1 to {self.max_num_blocks} blocks."
             )
+        object.__setattr__(self, "tiles", self._tiles())
 
     @property
     def max_num_blocks(self) -> int:
@@ -146,16 +152,13 @@ class BlockLayout:
         """Entries of the parameter, those outside the matrix included."""
         return math.prod(self.blocks_shape)
 
-    @property
+    @cached_property
     def transposed(self) -> BlockLayout:
         """The layout of the map from outputs back to inputs, whose blocks are these, each transposed."""
         return BlockLayout(self.out_features, self.in_features, self.num_blocks, self.stack)
 
-    @cached_property
-    def tiles(self) -> tuple[Tile, ...]:
-        """The diagonal as one run of whole blocks and, where an edge cuts through a block, that block's inner part.
-
-        At most one block is cut: an edge passes through the last block of its dimension only, and blocks past the
+    def _tiles(self) -> tuple[Tile, ...]:
+        """At most one block is cut: an edge passes through the last block of its dimension only, and blocks past the
         shorter side lie wholly outside the matrix.
         """
         whole = min(self.in_features // self.block_in, self.out_features // self.block_out)

@@ -15,6 +15,7 @@ from tiny_models import (
     CASES,
     assert_close,
     assert_same_bits,
+    assert_same_output,
     backward,
     base_weights,
     block_entries,
@@ -380,7 +381,7 @@ def test_a_saved_adapter_loads_with_the_same_output(case, tmp_path, low_cpu_mem_
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
-    assert torch.equal(output(loaded), output(model))
+    assert_same_output(output(loaded), output(model))
     assert_differ(output(loaded), output(case.base()))
     assert not trainable(loaded)
     assert trainable(PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True)) == trainable(model)
@@ -425,7 +426,7 @@ every_saved = pytest.mark.parametrize("saved", ["llama", "gpt2"], indirect=True)
 @every_saved
 def test_auto_peft_model_finds_the_base_and_loads_the_adapter(saved):
     _, _, adapter, expected = saved
-    assert torch.equal(output(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
+    assert_same_output(output(AutoPeftModelForCausalLM.from_pretrained(adapter)), expected)
 
 
 @transformers_takes_this_peft
@@ -434,7 +435,7 @@ def test_transformers_loads_an_adapters_folder_as_a_model(saved):
     _, _, adapter, expected = saved
     model = AutoModelForCausalLM.from_pretrained(adapter)
     assert any(isinstance(module, DiabloLayer) for module in model.modules())
-    assert torch.equal(output(model), expected)
+    assert_same_output(output(model), expected)
 
 
 @transformers_takes_this_peft
@@ -444,11 +445,11 @@ def test_transformers_load_adapter(saved):
     model = AutoModelForCausalLM.from_pretrained(base)
     plain = output(model)
     model.load_adapter(str(adapter))
-    assert torch.equal(output(model), expected)
+    assert_same_output(output(model), expected)
     model.disable_adapters()
     assert torch.equal(output(model), plain)
     model.enable_adapters()
-    assert torch.equal(output(model), expected)
+    assert_same_output(output(model), expected)
 
 
 @transformers_takes_this_peft
@@ -464,7 +465,7 @@ def test_transformers_add_adapter(case, tmp_path):
     assert_close(output(model), output(with_dense_delta(base, model, ("mine",))), 1e-4)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
-    assert torch.equal(output(loaded), output(model))
+    assert_same_output(output(loaded), output(model))
 
 
 # Settings.
@@ -493,7 +494,7 @@ def test_a_block_pattern_is_honoured_after_loading(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(mlp(), tmp_path)
     assert tuner_layers(loaded)["up"].diablo_blocks["default"].shape == (8, 2, 3)
-    assert torch.equal(output(loaded), output(model))
+    assert_same_output(output(loaded), output(model))
 
 
 @pytest.mark.parametrize("layers", [1, [1]])
@@ -536,7 +537,7 @@ def test_bias(bias, expected, conv1d, tmp_path):
             parameter.data += 1
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(mlp(sizes, conv1d), tmp_path)
-    assert torch.equal(output(loaded), output(model))
+    assert_same_output(output(loaded), output(model))
 
 
 @pytest.mark.skipif(saves_biases.args[0] is False, reason="this PEFT saves biases")
@@ -559,14 +560,14 @@ def test_modules_to_save_are_trained_and_saved_whole(tmp_path):
     model.base_model.model.head.modules_to_save["default"].weight.data += 0.5
     assert_differ(output(model), before)
     model.save_pretrained(tmp_path)
-    assert torch.equal(output(PeftModel.from_pretrained(mlp(), tmp_path)), output(model))
+    assert_same_output(output(PeftModel.from_pretrained(mlp(), tmp_path)), output(model))
 
 
 @every_case
 def test_dropout_acts_in_training_only(case):
     model = case.adapted(diablo_dropout=0.5)
     without = output(case.adapted())
-    assert torch.equal(output(model), without)
+    assert_same_output(output(model), without)
     model.train()
     torch.manual_seed(0)
     assert_differ(output(model), without)
@@ -574,7 +575,7 @@ def test_dropout_acts_in_training_only(case):
     with model.disable_adapter():
         assert torch.equal(output(model), output(case.base()))
     model.eval()
-    assert torch.equal(output(model), without)
+    assert_same_output(output(model), without)
 
 
 def test_dropout_keeps_the_mean():

@@ -16,6 +16,7 @@ from tiny_models import (
     LINEAR_CASES,
     assert_close,
     assert_same_bits,
+    assert_same_output,
     base_weights,
     fill,
     llama,
@@ -197,7 +198,7 @@ def test_a_weighted_adapter_is_saved_and_loaded(tmp_path):
     model.set_adapter("mean")
     model.save_pretrained(tmp_path, selected_adapters=["mean"])
     loaded = PeftModel.from_pretrained(case.base(torch.float32), tmp_path / "mean")
-    assert torch.equal(output(loaded), output(model))
+    assert_same_output(output(loaded), output(model))
 
 
 def test_what_cannot_be_summed_is_refused_and_nothing_is_added():
@@ -280,8 +281,8 @@ def test_swapping_allocates_no_tensor_of_a_weights_size(merged, second):
         model.merge_adapter()
     with LargestAllocation() as allocations:
         hotswap_adapter(model, folder)
-    # The larger weight is 16 x 24, a quarter of which is blocks. What is read from the file is not counted.
-    assert allocations.largest == (16 * 24 // 4 if merged else 0)
+    # What is read from the file is not counted.
+    assert allocations.largest == 0
 
 
 @pytest.mark.parametrize("merged", [False, True])

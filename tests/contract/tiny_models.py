@@ -147,9 +147,11 @@ class Case:
     tolerance: float = 1e-10
     num_blocks: int = 4
     other_num_blocks: int = 3
+    in_place: bool | str = "auto"
 
     def config(self, **settings) -> DiabloConfig:
-        return DiabloConfig(**{"num_blocks": self.num_blocks, "target_modules": list(self.targets), **settings})
+        own = {"num_blocks": self.num_blocks, "target_modules": list(self.targets), "in_place": self.in_place}
+        return DiabloConfig(**{**own, **settings})
 
     def base(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         return self.build().to(dtype)
@@ -172,6 +174,9 @@ CASES = [
     Case("overhang", lambda: mlp((11, 6, 9)), ("up", "down"), num_blocks=5),
     Case("conv1d", lambda: mlp((16, 10, 8), conv1d=True), ("up", "down")),
     Case("llama", llama, ("q_proj", "v_proj", "up_proj", "down_proj"), tolerance=1e-5),
+    # While they are trained, the blocks of the linear layers above stand in the weight; here, beside it.
+    Case("ragged_beside", lambda: mlp((10, 14, 7)), ("up", "down"), in_place=False),
+    Case("llama_beside", llama, ("q_proj", "v_proj", "up_proj", "down_proj"), tolerance=1e-5, in_place=False),
     Case("gpt2", gpt2, ("c_attn", "c_fc")),
     Case("vit", vit, ("projection", "q_proj", "fc2"), num_blocks=3, other_num_blocks=2),
     Case("conv_1d", lambda: seeded(lambda: ConvNet(1)), ("first", "second", "third")),
@@ -236,10 +241,14 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the base model's parameters, by the names that they have without an adapter."""
+    """Copies of the base model's parameters, by the names that they have without an adapter.
+
+    From the state dict: while an adapter is trained, the parameters themselves have its blocks on their diagonals.
+    """
+    state = model.state_dict()
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): state[name].clone()
+        for name, _ in model.named_parameters()
         if "diablo_" not in name
     }
 
@@ -290,3 +299,8 @@ def with_dense_delta(base: nn.Module, model: nn.Module, adapter_names: tuple[str
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_output(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: a loaded adapter stands beside the weight, one that is trained stands in it."""
+    assert_close(got, expected, 1e-12 if expected.dtype == torch.float64 else 1e-5)

@@ -106,7 +106,8 @@ def test_a_saved_adapter_gives_the_same_logits(adapted, folder, batch, tmp_path)
     expected = logits(adapted, batch)
     adapted.save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path).eval(), batch), expected)
+    # Trained further, its blocks stand in the weight, as those of the model that was saved.
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval(), batch), expected)
 
 
 def test_a_few_steps_lower_the_loss(model, rows):

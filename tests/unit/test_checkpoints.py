@@ -48,6 +48,11 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=PROBE).logits
 
 
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: a loaded adapter stands beside the weight, one that is trained stands in it."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def saved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A saved adapter and the logits of the model that it was saved from."""
@@ -71,7 +76,7 @@ def change_weights(adapter: Path, change: Callable[[dict[str, torch.Tensor]], No
 
 def test_loaded_adapter_computes_what_the_saved_one_did(saved: tuple[Path, torch.Tensor], tiny_model: Path) -> None:
     model, tokenizer = load_adapter(saved[0])
-    assert torch.equal(logits(model), saved[1])
+    assert_same(logits(model), saved[1])
     assert not model.training
     assert tokenizer("x")["input_ids"]
     base = logits(AutoModelForCausalLM.from_pretrained(tiny_model))
@@ -91,7 +96,7 @@ def test_saving_again_replaces_the_folder(saved: tuple[Path, torch.Tensor], adap
     (adapter / "stale").write_text("")
     save_adapter(adapted_model(tiny_model), None, adapter)
     assert not (adapter / "stale").exists()
-    assert torch.equal(logits(load_adapter(adapter)[0]), saved[1])
+    assert_same(logits(load_adapter(adapter)[0]), saved[1])
 
 
 def test_adapter_is_found_in_its_folder_and_in_the_run(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
@@ -161,7 +166,7 @@ def test_config_without_base_model_loads_with_one_given(
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(UserError, match="does not name a base model"):
         load_adapter(adapter)
-    assert torch.equal(logits(load_adapter(adapter, base=str(tiny_model))[0]), saved[1])
+    assert_same(logits(load_adapter(adapter, base=str(tiny_model))[0]), saved[1])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -55,17 +54,6 @@ def test_bias_takes_each_of_the_three(value):
 def test_in_place_must_be_auto_or_a_boolean(value):
     with pytest.raises(ValueError, match=rf"in_place must be 'auto', True or False, got {value!r}"):
         DiabloConfig(in_place=value)
-
-
-def test_in_place_warns_only_where_it_is_not_honoured():
-    with pytest.warns(UserWarning, match=r"in_place=True is not honoured .*in_place='auto'") as caught:
-        DiabloConfig(in_place=True)
-    # The warning has to point at the line that asked for it, not at the library.
-    assert [warning.filename for warning in caught] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert DiabloConfig(in_place="auto").in_place == "auto"
-        assert DiabloConfig(in_place=False).in_place is False
 
 
 @pytest.mark.parametrize(("name", "value"), [("layers_to_transform", [0, 1]), ("layers_pattern", "blocks")])

@@ -72,6 +72,21 @@ def block_diagonal_linear(
     return _Accumulate.apply(base_output.contiguous(), x, blocks, layout)
 
 
+def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
+    """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks, and of that part of the weight.
+
+    Args:
+        x: ``(..., in_features)``.
+        grad_y: ``(..., out_features)``, of the dtype of ``x``.
+        layout: the geometry.
+        dtype: dtype of the result.
+
+    Returns:
+        ``layout.blocks_shape``, zero where a block lies outside the matrix. Derivatives of any order work.
+    """
+    return _OuterProduct.apply(x, grad_y, layout, dtype)
+
+
 class _Accumulate(torch.autograd.Function):
     """``y += x * blockdiag(blocks)`` in place.
 
@@ -95,24 +110,24 @@ class _Accumulate(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = _Accumulate.apply(x.new_zeros(x.shape), grad_y, blocks.transpose(1, 2), ctx.layout.transposed)
         if ctx.needs_input_grad[2]:
-            grad_blocks = _OuterProduct.apply(x, grad_y, ctx.layout, blocks.dtype)
+            grad_blocks = outer_product(x, grad_y, ctx.layout, blocks.dtype)
         return grad_y, grad_x, grad_blocks, None
 
 
 class _OuterProduct(torch.autograd.Function):
-    """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks, and of the same part of the weight."""
-
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.save_for_backward(x, grad_y)
         ctx.layout = layout
-        x, grad_y = _as_rows(x), _as_rows(grad_y)
+        x, grad_y = as_rows(x), as_rows(grad_y)
+        products = [torch.bmm(tile.of_input(x).transpose(1, 2), tile.of_output(grad_y)) for tile in layout.tiles]
+        if products[0].shape == layout.blocks_shape:
+            return products[0].to(dtype)
         # Entries outside the matrix are in no tile: they keep the zero.
         grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
-        for tile in layout.tiles:
-            product = torch.bmm(tile.of_input(x).transpose(1, 2), tile.of_output(grad_y))
+        for tile, product in zip(layout.tiles, products, strict=True):
             tile.of_blocks(grad_blocks).copy_(product)
         return grad_blocks
 
@@ -127,12 +142,12 @@ class _OuterProduct(torch.autograd.Function):
 
 def _accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> None:
     """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views."""
-    rows, target = _as_rows(x), _as_rows(y)
+    rows, target = as_rows(x), as_rows(y)
     blocks = blocks.to(x.dtype)
     for tile in layout.tiles:
         tile.of_output(target).baddbmm_(tile.of_input(rows), tile.of_blocks(blocks))
 
 
-def _as_rows(features: torch.Tensor) -> torch.Tensor:
+def as_rows(features: torch.Tensor) -> torch.Tensor:
     """``(..., features)`` -> ``(tokens, features)``; a batch may be empty."""
     return features.reshape(features.shape[:-1].numel(), features.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockL
     for tile in layout.tiles:
         view = tile.of_weight(weight)
         view.copy_(view.to(wide) + tile.of_blocks(blocks).to(view.device, wide))
+
+
+@torch.no_grad()
+def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: torch.Tensor, layout: BlockLayout) -> None:
+    """Make the diagonal of ``weight`` the sum of ``base`` and ``blocks``, in one pass and without a temporary.
+
+    Args:
+        weight: ``(*stack, out_features, in_features)``, of any strides.
+        base: for each of ``layout.tiles`` a tensor of its shape and of the dtype of ``weight``.
+        blocks: of ``layout.blocks_shape``; the sum is formed in the wider of the two dtypes, at least in fp32.
+        layout: the geometry.
+    """
+    for tile, values in zip(layout.tiles, base, strict=True):
+        torch.add(values, tile.of_blocks(blocks).to(values.device), out=tile.of_weight(weight))
 
 
 class _AddToDiagonal(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,9 +40,10 @@ class DiabloConfig(PeftConfig):
         modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
         init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
             for tests that would be vacuous with zeros.
-        in_place: whether the blocks are written into the weight while training. ``"auto"`` does so where it is
-            possible. This version always applies them beside the weight: ``"auto"`` and False mean the same, and True
-            warns that it is not honoured.
+        in_place: whether the blocks are written into the weight while training, which costs what the frozen layer
+            costs and 1/N of a product; adding their product beside costs 3/N and more. ``"auto"`` does so wherever it
+            is possible: linear layers with a plain weight of their own, without ``diablo_dropout``. True is an error
+            where it is not; False never does.
 
     Raises:
         TypeError: ``block_pattern`` is no mapping.
@@ -106,12 +106,6 @@ class DiabloConfig(PeftConfig):
             raise ValueError(f"bias must be 'none', 'all' or 'diablo_only', got {self.bias!r}.")
         if self.in_place != "auto" and not isinstance(self.in_place, bool):
             raise ValueError(f"in_place must be 'auto', True or False, got {self.in_place!r}.")
-        if self.in_place is True:
-            warnings.warn(
-                "in_place=True is not honoured by this version: the blocks are applied beside the weight. "
-                "Set in_place='auto' to silence this warning.",
-                stacklevel=3,
-            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -168,6 +162,15 @@ class DiabloConfig(PeftConfig):
                     f"diablo_dropout={self.diablo_dropout!r} cannot be combined with target_parameters: it acts on the "
                     "input of the blocks, which adapted parameters do not see; set it to 0."
                 )
+
+
+def config_obstacle(config: DiabloConfig) -> str | None:
+    """Why an adapter of these settings has to stand beside the weight; None where it has not."""
+    if config.in_place is False:
+        return "in_place=False"
+    if config.diablo_dropout:
+        return f"diablo_dropout={config.diablo_dropout}, which acts on the input of the blocks alone"
+    return None
 
 
 def _check_num_blocks(name: str, value: Any) -> None:

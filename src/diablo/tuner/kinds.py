@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
+from diablo.ops.in_place import attach_blocks, linear_in_place
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.in_place import REGISTRY, has_hooks, hold, module_obstacle
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.weights import module_weight, parameter_weight
 
@@ -39,8 +42,85 @@ class _ModuleLayer(DiabloLayer):
 class DiabloLinear(_ModuleLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``.
+    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where :meth:`settle` has found that it
+    can, and an active adapter is trained, the forward writes the blocks into the weight and computes the one product of
+    the base layer; the backward adds the gradient of the blocks, 1/N of a product. Every forward writes them anew:
+    nothing tells reliably whether an optimizer has changed them.
     """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
+        super().__init__(base_layer, adapter_name, layout, config)
+        self._can_hold = False
+        # Where the weight was when it was looked at: wrappers that shard or replace it put it elsewhere.
+        self._home = 0
+        self._number = REGISTRY.add(self)
+
+    def settle(self, is_shared: bool) -> None:
+        """Find out whether blocks can be written into the weight as it is now.
+
+        Args:
+            is_shared: whether another module of the model has the same weight.
+        """
+        self._can_hold = not is_shared and module_obstacle(self.base_layer) is None
+        if self._can_hold:
+            self._home = self.base_layer.weight.data_ptr()  # type: ignore[operator]
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output plus the products with the blocks of the active adapters.
+
+        Arguments, result and errors are those of :meth:`DiabloLayer.forward`.
+        """
+        names = None if self.merged or adapter_names is not None else self._names_in_weight()
+        if names is None:
+            self.leave_weight()
+            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        base_layer: Any = self.base_layer
+        blocks = [self.diablo_blocks[name] for name in names]
+        layouts = [self.diablo_layout[name] for name in names]
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                hold(base_layer.weight, blocks, self._number)
+            y = base_layer(x)
+            return attach_blocks(y, x.to(y.dtype), blocks, layouts)
+        weight = self.weights["weight"].matrix(base_layer.weight)
+        return linear_in_place(x, weight, base_layer.bias, blocks, layouts, partial(self._hold, names))
+
+    def hold_in(self, weight: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
+        """Write the blocks of the active adapters into a weight, which may be a copy that the compiler has made.
+
+        Args:
+            weight: as the base layer has it.
+            blocks: the blocks.
+        """
+        names = self._names_in_weight() or ()
+        sums = self._summed({name: {"weight": own} for name, own in zip(names, blocks, strict=True)})
+        self.diagonals.write({"weight": self.weights["weight"].matrix(weight)}, names, sums)
+
+    def _names_in_weight(self) -> tuple[str, ...] | None:
+        """The adapters whose blocks this forward has in the weight; None where they stand beside it."""
+        weight = self.base_layer._parameters.get("weight")
+        if not self._can_hold or weight is None or weight.requires_grad or has_hooks(self.base_layer):
+            return None
+        if not torch.compiler.is_compiling() and (type(weight) is not nn.Parameter or weight.data_ptr() != self._home):
+            return None
+        if self.disable_adapters:
+            return ()
+        names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
+        # An adapter that is not trained stands beside: then the weight can be shared by threads.
+        trained = not names or any(self.diablo_blocks[name].requires_grad for name in names)
+        return names if trained and all(self.diablo_in_place[name] for name in names) else None
+
+    def _hold(self, names: tuple[str, ...], anew: bool) -> None:
+        if not anew and self.diagonals.held == names:
+            return
+        if self.merged:
+            raise RuntimeError(
+                f"{', '.join(self.merged_adapters)} was merged between a forward and its backward, which needs the "
+                "weight as it was: call backward() before merge_adapter()."
+            )
+        self.diagonals.write(self._matrices(), names, self._summed(self._blocks(names)))
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
         dropped = self.diablo_dropout[adapter_name](x)
@@ -51,6 +131,24 @@ class DiabloLinear(_ModuleLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is added to the weight."""
         return True
+
+    def train(self, mode: bool = True) -> DiabloLinear:
+        """Set training mode; a weight that a wrapper has sharded meanwhile is written into no longer."""
+        if self._can_hold and type(self.base_layer._parameters.get("weight")) is not nn.Parameter:
+            self._can_hold = False
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.settle(not self._can_hold)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, or what was pickled, is a layer of its own, with a weight elsewhere.
+        self._number = REGISTRY.add(self)
+        self.settle(not self._can_hold)
 
 
 class DiabloConv(_ModuleLayer):

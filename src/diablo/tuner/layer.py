@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.ops.weight import write_to_diagonal
-from diablo.tuner.config import DiabloConfig
+from diablo.tuner.config import DiabloConfig, config_obstacle
+from diablo.tuner.diagonal import Diagonals
 from diablo.tuner.weights import Weight
 
 
@@ -30,10 +31,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         diablo_blocks: the parameters by the adapter's name, each ``(*stack, N, d_in, d_out)`` as its layout says.
         diablo_dropout: dropout on the input of the blocks, by the adapter's name.
         diablo_layout: the geometry, by the adapter's name.
+        diablo_in_place: whether its settings let the blocks be written into the weight, by the adapter's name.
+        diagonals: what stands on the diagonals of the base weights.
     """
 
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
-    other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout")
+    other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout", "diablo_in_place")
 
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__()
@@ -42,10 +45,10 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.diablo_blocks: Any = nn.ParameterDict({})
         self.diablo_dropout = nn.ModuleDict({})
         self.diablo_layout: dict[str, Any] = {}
+        self.diablo_in_place: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        # The base weights' own diagonals, kept while adapters are merged: 1/N of the weight for each layout.
-        self._pristine: dict[tuple[str, BlockLayout], list[torch.Tensor]] = {}
+        self.diagonals = Diagonals()
 
     def update_layer(
         self,
@@ -62,8 +65,10 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             config: its settings.
             inference_mode: whether the adapter starts frozen.
         """
+        self.leave_weight()
         dropout = nn.Dropout(config.diablo_dropout) if config.diablo_dropout else nn.Identity()
         self.diablo_dropout[adapter_name] = dropout
+        self.diablo_in_place[adapter_name] = config_obstacle(config) is None
         self._add_blocks(
             adapter_name, {name: self._new_blocks(name, layout, config) for name, layout in layouts.items()}, layouts
         )
@@ -176,8 +181,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         already_merged = self.merged_adapters
-        if already_merged:
-            self._restore()
         try:
             self._write(already_merged + names, safe_merge)
         except ValueError:
@@ -195,16 +198,31 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def refresh_merge(self) -> None:
         """Rewrite a merged weight's diagonal after the blocks of a merged adapter have changed."""
         if self.merged:
-            names = self.merged_adapters
-            self._restore()
-            self._write(names, safe_merge=False)
+            self._write(self.merged_adapters, safe_merge=False)
 
     def unmerge_one(self, adapter_name: str) -> None:
         """Take one merged adapter out of the weight, which becomes what it would be without it, to the bit."""
         others = [name for name in self.merged_adapters if name != adapter_name]
-        self._restore()
         if others:
             self._write(others, safe_merge=False)
+        else:
+            self._restore()
+
+    def leave_weight(self) -> None:
+        """Put the base weight back where training has written blocks into it; what is merged stays."""
+        if self.diagonals.held and not self.merged:
+            self._restore()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        if not enabled:
+            self.leave_weight()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter."""
+        self.leave_weight()
+        super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's update as a dense tensor of the base weight's shape, in the dtype of the blocks.
@@ -249,32 +267,35 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _weight(self, name: str) -> torch.Tensor:
         """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
         parameter: Any = self.get_base_layer()._parameters[name]
-        return self.weights[name].matrix(parameter.data)
+        # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
+        return self.weights[name].matrix(parameter.detach())
+
+    def _matrices(self) -> dict[str, torch.Tensor]:
+        return {name: self._weight(name) for name in self.weights}
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
-        sums = self._summed(adapter_names, self._weight(next(iter(self.weights))).dtype)
-        self._pristine = {
-            (name, layout): [tile.of_weight(self._weight(name)).clone() for tile in layout.tiles]
-            for name, layout in sums
-        }
+        weights = self._matrices()
+        self.diagonals.write(weights, adapter_names, self._summed(self._blocks(adapter_names)))
         self.merged_adapters = list(adapter_names)
-        for (name, layout), blocks in sums.items():
-            weight = self._weight(name)
-            write_to_diagonal(weight, blocks, layout)
-            if safe_merge and not all(torch.isfinite(tile.of_weight(weight)).all() for tile in layout.tiles):
-                self._restore()
-                raise self._not_finite(adapter_names)
+        if safe_merge and not self.diagonals.are_finite(weights):
+            self._restore()
+            raise self._not_finite(adapter_names)
 
-    def _summed(self, adapter_names: list[str], dtype: torch.dtype) -> dict[tuple[str, BlockLayout], torch.Tensor]:
-        """The sum of the adapters' blocks for each weight and layout, in fp32 or in ``dtype`` where that is wider."""
-        sums: dict[tuple[str, BlockLayout], Any] = {}
-        for adapter_name in adapter_names:
+    def _blocks(self, adapter_names: Sequence[str]) -> dict[str, Mapping[str, torch.Tensor]]:
+        """The adapters' blocks by the names of the adapter and of the weight."""
+        return {name: self.blocks_of(name) for name in adapter_names}
+
+    @torch.no_grad()
+    def _summed(self, blocks: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[tuple[str, BlockLayout], torch.Tensor]:
+        """The adapters' blocks summed for each weight and layout: in fp32, or in the widest dtype among them."""
+        sums: dict[tuple[str, BlockLayout], torch.Tensor] = {}
+        for adapter_name, by_weight in blocks.items():
             layouts = self.layouts_of(adapter_name)
-            for name, blocks in self.blocks_of(adapter_name).items():
+            for name, own in by_weight.items():
                 key = (name, layouts[name])
-                sums[key] = sums.get(key, 0) + blocks.to(torch.promote_types(dtype, torch.float32))
+                sums[key] = _add_widely(sums[key], own) if key in sums else own
         return sums
 
     def _not_finite(self, adapter_names: list[str]) -> ValueError:
@@ -283,10 +304,31 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
         )
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        """Write the pristine diagonals back. Those of different layouts overlap, and agree where they do."""
-        for (name, layout), diagonal in self._pristine.items():
-            for tile, values in zip(layout.tiles, diagonal, strict=True):
-                tile.of_weight(self._weight(name)).copy_(values)
-        self._pristine, self.merged_adapters = {}, []
+        self.diagonals.restore(self._matrices())
+        self.merged_adapters = []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Moved and cast as if no blocks had been written.
+        self.leave_weight()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # The base layer is saved after this, and with its own weight.
+        self.leave_weight()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Likewise: what is loaded into the base layer must not be overwritten by what stood there before.
+        self.leave_weight()
+        super()._load_from_state_dict(*args)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        self.leave_weight()
+        return super()._replicate_for_data_parallel()
+
+
+def _add_widely(blocks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """A sum in fp32, or in the widest dtype where that is wider."""
+    wide = torch.promote_types(torch.promote_types(blocks.dtype, others.dtype), torch.float32)
+    return blocks.to(wide) + others.to(wide)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import peft
-import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -17,11 +16,17 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.kinds import DiabloParameters, adapt_module
+from diablo.tuner.kinds import DiabloLinear, DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
-from diablo.tuner.targets import Target, default_target_modules, resolve_targets, with_replicated_layers
-from diablo.tuner.weights import is_quantized
+from diablo.tuner.targets import (
+    Target,
+    default_target_modules,
+    resolve_targets,
+    target_obstacle,
+    with_replicated_layers,
+)
+from diablo.tuner.weights import Owners, is_quantized
 
 
 class DiabloModel(BaseTuner):
@@ -67,6 +72,7 @@ class DiabloModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
         self._check_not_both_kinds(targets)
+        self._check_in_place(targets, peft_config)
         # For the model card, which the configuration writes. A packed weight does not tell how many values it holds.
         packed = any(is_quantized(module) for module in model.modules())
         base = [parameter.numel() for name, parameter in model.named_parameters() if ".diablo_" not in name]
@@ -118,6 +124,27 @@ class DiabloModel(BaseTuner):
             check_backward(self.model, "Training")
         super().train(mode)
         return self
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's layers into the model; arguments and result are those of PEFT's ``BaseTuner``."""
+        super().inject_adapter(*args, **kwargs)
+        owners = Owners(self.model)
+        for layer in self._layers().values():
+            if isinstance(layer, DiabloLinear):
+                layer.settle(is_shared=len(owners.of(layer.get_base_layer()._parameters.get("weight"))) > 1)
+
+    def _check_in_place(self, targets: list[Target], config: DiabloConfig) -> None:
+        """Refuse ``in_place=True`` where it is impossible, before anything is changed."""
+        if config.in_place is not True:
+            return
+        owners = Owners(self.model)
+        for target in targets:
+            reason = target_obstacle(self.model, target, config, owners)
+            if reason is not None:
+                raise ValueError(
+                    f"in_place=True is impossible for {target.name}: {reason}. Set in_place='auto', which writes the "
+                    "blocks into the weights where that is possible and adds their product beside elsewhere."
+                )
 
     def _adapt_module(
         self, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
@@ -254,6 +281,11 @@ class DiabloModel(BaseTuner):
                     layouts[layer_name, parameter] = next(iter(found.values()))
         return layouts
 
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        for layer in self._layers().values():
+            layer.leave_weight()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def _layers(self) -> dict[str, DiabloLayer]:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLayer)}
 
@@ -271,16 +303,10 @@ class DiabloModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
         super()._check_merge_allowed()
-        owners: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
-            for weight in module._parameters.values():
-                if weight is not None and not weight.is_meta:
-                    owners.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
+        owners = Owners(self.model)
         for name, layer in self._layers().items():
             base_layer = layer.get_base_layer()
-            sharing = max(
-                (owners.get(_identity(base_layer._parameters.get(own)), []) for own in layer.weights), key=len
-            )
+            sharing = max((owners.of(base_layer._parameters.get(own)) for own in layer.weights), key=len)
             if len(sharing) > 1:
                 raise ValueError(
                     f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}: merging "
@@ -350,12 +376,6 @@ class DiabloModel(BaseTuner):
             return set()
         model: Any = self.model
         return set(model.get_encoder().modules())
-
-
-def _identity(weight: torch.Tensor | None) -> int:
-    """What two parameters have in common that share their values."""
-    # The tensor classes of quantization libraries have no memory of their own.
-    return weight.data_ptr() if weight is not None and type(weight) is nn.Parameter else id(weight)
 
 
 def _adapter_of(key: str) -> str:

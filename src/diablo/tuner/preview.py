@@ -19,9 +19,10 @@ from diablo.tuner.targets import (
     modules_outside_adapters,
     other_parameters,
     resolve_targets,
+    target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.weights import module_weight
+from diablo.tuner.weights import Owners, module_weight
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ class TargetPreview:
     Attributes:
         targets: what would be adapted, in the model's order.
         skipped: what would not.
+        obstacles: for each target, by its name, why its blocks have to stand beside the weight while they are trained;
+            None where they are written into it.
     """
 
     targets: list[Target]
     skipped: list[Skipped]
+    obstacles: dict[str, str | None]
 
     @property
     def num_parameters(self) -> int:
@@ -64,10 +68,12 @@ class TargetPreview:
             layout = target.layout
             stored = " x ".join(map(str, layout.blocks_shape))
             sizes = f"{layout.in_features} -> {layout.out_features}"
-            adapted[target.kind, sizes, stored].append(layout.num_parameters)
-        rows: list[tuple[str, ...]] = [("adapted", "in -> out", "blocks", "layers", "parameters")]
-        rows += [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in adapted.items()]
-        rows.append(("together", "", "", str(len(self.targets)), f"{self.num_parameters:,}"))
+            obstacle = self.obstacles[target.name]
+            where = "in the weight" if obstacle is None else f"beside: {obstacle}"
+            adapted[target.kind, sizes, stored, where].append(layout.num_parameters)
+        rows: list[tuple[str, ...]] = [("adapted", "in -> out", "blocks", "layers", "parameters", "training")]
+        rows += [(*key, str(len(sizes)), f"{sum(sizes):,}", where) for (*key, where), sizes in adapted.items()]
+        rows.append(("together", "", "", str(len(self.targets)), f"{self.num_parameters:,}", ""))
         left: dict[tuple[str, ...], int] = defaultdict(int)
         for skipped in self.skipped:
             shape = " x ".join(map(str, skipped.shape))
@@ -109,7 +115,9 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
         if name not in names:
             value = module.get_parameter(parameter)
             skipped.append(Skipped(name, type(module).__name__, tuple(value.shape), "not in target_parameters"))
-    return TargetPreview(targets, skipped)
+    owners = Owners(model)
+    obstacles = {target.name: target_obstacle(model, target, config, owners) for target in targets}
+    return TargetPreview(targets, skipped, obstacles)
 
 
 def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:

@@ -121,8 +121,10 @@ class DiabloQuantizedLinear(DiabloLinear):
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
+        if self.merged:
+            self._restore()
         weight = self._dequantized().clone()
-        for (_, layout), blocks in self._summed(adapter_names, weight.dtype).items():
+        for (_, layout), blocks in self._summed(self._blocks(adapter_names)).items():
             write_to_diagonal(weight, blocks, layout)
         if safe_merge and not torch.isfinite(weight).all():
             raise self._not_finite(adapter_names)

@@ -20,9 +20,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from diablo.layout import BlockLayout
-from diablo.tuner.config import DiabloConfig
+from diablo.tuner.config import DiabloConfig, config_obstacle
+from diablo.tuner.in_place import module_obstacle
 from diablo.tuner.quantized import quantization_backend
-from diablo.tuner.weights import SUPPORTED, Weight, linear_shape, module_weight, parameter_weight
+from diablo.tuner.weights import SUPPORTED, Owners, Weight, linear_shape, module_weight, parameter_weight
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the paper adapts ("qkvud"), by their names in Llama-like models."""
@@ -301,3 +302,21 @@ def _listed(items: Any, most: int = 8) -> str:
     names = [str(item) for item in items]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"
+
+
+def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owners: Owners) -> str | None:
+    """Why the blocks of a target have to stand beside its weight; None where they can be written into it.
+
+    Args:
+        model: the model.
+        target: what is to be adapted.
+        config: the adapter's settings.
+        owners: of the model's weights.
+    """
+    if target.parameter is not None:
+        return "a parameter is adapted by itself"
+    module = base_layer_of(model.get_submodule(target.module))
+    if reason := config_obstacle(config) or module_obstacle(module):
+        return reason
+    sharing = owners.of(module._parameters["weight"])
+    return f"the weight is shared by {', '.join(sharing)}" if len(sharing) > 1 else None

@@ -117,6 +117,31 @@ def is_quantized(module: nn.Module) -> bool:
     return not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight)
 
 
+class Owners:
+    """Which modules of a model share a weight.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            for weight in module._parameters.values():
+                if weight is not None:
+                    self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
+
+    def of(self, weight: torch.Tensor | None) -> list[str]:
+        """The names of the modules that have the weight."""
+        return [] if weight is None else self._names.get(_identity(weight), [])
+
+
+def _identity(weight: torch.Tensor) -> int:
+    """What two parameters have in common that share their values."""
+    # The tensor classes of quantization libraries have no memory of their own, and nothing on the meta device has.
+    return weight.data_ptr() if type(weight) is nn.Parameter and not weight.is_meta else id(weight)
+
+
 def _is_packed(weight: torch.Tensor) -> bool:
     """Whether a weight is of a class that a quantization library defines: its values are not laid out as its shape."""
     return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(

@@ -1,0 +1,75 @@
+"""The diagonals of a layer's base weights: what they were, and whose blocks stand on them now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from diablo.layout import BlockLayout
+from diablo.ops.weight import set_diagonal, write_to_diagonal
+
+Sums = Mapping[tuple[str, BlockLayout], torch.Tensor]
+
+
+class Diagonals:
+    """Writes blocks onto the diagonals of weights, and the base values back, to the bit.
+
+    The base values of a diagonal, 1/N of a weight for each layout, are kept as long as blocks stand on it.
+
+    Attributes:
+        held: names of the adapters whose blocks stand on the diagonals.
+    """
+
+    def __init__(self) -> None:
+        self.held: tuple[str, ...] = ()
+        self._pristine: dict[tuple[str, BlockLayout], list[torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def write(self, weights: Mapping[str, torch.Tensor], adapter_names: Sequence[str], sums: Sums) -> None:
+        """Make the diagonals those of the base plus blocks, whatever stands there now.
+
+        Each sum with the base values is formed in fp32, or in the weight's dtype where that is wider, and rounded to
+        the weight's dtype once for each layout. Where the layouts are those of the last call, one pass over the
+        diagonal does it.
+
+        Args:
+            weights: the weights by name, each ``(*stack, out_features, in_features)``.
+            adapter_names: the adapters whose blocks these are.
+            sums: for each weight's name and layout the blocks, summed over the adapters.
+        """
+        if sums.keys() != self._pristine.keys():
+            self.restore(weights)
+            self._pristine = {
+                (name, layout): [tile.of_weight(weights[name]).clone() for tile in layout.tiles]
+                for name, layout in sums
+            }
+        self.held = tuple(adapter_names)
+        if len({name for name, _ in sums}) < len(sums):
+            # Diagonals of different layouts overlap: each starts from what the one before it has written.
+            self._put_back(weights)
+            for (name, layout), blocks in sums.items():
+                write_to_diagonal(weights[name], blocks, layout)
+        else:
+            for (name, layout), blocks in sums.items():
+                set_diagonal(weights[name], self._pristine[name, layout], blocks, layout)
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write the base values back, and keep them no longer."""
+        self._put_back(weights)
+        self._pristine, self.held = {}, ()
+
+    def are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether every value on the diagonals that are written is finite."""
+        return all(
+            bool(torch.isfinite(tile.of_weight(weights[name])).all())
+            for name, layout in self._pristine
+            for tile in layout.tiles
+        )
+
+    def _put_back(self, weights: Mapping[str, torch.Tensor]) -> None:
+        # Where diagonals of different layouts overlap, their base values agree.
+        for (name, layout), diagonal in self._pristine.items():
+            for tile, values in zip(layout.tiles, diagonal, strict=True):
+                tile.of_weight(weights[name]).copy_(values)
