@@ -464,3 +464,48 @@ def test_the_product_is_added_into_the_base_layers_output():
     with torch.no_grad():
         y = layer(torch.ones(2, 16, dtype=torch.float64))
     assert y.data_ptr() == outputs[0].data_ptr()
+
+
+@every_case
+def test_a_merged_model_that_is_not_trained_stays_merged_when_its_adapter_is_switched(case):
+    model = two_adapters(case, torch.float32)
+    before = base_weights(model)
+    expected = {}
+    for names in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(names)
+        model.merge_adapter()
+        expected[str(names)] = base_weights(model)
+        model.unmerge_adapter()
+    model.base_model.set_adapter("default")
+    model.merge_adapter()
+    for names in ("other", "default", ["default", "other"], "default", "other"):
+        with LargestAllocation() as allocations:
+            model.base_model.set_adapter(names)
+        assert_same_bits(base_weights(model), expected[str(names)])
+        largest = max(
+            layer.diablo_blocks[name].numel() for layer in tuner_layers(model).values() for name in layer.diablo_blocks
+        )
+        assert allocations.largest <= largest
+    model.unmerge_adapter()
+    assert_same_bits(base_weights(model), before)
+    assert not any(layer.merged for layer in tuner_layers(model).values())
+
+
+def test_switching_a_merged_model_to_an_adapter_that_it_has_not_changes_nothing():
+    model = two_adapters(BY_NAME["mlp"], torch.float32)
+    model.merge_adapter()
+    before = base_weights(model)
+    with pytest.raises(ValueError, match="nothing"):
+        model.set_adapter("nothing")
+    assert_same_bits(base_weights(model), before)
+    assert all(layer.merged for layer in tuner_layers(model).values())
+
+
+def test_a_merged_model_in_training_mode_is_unmerged_as_by_peft_when_its_adapter_is_switched():
+    model = two_adapters(BY_NAME["mlp"], torch.float32)
+    before = base_weights(model)
+    model.merge_adapter()
+    model.train()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("other")
+    assert_same_bits(base_weights(model), before)

@@ -195,17 +195,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             return
         self._restore()
 
-    def refresh_merge(self) -> None:
-        """Rewrite a merged weight's diagonal after the blocks of a merged adapter have changed."""
-        if self.merged:
-            self._write(self.merged_adapters, safe_merge=False)
-
-    def unmerge_one(self, adapter_name: str) -> None:
-        """Take one merged adapter out of the weight, which becomes what it would be without it, to the bit."""
-        others = [name for name in self.merged_adapters if name != adapter_name]
-        if others:
-            self._write(others, safe_merge=False)
-        else:
+    def merge_instead(self, adapter_names: Sequence[str]) -> None:
+        """Make the weight what it is with these adapters merged, and no others, to the bit, in one pass."""
+        names = [name for name in adapter_names if name in self.diablo_blocks]
+        if names:
+            self._write(names, safe_merge=False)
+        elif self.merged:
             self._restore()
 
     def leave_weight(self) -> None:

@@ -193,6 +193,32 @@ class DiabloModel(BaseTuner):
                     "in target_parameters, the same for every adapter."
                 )
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters.
+
+        A merged model in evaluation mode stays merged, now with these: one pass over the diagonal of each weight,
+        1/N of it. In training mode it is unmerged, with a warning, as PEFT does for every method.
+
+        Args:
+            adapter_name: one name, or several, whose updates add up.
+            inference_mode: whether they are frozen.
+        """
+        layers = self._layers().values()
+        merged = {layer: layer.merged_adapters for layer in layers if layer.merged}
+        if self.training or not merged:
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        try:
+            for layer in merged:
+                # PEFT unmerges what is merged.
+                layer.merged_adapters = []
+            super().set_adapter(adapter_name, inference_mode)
+        finally:
+            for layer, names in merged.items():
+                layer.merged_adapters = names
+        for layer in layers:
+            layer.merge_instead(layer.active_adapters)
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
@@ -297,7 +323,7 @@ class DiabloModel(BaseTuner):
         if adapter_name in self.peft_config:
             for layer in self._layers().values():
                 if adapter_name in layer.merged_adapters:
-                    layer.unmerge_one(adapter_name)
+                    layer.merge_instead([name for name in layer.merged_adapters if name != adapter_name])
         super().delete_adapter(adapter_name)
 
     def _check_merge_allowed(self) -> None:

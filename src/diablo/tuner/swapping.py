@@ -63,4 +63,4 @@ def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default
             target.copy_(saved.get_tensor(key))
     for module in peft_model.modules():
         if isinstance(module, DiabloLayer) and adapter_name in module.merged_adapters:
-            module.refresh_merge()
+            module.merge_instead(module.merged_adapters)

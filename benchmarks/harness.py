@@ -1,0 +1,104 @@
+"""Interleaved timing, and the record of a run."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from diablo.results import describe_machine, describe_versions, write_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round of one method."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """The median over the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def time_interleaved(
+    methods: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 2, at_least: float = 0.05
+) -> dict[str, Timing]:
+    """Time methods in turn, round by round, so that whatever disturbs the machine disturbs them all.
+
+    The order of the methods is turned by one in each round, so that none always follows the same other.
+
+    Args:
+        methods: what to time, by name.
+        rounds: measured rounds.
+        device: where it runs; a GPU is waited for.
+        warmup: rounds before these.
+        at_least: seconds that a measurement lasts at least, by repetition.
+    """
+
+    def once(run: Callable[[], Any], repeats: int) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        _wait(device)
+        return (time.perf_counter() - start) / repeats
+
+    names = list(methods)
+    repeats = {}
+    for name in names:
+        once(methods[name], 1)
+        repeats[name] = max(1, round(at_least / once(methods[name], 1)))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in track(range(-warmup, rounds), description="rounds", transient=True):
+            turn = round_ % len(names)
+            for name in names[turn:] + names[:turn]:
+                taken = once(methods[name], repeats[name])
+                if round_ >= 0:
+                    seconds[name].append(taken)
+    finally:
+        gc.enable()
+    return {name: Timing(taken) for name, taken in seconds.items()}
+
+
+def paired_ratio(timing: Timing, reference: Timing) -> float:
+    """The median over the rounds of the ratio to the reference in the same round."""
+    return statistics.median(a / b for a, b in zip(timing.seconds, reference.seconds, strict=True))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_record(path: Path, question: str, settings: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write the results of a benchmark with the machine, the versions and the commit."""
+    record = {
+        "question": question,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "settings": dict(settings),
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    print(f"Wrote {path}.")
+
+
+def print_table(header: list[str], rows: list[list[Any]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")

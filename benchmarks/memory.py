@@ -1,0 +1,101 @@
+"""How much memory does a training step take under each method?
+
+    python -m benchmarks.memory
+
+What autograd keeps is counted, tensor by tensor; the peak of a step is measured in a process of its own for each
+method.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.harness import DTYPES, print_table, write_record
+from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build, trained_parameters
+from benchmarks.step import language_model
+from diablo.tuner.targets import PAPER_TARGETS
+
+QUESTION = "memory of a training step: bytes that autograd keeps, and the peak over the loaded model"
+METHODS = f"{FROZEN},{IN_PLACE},{BESIDE},LoRA,DoRA,MiSS,SHiRA,C3A,OFT"
+LENGTHS = (64, 256, 1024)
+
+app = typer.Typer()
+
+
+def saved_bytes(model: Any, ids: torch.Tensor) -> int:
+    """Bytes of the distinct tensors that a forward keeps for its backward, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.backward()
+    return total
+
+
+@app.command()
+def one(method: str, model: str, dtype: str, device: str, length: int, num_blocks: int) -> None:
+    """Measure one method in this process, and print the figures as JSON."""
+    where = torch.device(device)
+    adapted = build(method, language_model(model, DTYPES[dtype]).to(where), list(PAPER_TARGETS), num_blocks)
+    adapted.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    ids = torch.randint(adapted.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(where)
+    short = ids[:, :8]
+    before = _peak(where)
+    for batch in (short, ids, ids):
+        adapted(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = _peak(where) - before
+    print(json.dumps({"saved": saved_bytes(adapted, ids), "peak": peak, "parameters": trained_parameters(adapted)}))
+
+
+@app.command()
+def every(
+    model: str = "builtin:smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    num_blocks: int = 64,
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = METHODS,
+    out: Path | None = None,
+) -> None:
+    """Measure every method at three lengths of one row."""
+    results: list[dict[str, Any]] = []
+    for length in LENGTHS:
+        for name in methods.split(","):
+            command = [sys.executable, "-m", "benchmarks.memory", "one", name, model, dtype, device]
+            done = subprocess.run([*command, str(length), str(num_blocks)], capture_output=True, text=True, check=True)
+            results.append({"method": name, "length": length, **json.loads(done.stdout.strip().splitlines()[-1])})
+    print_table(
+        ["tokens", "method", "parameters", "kept, MB", "peak, MB"],
+        [[r["length"], r["method"], f"{r['parameters']:,}", r["saved"] / 1e6, r["peak"] / 1e6] for r in results],
+    )
+    settings = {"model": model, "dtype": dtype, "device": device, "num_blocks": num_blocks}
+    write_record(out or Path(f"docs/results/memory-{device}-{dtype}.json"), QUESTION, settings, results)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    app()
