@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ def time_interleaved(
         _wait(device)
         return (time.perf_counter() - start) / repeats
 
+    keep_freed_memory()
     names = list(methods)
     repeats = {}
     for name in names:
@@ -76,6 +79,19 @@ def time_interleaved(
 def paired_ratio(timing: Timing, reference: Timing) -> float:
     """The median over the rounds of the ratio to the reference in the same round."""
     return statistics.median(a / b for a, b in zip(timing.seconds, reference.seconds, strict=True))
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what is freed: fetching pages from the system anew makes a step's time vary by tenths.
+
+    A GPU's allocator does so by itself; this is for glibc's, and does nothing elsewhere.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, mmap_threshold, never = -1, -3, 2**31 - 1
+            libc.mallopt(trim_threshold, never)
+            libc.mallopt(mmap_threshold, 2**30)
 
 
 def _wait(device: torch.device) -> None:

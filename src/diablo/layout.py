@@ -45,6 +45,17 @@ class Tile:
         """Output features that the run writes."""
         return self.count * self.block_out
 
+    def grouped(self, size: int) -> Tile:
+        """The same run as fewer and larger blocks, each made of ``size`` neighbours, a divisor of ``count``."""
+        return Tile(
+            self.first // size,
+            self.count // size,
+            size * self.block_in,
+            size * self.block_out,
+            self.in_start,
+            self.out_start,
+        )
+
     def of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
         """The run's part of the parameter: ``(*stack, N, d_in, d_out)`` -> ``(*stack, count, block_in, block_out)``.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diablo.layout import BlockLayout
+from diablo.layout import BlockLayout, Tile
 
 
 def block_diagonal_linear_reference(
@@ -122,9 +122,7 @@ class _OuterProduct(torch.autograd.Function):
         ctx.save_for_backward(x, grad_y)
         ctx.layout = layout
         x, grad_y = as_rows(x), as_rows(grad_y)
-        products = [
-            torch.bmm(_fit_for_bmm(tile.of_input(x)).transpose(1, 2), tile.of_output(grad_y)) for tile in layout.tiles
-        ]
+        products = [_tile_product(x, grad_y, tile) for tile in layout.tiles]
         if products[0].shape == layout.blocks_shape:
             return products[0].to(dtype)
         # Entries outside the matrix are in no tile: they keep the zero.
@@ -150,10 +148,29 @@ def _accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: 
         tile.of_output(target).baddbmm_(tile.of_input(rows), tile.of_blocks(blocks))
 
 
-def _fit_for_bmm(blocks_of_input: torch.Tensor) -> torch.Tensor:
-    """What torch multiplies fast: on a CPU its product of 16-bit matrices is up to 4 times slower through strides."""
-    is_slow = blocks_of_input.device.type == "cpu" and blocks_of_input.element_size() == 2
-    return blocks_of_input.contiguous() if is_slow else blocks_of_input
+def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
+    group = _neighbours(tile)
+    larger = tile.grouped(group)
+    inputs = larger.of_input(x)
+    if inputs.device.type == "cpu" and inputs.element_size() == 2:
+        # torch's product of 16-bit matrices is up to 4 times slower through these strides.
+        inputs = inputs.contiguous()
+    product = torch.bmm(inputs.transpose(1, 2), larger.of_output(grad_y))
+    if group == 1:
+        return product
+    split = product.view(larger.count, group, tile.block_in, group, tile.block_out)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(tile.count, tile.block_in, tile.block_out)
+
+
+def _neighbours(tile: Tile, wide: int = 36) -> int:
+    """How many neighbouring blocks to multiply as one.
+
+    Matrix units are made for sides of 16 and more. Blocks of 9 columns are multiplied four at a time in two thirds of
+    the time that they take one by one, though three quarters of the product are thrown away.
+    """
+    most = min(tile.count, wide // min(tile.block_in, tile.block_out))
+    return next((size for size in range(most, 1, -1) if tile.count % size == 0), 1)
 
 
 def as_rows(features: torch.Tensor) -> torch.Tensor:
