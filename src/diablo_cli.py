@@ -20,6 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from diablo.evaluation import Score
+    from diablo.methods import TargetKind
     from diablo.planning import Plan
     from diablo.training import RunResult
 
@@ -77,6 +78,52 @@ def train(
     from diablo.training import train as run
 
     _print_result(run(settings, console=progress, resume=resume, overwrite=overwrite))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or builtin:NAME; only its config is read.")],
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="N; 64 where neither size is given.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The largest share to train, such as 1%, in place of N.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Names, separated by commas, or all-linear.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Show what would be trained and what memory it would take, before anything is downloaded."""
+    from diablo.errors import UserError
+    from diablo.models import parse_dtype
+    from diablo.sizing import plan_sizes
+
+    _quiet()
+    share = None
+    if budget is not None:
+        try:
+            share = float(budget.removesuffix("%")) / (100 if budget.endswith("%") else 1)
+        except ValueError:
+            raise UserError(f"--budget: found {budget!r}; give a share such as 1% or 0.01.") from None
+    names = target_modules.split(",") if target_modules and target_modules != "all-linear" else target_modules
+    sizes = plan_sizes(
+        model,
+        num_blocks=num_blocks,
+        budget=share,
+        target_modules=names,
+        batch_size=batch_size,
+        length=length,
+        dtype=parse_dtype(dtype),
+    )
+    out.print(_kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})\n")
+    title = f"memory of training at {batch_size} x {length} tokens in {dtype}"
+    table = Table("", *(row.method for row in sizes.memory), title=title)
+    table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
+    for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
+        table.add_row(name, *(_size(getattr(row, name)) for row in sizes.memory))
+    out.print(table)
+    out.print(
+        "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
+        "checkpointing; buffers of kernels and of the allocator come on top."
+    )
 
 
 @app.command()
@@ -249,13 +296,7 @@ def _quiet() -> None:
 def _print_plan(plan: Plan) -> None:
     recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
     if plan.targets:
-        table = Table(
-            "module", "count", "shape", "adapter", "parameters", title=f"{recipe.method.name} on {recipe.model}"
-        )
-        for kind in plan.targets:
-            shape = f"{kind.shape[0]} -> {kind.shape[1]}"
-            table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
-        out.print(table)
+        out.print(_kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
     out.print(f"held-out rows       {len(plan.held_out):,}")
@@ -276,6 +317,18 @@ def _print_plan(plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _kinds_table(kinds: list[TargetKind], title: str) -> Table:
+    table = Table("module", "count", "shape", "adapter", "parameters", title=title)
+    for kind in kinds:
+        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+        table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
+    return table
 
 
 def _print_result(result: RunResult) -> None:

@@ -226,3 +226,18 @@ def test_the_installed_command_shows_no_traceback_and_help_is_light():
 
 def blocks_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    status, out, _ = diablo("plan", tmp_path, "--num-blocks", 4, "--length", 32)
+    assert status == 0
+    assert "4 blocks of 8 x 8" in out
+    assert "trained parameters" in out
+    for method in ("DiaBlo, N = 4", "LoRA, r =", "full fine-tuning"):
+        assert method in out
+    status, out, _ = diablo("plan", tmp_path, "--budget", "5%", "--length", 32)
+    assert status == 0
+    status, _, error = diablo("plan", tmp_path, "--budget", "much")
+    assert status == 2
+    assert "--budget: found 'much'" in error

@@ -38,7 +38,8 @@ def linear_in_place(
         ``(..., out_features)``.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    can_autocast = torch.amp.is_autocast_available(device)
+    if can_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         lower = torch.get_autocast_dtype(device)
         bias = None if bias is None else bias.to(lower)
         with torch.autocast(device, enabled=False):

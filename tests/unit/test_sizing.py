@@ -1,0 +1,73 @@
+"""What `diablo plan` says is what training then takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from diablo import DiabloConfig
+from diablo.errors import UserError
+from diablo.sizing import plan_sizes
+
+
+def kept_by_a_real_forward(model, rows: int, length: int) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):
+    sizes = plan_sizes(str(tiny_model), num_blocks=4, batch_size=3, length=40, dtype=torch.float32)
+    real = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), DiabloConfig(num_blocks=4)).train()
+    trained, total = real.get_nb_trainable_parameters()
+    assert sizes.trained == trained
+    assert sizes.total == total - trained
+    estimate = sizes.memory[0]
+    assert estimate.activations == pytest.approx(kept_by_a_real_forward(real, 3, 40), rel=0.05)
+    assert estimate.weights == 4 * sizes.total
+    # In fp32 the blocks, and the diagonals as they were.
+    assert estimate.adapter == 8 * trained
+    assert (estimate.gradients, estimate.optimizer) == (4 * trained, 8 * trained)
+
+
+def test_the_methods_are_compared_at_equal_parameters(tiny_model):
+    diablo, lora, full = plan_sizes(str(tiny_model), num_blocks=4, batch_size=2, length=64).memory
+    assert lora.trained == pytest.approx(diablo.trained, rel=0.1)
+    assert full.trained > 5 * diablo.trained
+    assert diablo.activations < lora.activations
+    assert diablo.total < lora.total < full.total
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.05, 0.03])
+def test_a_budget_is_kept_and_used(tiny_model, budget):
+    sizes = plan_sizes(str(tiny_model), budget=budget, length=8)
+    share = sizes.trained / sizes.total
+    assert share <= budget
+    if sizes.num_blocks > 1:
+        assert plan_sizes(str(tiny_model), num_blocks=sizes.num_blocks - 1, length=8).trained / sizes.total > budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"budget": 1e-6}, "the smallest share of this model"),
+        ({"budget": 1.5}, "--budget: found 150"),
+        ({"budget": 0.1, "num_blocks": 4}, "give one of the two"),
+        ({"num_blocks": 4096}, "takes at most 32 blocks, not 4096"),
+        ({"target_modules": ["nothing"]}, "nothing match"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny_model, settings, match):
+    with pytest.raises(UserError, match=match):
+        plan_sizes(str(tiny_model), length=8, **settings)
