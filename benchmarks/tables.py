@@ -1,0 +1,79 @@
+"""Print the committed results of the benchmarks as Markdown tables.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import print_table
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def _layer(record: dict[str, Any]) -> None:
+    sizes = list(dict.fromkeys((row["in_features"], row["out_features"]) for row in record["results"]))
+    methods = list(dict.fromkeys(row["method"] for row in record["results"]))
+    cells = {(row["method"], row["in_features"], row["out_features"]): row for row in record["results"]}
+    rows = []
+    for method in methods:
+        found = [cells[(method, *size)] for size in sizes]
+        rows.append([method, *(f"{r['ratio_to_frozen']:.3f} ({r['overhead_over_loras']:.2f})" for r in found)])
+    print_table(["method", *(f"{i} -> {o}" for i, o in sizes)], rows)
+
+
+def _step(record: dict[str, Any]) -> None:
+    rows = [
+        [row["method"], f"{row['parameters']:,}", row["ratio_to_frozen"], round(row["tokens_per_second"])]
+        for row in record["results"]
+    ]
+    print_table(["method", "parameters", "ratio to frozen", "tokens/s"], rows)
+
+
+def _switching(record: dict[str, Any]) -> None:
+    rows = [[row["method"], row["median_seconds"] * 1e3, row["ratio_to_diablo"]] for row in record["results"]]
+    print_table(["method", "ms a switch", "ratio"], rows)
+
+
+def _memory(record: dict[str, Any]) -> None:
+    lengths = list(dict.fromkeys(row["length"] for row in record["results"]))
+    methods = list(dict.fromkeys(row["method"] for row in record["results"]))
+    cells = {(row["method"], row["length"]): row for row in record["results"]}
+    rows = []
+    for method in methods:
+        found = [cells[method, length] for length in lengths]
+        rows.append([method, *(f"{r['saved'] / 1e6:.0f} / {r['peak'] / 1e6:.0f}" for r in found)])
+    print_table(["method", *(f"{length} tokens" for length in lengths)], rows)
+
+
+def _scaling(record: dict[str, Any]) -> None:
+    points: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in record["results"]:
+        point = (row["in_features"], row["tokens"], row["num_blocks"])
+        points.setdefault(point, {})[row["method"]] = row["ratio_to_frozen"]
+    methods = [method for method in next(iter(points.values())) if method != "frozen"]
+    print_table(
+        ["width", "tokens", "N", *methods],
+        [[*point, *(ratios[method] for method in methods)] for point, ratios in points.items()],
+    )
+
+
+_TABLES = {"layer": _layer, "step": _step, "switching": _switching, "memory": _memory, "scaling": _scaling}
+
+
+def main() -> None:
+    """Print a table for each record, with its machine and commit."""
+    for path in sorted(RESULTS.glob("*.json")):
+        if table := _TABLES.get(path.name.partition("-")[0]):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            machine, versions = record["machine"], record["versions"]
+            print(f"\n{path.name}: {record['question']}; {machine['processor']}, {machine['cores']} cores,", end=" ")
+            print(f"torch {versions['torch']}, peft {versions['peft']}, commit {versions['commit']}\n")
+            table(record)
+
+
+if __name__ == "__main__":
+    main()
