@@ -414,6 +414,45 @@ def test_compiled_training_walks_the_same_way(name, backend):
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["ragged", "llama"])
+def test_by_default_compiled_graphs_have_the_blocks_beside_and_take_two_forwards(name, backend):
+    torch._dynamo.reset()
+    case = BY_NAME[name]
+    models = [case.adapted(torch.float32).train(), case.adapted(torch.float32, in_place=False).train()]
+    for model, run in zip(models, (torch.compile(models[0], backend=backend), models[1]), strict=True):
+        # An eager forward first: it leaves the blocks in the weight.
+        loss_of(model, inputs(model, 7)).backward()
+        for first in (0, 2):
+            chosen, rejected = (loss_of(run, inputs(model, seed)) for seed in (first, first + 1))
+            F.softplus(chosen - rejected).backward()
+    assert in_weight(models[0]) == {False}
+    assert_same_gradients(*models)
+
+
+@pytest.mark.parametrize("change", ["disabled", "switched"])
+def test_another_weight_between_a_compiled_forward_and_its_backward_is_never_silent(change):
+    torch._dynamo.reset()
+    inside, beside = twins("ragged")
+    for model in (inside, beside):
+        config = BY_NAME["ragged"].config(in_place=model.peft_config["default"].in_place)
+        model.add_adapter("other", config)
+        fill(model, "other", seed=5)
+        model.set_adapter("default")
+    compiled = torch.compile(inside, backend="inductor")
+    loss_of(compiled, inputs(inside, 0)).backward()
+    inside.zero_grad()
+    loss = loss_of(compiled, inputs(inside, 1))
+    if change == "disabled":
+        with torch.no_grad(), inside.disable_adapter():
+            forward(inside, inputs(inside, 1))
+    else:
+        inside.set_adapter("other")
+        loss_of(compiled, inputs(inside, 1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # What the layer keeps for backward.
 
 

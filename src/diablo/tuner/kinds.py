@@ -110,7 +110,9 @@ class DiabloLinear(_ModuleLayer):
         names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
         # An adapter that is not trained stands beside: then the weight can be shared by threads.
         trained = not names or any(self.diablo_blocks[name].requires_grad for name in names)
-        return names if trained and all(self.diablo_in_place[name] for name in names) else None
+        # A compiled graph keeps the weight for backward, which a second forward before it writes anew: an error then.
+        allowed = (True,) if torch.compiler.is_compiling() else (True, "auto")
+        return names if trained and all(self.diablo_in_place[name] in allowed for name in names) else None
 
     def _hold(self, names: tuple[str, ...], anew: bool) -> None:
         if not anew and self.diagonals.held == names:

@@ -31,7 +31,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         diablo_blocks: the parameters by the adapter's name, each ``(*stack, N, d_in, d_out)`` as its layout says.
         diablo_dropout: dropout on the input of the blocks, by the adapter's name.
         diablo_layout: the geometry, by the adapter's name.
-        diablo_in_place: whether its settings let the blocks be written into the weight, by the adapter's name.
+        diablo_in_place: ``in_place`` of its settings, False where another one rules it out, by the adapter's name.
         diagonals: what stands on the diagonals of the base weights.
     """
 
@@ -45,7 +45,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.diablo_blocks: Any = nn.ParameterDict({})
         self.diablo_dropout = nn.ModuleDict({})
         self.diablo_layout: dict[str, Any] = {}
-        self.diablo_in_place: dict[str, bool] = {}
+        self.diablo_in_place: dict[str, bool | str] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.diagonals = Diagonals()
@@ -68,7 +68,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.leave_weight()
         dropout = nn.Dropout(config.diablo_dropout) if config.diablo_dropout else nn.Identity()
         self.diablo_dropout[adapter_name] = dropout
-        self.diablo_in_place[adapter_name] = config_obstacle(config) is None
+        self.diablo_in_place[adapter_name] = False if config_obstacle(config) else config.in_place
         self._add_blocks(
             adapter_name, {name: self._new_blocks(name, layout, config) for name, layout in layouts.items()}, layouts
         )
