@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 
@@ -192,6 +193,10 @@ def one_of_two(rank: int, folder: str) -> None:
     gradients = [p.grad.clone() for p in trained]
     torch.optim.SGD(trained, lr=0.1).step()
     torch.save({"gradients": gradients, "blocks": [p.detach() for p in trained]}, f"{folder}/{rank}.pt")
+    # Where DDP holds the last reference to the group, freeing it waits for gloo's thread with the GIL held, which that
+    # thread may need: a deadlock, now and then.
+    del model
+    gc.collect()
     dist.destroy_process_group()
 
 
