@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.progress import track
 
 from diablo.results import describe_machine, describe_versions, write_json
 
+Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

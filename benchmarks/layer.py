@@ -13,8 +13,9 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks.harness import DTYPES, paired_ratio, print_table, time_interleaved, write_record
-from benchmarks.methods import FROZEN, METHODS, build, trained_parameters
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.methods import FROZEN, METHODS, build
+from diablo.methods import count_parameters
 
 QUESTION = "forward and backward of one adapted linear layer, as a ratio to the frozen one"
 
@@ -69,7 +70,7 @@ def measure(
             "tokens": tokens,
             "num_blocks": num_blocks,
             "method": name,
-            "parameters": trained_parameters(models[name]),
+            "parameters": count_parameters(models[name])[0],
             "median_seconds": timing.median,
             "ratio_to_frozen": ratios[name],
             "overhead_over_loras": (ratios[name] - 1) / (ratios["LoRA"] - 1),
@@ -80,8 +81,8 @@ def measure(
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
     tokens: int = 1024,
     num_blocks: int = 64,
     rounds: int = 9,

@@ -18,9 +18,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness import DTYPES, print_table, write_record
-from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build, trained_parameters
+from benchmarks.harness import DTYPES, Device, Dtype, print_table, write_record
+from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
+from diablo.methods import count_parameters
+from diablo.sizing import kept_for_backward
 from diablo.tuner.targets import PAPER_TARGETS
 
 QUESTION = "memory of a training step: bytes that autograd keeps, and the peak over the loaded model"
@@ -28,23 +30,6 @@ METHODS = f"{FROZEN},{IN_PLACE},{BESIDE},LoRA,DoRA,MiSS,SHiRA,C3A,OFT"
 LENGTHS = (64, 256, 1024)
 
 app = typer.Typer()
-
-
-def saved_bytes(model: Any, ids: torch.Tensor) -> int:
-    """Bytes of the distinct tensors that a forward keeps for its backward, parameters aside."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    loss.backward()
-    return total
 
 
 @app.command()
@@ -64,14 +49,15 @@ def one(method: str, model: str, dtype: str, device: str, length: int, num_block
             optimizer.step()
             optimizer.zero_grad()
     peak = _peak(where) - before
-    print(json.dumps({"saved": saved_bytes(adapted, ids), "peak": peak, "parameters": trained_parameters(adapted)}))
+    saved = kept_for_backward(adapted, lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss)
+    print(json.dumps({"saved": saved, "peak": peak, "parameters": count_parameters(adapted)[0]}))
 
 
 @app.command()
 def every(
     model: str = "builtin:smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "bf16",
+    device: Device = "cpu",
     num_blocks: int = 64,
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = METHODS,
     out: Path | None = None,

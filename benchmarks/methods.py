@@ -129,8 +129,3 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
 
 
 METHODS = (FROZEN, IN_PLACE, BESIDE, "LoRA", "DoRA", "MiSS", "SHiRA", "C3A", "OFT", "loralib", "einsum")
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Entries of the parameters that are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -6,12 +6,12 @@ python -m benchmarks.scaling
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 
-from benchmarks.harness import DTYPES, print_table, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, print_table, write_record
 from benchmarks.layer import measure
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE
 
@@ -20,8 +20,8 @@ WIDTH, TOKENS, NUM_BLOCKS = 2048, 512, 64
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
     rounds: int = 7,
     out: Path | None = None,
 ) -> None:

@@ -18,8 +18,9 @@ import typer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import DTYPES, paired_ratio, print_table, time_interleaved, write_record
-from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build, trained_parameters
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
+from diablo.methods import count_parameters
 from diablo.models import load_model, resolve_model
 from diablo.tuner.targets import PAPER_TARGETS
 
@@ -47,8 +48,8 @@ def language_model(name: str, dtype: torch.dtype) -> Any:
 
 def main(
     model: Annotated[str, typer.Option(help=f"A folder, a hub id, builtin:NAME or {RANDOM}.")] = "builtin:smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "bf16",
+    device: Device = "cpu",
     rows: int = 4,
     length: int = 256,
     num_blocks: int = 64,
@@ -84,7 +85,7 @@ def main(
     results = [
         {
             "method": name,
-            "parameters": trained_parameters(steppers[name][1]),
+            "parameters": count_parameters(steppers[name][1])[0],
             "median_seconds": timing.median,
             "ratio_to_frozen": paired_ratio(timing, times[FROZEN]),
             "tokens_per_second": rows * length / timing.median,

@@ -6,13 +6,13 @@ python -m benchmarks.switching
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.harness import DTYPES, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
 from benchmarks.layer import OneLayer
 from benchmarks.methods import nearest
 from diablo import DiabloConfig
@@ -21,8 +21,8 @@ QUESTION = "switching the adapter that stands in the weight of one layer"
 
 
 def main(
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "bf16",
+    device: Device = "cpu",
     in_features: int = 4096,
     out_features: int = 11008,
     num_blocks: int = 64,

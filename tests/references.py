@@ -6,6 +6,7 @@ They are loops over single blocks and entries, so that whoever reads them can se
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 # (in_features, out_features, num_blocks)
 LAYOUTS = {
@@ -56,3 +57,31 @@ def dense_delta(blocks: torch.Tensor, in_features: int, out_features: int) -> to
                 if i * rows + r < in_features and i * columns + c < out_features:
                     delta[i * columns + c, i * rows + r] = entries[i][r][c]
     return delta
+
+
+class SavedBytes:
+    """Bytes of the distinct tensors that autograd keeps, parameters aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.storages: dict[int, int] = {}
+        self.kept: list[torch.Tensor] = []
+
+    def __enter__(self) -> SavedBytes:
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.parameters:
+                self.storages[storage.data_ptr()] = storage.nbytes()
+                self.kept.append(tensor)
+            return tensor
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.hooks.__exit__(*exception)
+
+    @property
+    def total(self) -> int:
+        return sum(self.storages.values())

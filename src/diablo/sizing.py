@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from diablo.errors import UserError
+from diablo.layout import BlockLayout
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
 from diablo.models import load_config, meta_model, resolve_model
 from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
@@ -128,7 +129,7 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     ]
     most = min(min(shape) for shape, _ in shapes)
     for number in range(1, most + 1):
-        blocks = sum(math.ceil(i / number) * math.ceil(o / number) * number * count for (i, o), count in shapes)
+        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes)
         if blocks <= budget * total:
             return number
     raise UserError(
@@ -161,25 +162,34 @@ def _memory(name: str, model: nn.Module, batch_size: int, length: int, *, full: 
         adapter=0 if full else adapter,
         gradients=4 * count,
         optimizer=8 * count,
-        activations=_kept_for_backward(model, batch_size, length),
+        activations=kept_for_backward(model, lambda: _loss_on_meta(model, batch_size, length)),
     )
 
 
-def _kept_for_backward(model: Any, batch_size: int, length: int) -> int:
-    """Bytes of the distinct tensors that autograd keeps of a forward, parameters aside, on the meta device."""
+def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the distinct tensors that autograd keeps of a forward, parameters aside, on any device.
+
+    Args:
+        model: its parameters are not counted.
+        forward: runs it and returns the loss.
+    """
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in own:
+        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The graph has to live while its tensors are counted.
-        _loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        _loss = forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
 
 
 class _Flash(torch.autograd.Function):

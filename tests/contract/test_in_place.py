@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from references import SavedBytes
 from tiny_models import CASES, assert_same_bits, base_weights, fill, llama, mlp, output, tuner_layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -456,34 +457,6 @@ def test_another_weight_between_a_compiled_forward_and_its_backward_is_never_sil
 # What the layer keeps for backward.
 
 
-class SavedBytes:
-    """Bytes of the distinct tensors that autograd keeps, parameters aside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.storages: dict[int, int] = {}
-        self.kept: list[torch.Tensor] = []
-
-    def __enter__(self) -> SavedBytes:
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.parameters:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-                self.kept.append(tensor)
-            return tensor
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.hooks.__exit__(*exception)
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
-
-
 class Attention(nn.Module):
     """Three layers that share their input, two that share another, and one more."""
 
@@ -592,6 +565,22 @@ def test_a_weight_that_is_tied_after_the_adapter_was_added_stands_beside():
     layer.base_layer.weight = replaced
     assert_near(output(model), before)
     assert in_weight(model) == {False}
+
+
+@pytest.mark.parametrize("change", ["a hook", "a replaced weight", "a trained weight"])
+def test_what_has_become_impossible_is_an_error_where_it_was_asked_for(change):
+    inside, _ = twins("mlp")
+    layer = next(iter(tuner_layers(inside).values()))
+    if change == "a hook":
+        layer.base_layer.register_forward_hook(lambda module, args, y: y)
+    elif change == "a replaced weight":
+        layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().clone(), requires_grad=False)
+    else:
+        layer.base_layer.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="in_place=True has become impossible for this Linear of 16 -> 24"):
+        loss_of(inside, inputs(inside, 1))
+    with inside.disable_adapter():
+        loss_of(inside, inputs(inside, 1))
 
 
 def test_an_adapter_that_is_not_trained_stands_beside(tmp_path):

@@ -512,3 +512,16 @@ def test_a_merged_model_in_training_mode_is_unmerged_as_by_peft_when_its_adapter
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("other")
     assert_same_bits(base_weights(model), before)
+
+
+def test_switching_a_merged_model_to_an_adapter_on_a_shared_weight_is_refused():
+    model = BY_NAME["llama"].adapted(torch.float32)
+    model.add_adapter("other", DiabloConfig(num_blocks=4, target_modules=["lm_head"]))
+    inner = model.get_base_model()
+    model.merge_adapter(["default"])
+    inner.lm_head.base_layer.weight = inner.model.embed_tokens.weight
+    before = base_weights(model)
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        model.base_model.set_adapter("other")
+    assert_same_bits(base_weights(model), before)
+    assert model.base_model.active_adapters == ["default"]

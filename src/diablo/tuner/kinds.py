@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,62 @@ class _ModuleLayer(DiabloLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, {"weight": layout}, config, inference_mode=config.inference_mode)
 
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output plus the products with the blocks of the active adapters.
+
+        It has the dtype that the base layer gives. The blocks are stored in fp32 where PEFT is left to its default, and
+        cast for the product; activations are not.
+
+        Args:
+            x: what the base layer takes.
+            args: what else the base layer takes.
+            adapter_names: for each row of ``x`` (its first dimension) the adapter to use in place of the active ones,
+                or ``"__base__"`` for none.
+            kwargs: what else the base layer takes.
+
+        Raises:
+            ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            self._check_rows(x, adapter_names)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        result = self._result(result)
+        if x.is_floating_point():
+            # Under autocast the base layer lowers its input by itself; the blocks follow it.
+            x = x.to(result.dtype)
+        if adapter_names is None:
+            for adapter_name in self.active_adapters:
+                if adapter_name in self.diablo_blocks:
+                    result = self._add_update(x, adapter_name, result)
+            return result
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name in self.diablo_blocks:
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+                result[rows] = self._add_update(x[rows], adapter_name, result[rows])
+        return result
+
+    def _result(self, result: torch.Tensor) -> torch.Tensor:
+        """The base layer's output as a tensor that may be written into."""
+        return result
+
+    @abstractmethod
+    def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
+        """Add one adapter's product to ``result``, which is overwritten."""
+
+    def _check_rows(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names and the layer's input {len(x)} rows: give one name for "
+                "each row of the batch; layers that see the tokens of all rows in one dimension cannot tell them apart."
+            )
+        self._check_unmerged()
+
 
 class DiabloLinear(_ModuleLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
@@ -70,7 +127,8 @@ class DiabloLinear(_ModuleLayer):
     ) -> torch.Tensor:
         """The base layer's output plus the products with the blocks of the active adapters.
 
-        Arguments, result and errors are those of :meth:`DiabloLayer.forward`.
+        Arguments, result and errors are those of every adapted module. Where ``in_place=True`` has become impossible
+        since the adapter was added, it is a ``RuntimeError`` that says why.
         """
         names = None if self.merged or adapter_names is not None else self._names_in_weight()
         if names is None:
@@ -100,19 +158,33 @@ class DiabloLinear(_ModuleLayer):
 
     def _names_in_weight(self) -> tuple[str, ...] | None:
         """The adapters whose blocks this forward has in the weight; None where they stand beside it."""
-        weight = self.base_layer._parameters.get("weight")
-        if not self._can_hold or weight is None or weight.requires_grad or has_hooks(self.base_layer):
-            return None
-        if not torch.compiler.is_compiling() and (type(weight) is not nn.Parameter or weight.data_ptr() != self._home):
-            return None
-        if self.disable_adapters:
-            return ()
-        names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
+        names: tuple[str, ...] = ()
+        if not self.disable_adapters:
+            names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
         # An adapter that is not trained stands beside: then the weight can be shared by threads.
-        trained = not names or any(self.diablo_blocks[name].requires_grad for name in names)
+        if names and not any(self.diablo_blocks[name].requires_grad for name in names):
+            return None
         # A compiled graph keeps the weight for backward, which a second forward before it writes anew: an error then.
         allowed = (True,) if torch.compiler.is_compiling() else (True, "auto")
-        return names if trained and all(self.diablo_in_place[name] in allowed for name in names) else None
+        if not all(self.diablo_in_place[name] in allowed for name in names):
+            return None
+        if self._fits_now():
+            return names
+        if any(self.diablo_in_place[name] is True for name in names):
+            reason = module_obstacle(self.base_layer) or "its weight was trained, tied, sharded or replaced"
+            raise RuntimeError(
+                f"in_place=True has become impossible for this {type(self.base_layer).__name__} of {self.in_features} "
+                f"-> {self.out_features} since the adapter was added: {reason}. Set in_place='auto'."
+            )
+        return None
+
+    def _fits_now(self) -> bool:
+        """Whether the weight is the one that :meth:`settle` has seen, and the base layer computes with it alone."""
+        weight = self.base_layer._parameters.get("weight")
+        if not self._can_hold or weight is None or weight.requires_grad or has_hooks(self.base_layer):
+            return False
+        # The compiler cannot trace where a tensor lies.
+        return torch.compiler.is_compiling() or (type(weight) is nn.Parameter and weight.data_ptr() == self._home)
 
     def _hold(self, names: tuple[str, ...], anew: bool) -> None:
         if not anew and self.diagonals.held == names:

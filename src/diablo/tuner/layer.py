@@ -20,8 +20,7 @@ from diablo.tuner.weights import Weight
 class DiabloLayer(nn.Module, BaseTunerLayer):
     """A module whose weights have DiaBlo adapters.
 
-    This class holds what an adapter is and how it is merged. A subclass says how its module computes with the blocks:
-    :meth:`_add_update`, or :meth:`forward` as a whole.
+    This class holds what an adapter is and how it is merged. A subclass says how its module computes with the blocks.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -100,62 +99,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The base layer's output plus the products with the blocks of the active adapters.
-
-        It has the dtype that the base layer gives. The blocks are stored in fp32 where PEFT is left to its default, and
-        cast for the product; activations are not.
-
-        Args:
-            x: what the base layer takes.
-            args: what else the base layer takes.
-            adapter_names: for each row of ``x`` (its first dimension) the adapter to use in place of the active ones,
-                or ``"__base__"`` for none.
-            kwargs: what else the base layer takes.
-
-        Raises:
-            ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
-        """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
-            self._check_rows(x, adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        result = self._result(result)
-        if x.is_floating_point():
-            # Under autocast the base layer lowers its input by itself; the blocks follow it.
-            x = x.to(result.dtype)
-        if adapter_names is None:
-            for adapter_name in self.active_adapters:
-                if adapter_name in self.diablo_blocks:
-                    result = self._add_update(x, adapter_name, result)
-            return result
-        for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name in self.diablo_blocks:
-                rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
-                result[rows] = self._add_update(x[rows], adapter_name, result[rows])
-        return result
-
-    def _result(self, result: torch.Tensor) -> torch.Tensor:
-        """The base layer's output as a tensor that may be written into."""
-        return result
-
-    def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
-        """Add one adapter's product to ``result``, which is overwritten."""
-        raise NotImplementedError
-
-    def _check_rows(self, x: torch.Tensor, adapter_names: list[str]) -> None:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names and the layer's input {len(x)} rows: give one name for "
-                "each row of the batch; layers that see the tokens of all rows in one dimension cannot tell them apart."
-            )
-        self._check_unmerged()
 
     def _check_unmerged(self) -> None:
         if self.merged:

@@ -208,6 +208,7 @@ class DiabloModel(BaseTuner):
         if self.training or not merged:
             super().set_adapter(adapter_name, inference_mode)
             return
+        self._check_merge_allowed()
         try:
             for layer in merged:
                 # PEFT unmerges what is merged.
