@@ -9,7 +9,6 @@ method.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def one(method: str, model: str, dtype: str, device: str, length: int, num_block
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     ids = torch.randint(adapted.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(where)
     short = ids[:, :8]
-    before = _peak(where)
+    before = _start_peak(where)
     for batch in (short, ids, ids):
         adapted(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         if optimizer is not None:
@@ -77,10 +76,23 @@ def every(
     write_record(out or Path(f"docs/results/memory-{device}-{dtype}.json"), QUESTION, settings, results)
 
 
-def _peak(device: torch.device) -> int:
+def _start_peak(device: torch.device) -> int:
+    """Forget the peak so far, which loading the model has made, and return the bytes that are held now."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A figure of Linux about this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
