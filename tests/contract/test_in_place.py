@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from references import SavedBytes
-from tiny_models import CASES, assert_same_bits, base_weights, fill, llama, mlp, output, tuner_layers
+from tiny_models import CASES, assert_same_bits, base_weights, fill, llama, mlp, output, saves_biases, tuner_layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -382,6 +382,7 @@ def test_autocast(name):
         assert_near(gradients(models[0])[key], gradient, 0.05)
 
 
+@saves_biases
 def test_a_trained_bias():
     models = twins("ragged", bias="all")
     for model in models:

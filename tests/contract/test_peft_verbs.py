@@ -9,7 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny_models import (
     CASES,
@@ -26,6 +26,7 @@ from tiny_models import (
     llama,
     mlp,
     output,
+    saves_biases,
     tuner_layers,
     with_dense_delta,
 )
@@ -44,9 +45,6 @@ every_language_model = pytest.mark.parametrize("case", [BY_NAME["llama"], BY_NAM
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
 
-saves_biases = pytest.mark.skipif(
-    not hasattr(BaseTuner, "_get_learnable_bias_state_dict"), reason="this PEFT saves no biases of other methods"
-)
 transformers_takes_this_peft = pytest.mark.skipif(
     Version(peft.__version__) < Version("0.20"), reason="this transformers loads adapters with PEFT 0.20 or newer only"
 )

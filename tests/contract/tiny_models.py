@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -21,6 +22,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from diablo import DiabloConfig
+
+saves_biases = pytest.mark.skipif(
+    not hasattr(BaseTuner, "_get_learnable_bias_state_dict"), reason="this PEFT saves no biases of other methods"
+)
 
 
 class Mlp(nn.Module):
