@@ -312,16 +312,14 @@ def test_switching_back_and_forth_under_compile_compiles_each_adapter_once():
     torch._dynamo.reset()
     model = two_adapters(BY_NAME["mlp"], torch.float32)
     counter = CompileCounterWithBackend("eager")
-    # An eager forward leaves the blocks in the weight, for which compiled graphs are made anew.
-    eager = copy.deepcopy(model)
     compiled = torch.compile(model, backend=counter)
     inputs = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
 
     def both():
         for name in ("default", "other"):
             model.set_adapter(name)
-            eager.set_adapter(name)
-            assert_close(compiled(inputs), eager(inputs), 1e-5)
+            # Eager and compiled forwards take turns in one model.
+            assert_close(compiled(inputs), model(inputs), 1e-5)
 
     both()
     frames = counter.frame_count

@@ -37,30 +37,27 @@ def linear_in_place(
     Returns:
         ``(..., out_features)``.
     """
+    lower = lowered(x)
+    if lower is None:
+        return _Linear.apply(x, weight, bias, tuple(layouts), hold, None, *blocks)
+    bias = None if bias is None else bias.to(lower)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(x.to(lower), weight, bias, tuple(layouts), hold, lower, *blocks)
+
+
+def lowered(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast would lower a product of ``x`` to; None where it leaves it alone."""
     device = x.device.type
-    can_autocast = torch.amp.is_autocast_available(device)
-    if can_autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        lower = torch.get_autocast_dtype(device)
-        bias = None if bias is None else bias.to(lower)
-        with torch.autocast(device, enabled=False):
-            return _Linear.apply(x.to(lower), weight, bias, tuple(layouts), hold, lower, *blocks)
-    return _Linear.apply(x, weight, bias, tuple(layouts), hold, None, *blocks)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
-def attach_blocks(
-    y: torch.Tensor, x: torch.Tensor, blocks: Sequence[torch.Tensor], layouts: Sequence[BlockLayout]
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lower: torch.dtype | None
 ) -> torch.Tensor:
-    """``y`` as it is, through which the blocks on the diagonal of the weight that made it get their gradients.
-
-    For graphs that ``torch.compile`` traces, where the product itself is left to the compiler.
-
-    Args:
-        y: ``(..., out_features)``, the product of ``x`` with the weight.
-        x: ``(..., in_features)``.
-        blocks: as in :func:`linear_in_place`.
-        layouts: the geometry of each.
-    """
-    return _Attach.apply(y, x, tuple(layouts), *blocks)
+    """``x W^T + bias``, with the weight lowered as autocast would; ``x`` and ``bias`` are so already."""
+    return F.linear(x, weight if lower is None else weight.to(lower), bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -82,14 +79,14 @@ class _Linear(torch.autograd.Function):
         # since it is overwritten in every forward; `hold` sees to it that it is right when it is read.
         ctx.save_for_backward(x if any(ctx.needs_input_grad[6:]) else None, *blocks)
         ctx.weight, ctx.layouts, ctx.hold, ctx.lower = weight, layouts, hold, lower
-        return F.linear(x, weight if lower is None else weight.to(lower), bias)
+        return product(x, weight, bias, lower)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_y,) = grads
         x, *blocks = ctx.saved_tensors
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():
             transposed = tuple(layout.transposed for layout in ctx.layouts)
             grad_x = _Linear.apply(
                 grad_y,
@@ -100,36 +97,14 @@ class _Linear(torch.autograd.Function):
                 ctx.lower,
                 *(own.transpose(1, 2) for own in blocks),
             )
+        elif ctx.needs_input_grad[0]:
+            ctx.hold(False)
+            grad_x = product(grad_y, ctx.weight.T, None, ctx.lower)
         if ctx.needs_input_grad[2]:
             grad_bias = as_rows(grad_y).sum(0)
         needed = ctx.needs_input_grad[6:]
-        return grad_x, None, grad_bias, None, None, None, *_grad_blocks(x, grad_y, blocks, ctx.layouts, needed)
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, x: torch.Tensor, layouts: tuple[BlockLayout, ...], *blocks: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, *blocks)
-        ctx.layouts = layouts
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_y,) = grads
-        x, *blocks = ctx.saved_tensors
-        return grad_y, None, None, *_grad_blocks(x, grad_y, blocks, ctx.layouts, ctx.needs_input_grad[3:])
-
-
-def _grad_blocks(
-    x: torch.Tensor,
-    grad_y: torch.Tensor,
-    blocks: Sequence[torch.Tensor],
-    layouts: Sequence[BlockLayout],
-    needed: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    return [
-        outer_product(x, grad_y, layout, own.dtype) if wanted else None
-        for own, layout, wanted in zip(blocks, layouts, needed, strict=True)
-    ]
+        grads_of_blocks = [
+            outer_product(x, grad_y, layout, own.dtype) if wanted else None
+            for own, layout, wanted in zip(blocks, ctx.layouts, needed, strict=True)
+        ]
+        return grad_x, None, grad_bias, None, None, None, *grads_of_blocks

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from diablo.layout import BlockLayout
+from diablo.ops.linear import as_rows, outer_product
 from diablo.tuner.weights import is_quantized
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -46,41 +48,135 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class _Holder(Protocol):
-    def hold_in(self, weight: torch.Tensor, blocks: list[torch.Tensor]) -> None: ...
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
+    ) -> torch.Tensor: ...
+
+    def multiply_back(
+        self, grad_y: torch.Tensor, adapter_names: tuple[str, ...], lower: torch.dtype | None
+    ) -> torch.Tensor: ...
 
 
-class HolderRegistry:
+class LayerNumbers:
     """Layers by number, so that an operator can find the one that it serves: operators take tensors and numbers."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._layers: WeakValueDictionary[int, _Holder] = WeakValueDictionary()
 
-    def add(self, layer: _Holder) -> int:
-        """A number for a layer, which is not kept alive."""
+    def add(self, layer: _Holder) -> torch.Tensor:
+        """A number for a layer, which is not kept alive.
+
+        Returns:
+            A tensor on the CPU: the compiler would specialise on an integer, and compile each layer of a model anew
+            where they are compiled one by one.
+        """
         number = next(self._numbers)
         self._layers[number] = layer
-        return number
+        return torch.tensor(number, device="cpu")
 
-    def __getitem__(self, number: int) -> _Holder:
-        return self._layers[number]
-
-
-REGISTRY = HolderRegistry()
+    def __getitem__(self, number: torch.Tensor) -> _Holder:
+        return self._layers[int(number)]
 
 
-@torch.library.custom_op("diablo::hold", mutates_args=("weight",))
-def hold(weight: torch.Tensor, blocks: list[torch.Tensor], number: int) -> None:
-    """Write blocks onto a weight's diagonal, as one operator that the compiler does not look into.
+LAYERS = LayerNumbers()
+
+# A recorded CUDA graph would replay the writes to the weight and not the bookkeeping of what stands there.
+_TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
+
+
+@torch.library.custom_op("diablo::linear", mutates_args=(), tags=_TAGS)
+def compiled_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    blocks: list[torch.Tensor],
+    number: torch.Tensor,
+    adapter_names: str,
+    num_blocks: list[int],
+    in_features: int,
+    out_features: int,
+    lower: torch.dtype | None,
+) -> torch.Tensor:
+    """The product of a layer that has its blocks in its weight, as one operator that the compiler does not look into.
+
+    The weight is no argument of it: the operator finds it through the layer, writes the blocks into it and reads it. A
+    compiled graph therefore keeps no weight for its backward, which another forward would overwrite, and each call is
+    by itself a function of its arguments.
 
     Args:
-        weight: the base layer's weight, or a copy that the compiler has made of it.
-        blocks: those of the adapters that are active.
-        number: the layer's number in ``REGISTRY``.
+        x: ``(..., in_features)``, of the dtype of the product.
+        bias: ``(out_features,)`` or None.
+        blocks: those of the adapters, in the order of their names; the graph's way of knowing what the result hangs on.
+        number: the layer's number in ``LAYERS``.
+        adapter_names: the adapters whose blocks these are, joined by dots, which no name has.
+        num_blocks: N of each adapter.
+        in_features: the length of the input.
+        out_features: the length of the output.
+        lower: the dtype that autocast asks for, or None.
+
+    Returns:
+        ``(..., out_features)``.
     """
-    REGISTRY[number].hold_in(weight, blocks)
+    return LAYERS[number].multiply(x, bias, _split(adapter_names), lower)
 
 
-@hold.register_fake
-def _(weight: torch.Tensor, blocks: list[torch.Tensor], number: int) -> None:
-    """It returns nothing whose shape the compiler would have to know."""
+@compiled_linear.register_fake
+def _(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    blocks: list[torch.Tensor],
+    number: torch.Tensor,
+    adapter_names: str,
+    num_blocks: list[int],
+    in_features: int,
+    out_features: int,
+    lower: torch.dtype | None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("diablo::linear_grad_x", mutates_args=(), tags=_TAGS)
+def _grad_x(
+    grad_y: torch.Tensor,
+    blocks: list[torch.Tensor],
+    number: torch.Tensor,
+    adapter_names: str,
+    in_features: int,
+    lower: torch.dtype | None,
+) -> torch.Tensor:
+    return LAYERS[number].multiply_back(grad_y, _split(adapter_names), lower)
+
+
+@_grad_x.register_fake
+def _(
+    grad_y: torch.Tensor,
+    blocks: list[torch.Tensor],
+    number: torch.Tensor,
+    adapter_names: str,
+    in_features: int,
+    lower: torch.dtype | None,
+) -> torch.Tensor:
+    return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+def _split(adapter_names: str) -> tuple[str, ...]:
+    return tuple(adapter_names.split(".")) if adapter_names else ()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, _, blocks, number, ctx.adapter_names, ctx.num_blocks, ctx.in_features, ctx.out_features, ctx.lower = inputs
+    ctx.save_for_backward(x, number, *blocks)
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+    x, number, *blocks = ctx.saved_tensors
+    needs_x, needs_bias, needed, *_ = ctx.needs_input_grad
+    grad_x = _grad_x(grad_y, blocks, number, ctx.adapter_names, ctx.in_features, ctx.lower) if needs_x else None
+    grad_blocks = [
+        outer_product(x, grad_y, BlockLayout(ctx.in_features, ctx.out_features, count), own.dtype) if wanted else None
+        for count, own, wanted in zip(ctx.num_blocks, blocks, needed, strict=True)
+    ]
+    return grad_x, as_rows(grad_y).sum(0) if needs_bias else None, grad_blocks, *([None] * 6)
+
+
+compiled_linear.register_autograd(_backward, setup_context=_setup)

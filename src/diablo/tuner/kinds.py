@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
-from diablo.ops.in_place import attach_blocks, linear_in_place
+from diablo.ops.in_place import linear_in_place, lowered, product
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.in_place import REGISTRY, has_hooks, hold, module_obstacle
+from diablo.tuner.in_place import LAYERS, compiled_linear, has_hooks, module_obstacle
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.weights import module_weight, parameter_weight
 
@@ -110,7 +110,7 @@ class DiabloLinear(_ModuleLayer):
         self._can_hold = False
         # Where the weight was when it was looked at: wrappers that shard or replace it put it elsewhere.
         self._home = 0
-        self._number = REGISTRY.add(self)
+        self._number = LAYERS.add(self)
 
     def settle(self, is_shared: bool) -> None:
         """Find out whether blocks can be written into the weight as it is now.
@@ -138,23 +138,41 @@ class DiabloLinear(_ModuleLayer):
         blocks = [self.diablo_blocks[name] for name in names]
         layouts = [self.diablo_layout[name] for name in names]
         if torch.compiler.is_compiling():
-            with torch.no_grad():
-                hold(base_layer.weight, blocks, self._number)
-            y = base_layer(x)
-            return attach_blocks(y, x.to(y.dtype), blocks, layouts)
+            lower = lowered(x)
+            bias = base_layer.bias
+            if lower is not None:
+                x, bias = x.to(lower), None if bias is None else bias.to(lower)
+            counts = [layout.num_blocks for layout in layouts]
+            sizes = (self.in_features, self.out_features)
+            return compiled_linear(x, bias, blocks, self._number, ".".join(names), counts, *sizes, lower)
         weight = self.weights["weight"].matrix(base_layer.weight)
         return linear_in_place(x, weight, base_layer.bias, blocks, layouts, partial(self._hold, names))
 
-    def hold_in(self, weight: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
-        """Write the blocks of the active adapters into a weight, which may be a copy that the compiler has made.
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
+    ) -> torch.Tensor:
+        """The product of a compiled graph's forward, with the adapters' blocks as they are now.
 
         Args:
-            weight: as the base layer has it.
-            blocks: the blocks.
+            x: ``(..., in_features)``.
+            bias: ``(out_features,)`` or None.
+            adapter_names: the adapters that were active when it was compiled.
+            lower: the dtype that autocast asks for, or None.
+
+        Raises:
+            RuntimeError: the weight is no longer the one that was there when the graph was compiled.
         """
-        names = self._names_in_weight() or ()
-        sums = self._summed({name: {"weight": own} for name, own in zip(names, blocks, strict=True)})
-        self.diagonals.write({"weight": self.weights["weight"].matrix(weight)}, names, sums)
+        if not self._fits_now():
+            raise self._impossible("Set in_place=False, or compile anew after torch.compiler.reset()")
+        self._hold(adapter_names, True)
+        return product(x, self._weight("weight"), bias, lower)
+
+    def multiply_back(
+        self, grad_y: torch.Tensor, adapter_names: tuple[str, ...], lower: torch.dtype | None
+    ) -> torch.Tensor:
+        """The product of a compiled graph's backward: ``(..., out_features)`` to ``(..., in_features)``."""
+        self._hold(adapter_names, False)
+        return product(grad_y, self._weight("weight").T, None, lower)
 
     def _names_in_weight(self) -> tuple[str, ...] | None:
         """The adapters whose blocks this forward has in the weight; None where they stand beside it."""
@@ -164,19 +182,20 @@ class DiabloLinear(_ModuleLayer):
         # An adapter that is not trained stands beside: then the weight can be shared by threads.
         if names and not any(self.diablo_blocks[name].requires_grad for name in names):
             return None
-        # A compiled graph keeps the weight for backward, which a second forward before it writes anew: an error then.
-        allowed = (True,) if torch.compiler.is_compiling() else (True, "auto")
-        if not all(self.diablo_in_place[name] in allowed for name in names):
+        if not all(self.diablo_in_place[name] for name in names):
             return None
         if self._fits_now():
             return names
         if any(self.diablo_in_place[name] is True for name in names):
-            reason = module_obstacle(self.base_layer) or "its weight was trained, tied, sharded or replaced"
-            raise RuntimeError(
-                f"in_place=True has become impossible for this {type(self.base_layer).__name__} of {self.in_features} "
-                f"-> {self.out_features} since the adapter was added: {reason}. Set in_place='auto'."
-            )
+            raise self._impossible("Set in_place='auto'")
         return None
+
+    def _impossible(self, advice: str) -> RuntimeError:
+        reason = module_obstacle(self.base_layer) or "its weight was trained, tied, sharded or replaced"
+        return RuntimeError(
+            f"in_place=True has become impossible for this {type(self.base_layer).__name__} of {self.in_features} "
+            f"-> {self.out_features} since the adapter was added: {reason}. {advice}."
+        )
 
     def _fits_now(self) -> bool:
         """Whether the weight is the one that :meth:`settle` has seen, and the base layer computes with it alone."""
@@ -193,6 +212,11 @@ class DiabloLinear(_ModuleLayer):
             raise RuntimeError(
                 f"{', '.join(self.merged_adapters)} was merged between a forward and its backward, which needs the "
                 "weight as it was: call backward() before merge_adapter()."
+            )
+        if self.base_layer.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A CUDA graph is being recorded, which would replay the writing of blocks into the weight without the "
+                "bookkeeping of what stands there: set in_place=False, or train without the graph."
             )
         self.diagonals.write(self._matrices(), names, self._summed(self._blocks(names)))
 
@@ -221,7 +245,7 @@ class DiabloLinear(_ModuleLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy, or what was pickled, is a layer of its own, with a weight elsewhere.
-        self._number = REGISTRY.add(self)
+        self._number = LAYERS.add(self)
         self.settle(not self._can_hold)
 
 
