@@ -45,6 +45,11 @@ class Tile:
         """Output features that the run writes."""
         return self.count * self.block_out
 
+    @property
+    def transposed(self) -> Tile:
+        """The same run as the map from outputs back to inputs has it."""
+        return Tile(self.first, self.count, self.block_out, self.block_in, self.out_start, self.in_start)
+
     def grouped(self, size: int) -> Tile:
         """The same run as fewer and larger blocks, each made of ``size`` neighbours, a divisor of ``count``."""
         return Tile(
