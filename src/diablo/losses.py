@@ -8,37 +8,57 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch.utils.checkpoint import checkpoint
 
-from diablo.data.encoding import IGNORED
+_CHUNK = 1024
+"""Supervised tokens whose logits are in fp32 at a time."""
 
 
 def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of the supervised tokens, summed.
 
-    The output layer, a third of a small model's work, is applied to the positions that predict a supervised token and
-    to no others. Whatever the model does to its logits afterwards (scaling, soft-capping) is still done.
+    Nothing of it makes the host wait for the device.
 
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; labels of tokens without
-            loss are -100.
+        batch: what :func:`diablo.data.batching.collate` makes.
 
     Returns:
         A scalar in fp32, in nats.
     """
-    targets = batch["labels"][:, 1:]
-    supervised = targets != IGNORED
+    logits, targets = _supervised_logits(model, batch)
+    if len(targets) <= _CHUNK:
+        return _summed(logits, targets)
+    # In fp32 the logits would take several times the memory that they have: they are cast a part at a time, and again
+    # in the backward.
+    parts = zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    losses = [checkpoint(_summed, *part, use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum()
 
-    def keep_supervised(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that predict the supervised tokens, row by row, ``(supervised, vocabulary)``, and these tokens.
+
+    The output layer, a third of a small model's work, is applied to the positions that predict a supervised token and
+    to no others. Whatever the model does to its logits afterwards (scaling, soft-capping) is still done. No attention
+    mask is given: rows are padded on the right, where no token of a causal model looks.
+    """
+    positions = batch["predicting"]
+
+    def keep_predicting(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
-        return hidden[:, :-1][supervised].unsqueeze(0), *rest
+        return hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
 
-    handle = _output_layer(model).register_forward_pre_hook(keep_supervised)
+    handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
     try:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(input_ids=batch["input_ids"], use_cache=False)
     finally:
         handle.remove()
-    return F.cross_entropy(output.logits.squeeze(0).float(), targets[supervised], reduction="sum")
+    return output.logits.squeeze(0), batch["labels"].flatten().index_select(0, positions + 1)
 
 
 def _output_layer(model: Any) -> torch.nn.Module:

@@ -149,12 +149,13 @@ class CompletionTrainer(SFTTrainer):
     ) -> Any:
         """The mean loss of the supervised tokens of the whole optimizer step.
 
-        On a GPU TRL's fused kernel does this. Elsewhere it would compute logits for every token, prompts and padding
-        included, and so ours is used.
+        TRL's own, which waits for the device several times a step, is left to what ours does not do: the balancing loss
+        of a mixture's router.
         """
-        if inputs["labels"].is_cuda or self.aux_loss_enabled or return_outputs:
+        if self.aux_loss_enabled or return_outputs:
+            inputs = {name: values for name, values in inputs.items() if name != "predicting"}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = (inputs["labels"][:, 1:] >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
         loss = summed_completion_loss(model, inputs) / count
         # The count is that of all processes, and DDP averages the gradients over them.
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
@@ -220,9 +221,13 @@ def _make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, l
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=plan.device.type == "cuda",
+        # Its filter asks the device in each step whether the loss is finite.
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
     )
+    # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
+    config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
     progress = TrainingProgress(console, meter)
     trainer = CompletionTrainer(

@@ -180,19 +180,31 @@ def rows_of_mlp() -> torch.Tensor:
     return torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def adapted_mlp() -> torch.nn.Module:
-    return fill(get_peft_model(mlp().double(), DiabloConfig(num_blocks=5, target_modules=["up", "down"])))
+def adapted_mlp(in_place: bool) -> torch.nn.Module:
+    config = DiabloConfig(num_blocks=5, target_modules=["up", "down"], in_place=in_place)
+    return fill(get_peft_model(mlp().double(), config)).train()
+
+
+def three_steps(model: torch.nn.Module, rows: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Losses and gradients of three steps, and the blocks after them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    seen: dict[str, list[torch.Tensor]] = {"losses": [], "gradients": []}
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+        seen["losses"].append(loss.detach())
+        seen["gradients"] += [p.grad.clone() for p in trained]
+    return seen | {"blocks": [p.detach() for p in trained]}
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """What each of two processes does: half of the batch, one step, and its blocks and gradients into a file."""
+    """What each of two processes does: three steps on its half of the batch, in place, and the outcome into a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = DistributedDataParallel(adapted_mlp())
-    model(rows_of_mlp()[rank * 4 : rank * 4 + 4]).square().mean().backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad.clone() for p in trained]
-    torch.optim.SGD(trained, lr=0.1).step()
-    torch.save({"gradients": gradients, "blocks": [p.detach() for p in trained]}, f"{folder}/{rank}.pt")
+    model = DistributedDataParallel(adapted_mlp(in_place=True))
+    torch.save(three_steps(model, rows_of_mlp()[rank * 4 : rank * 4 + 4]), f"{folder}/{rank}.pt")
     # Where DDP holds the last reference to the group, freeing it waits for gloo's thread with the GIL held, which that
     # thread may need: a deadlock, now and then.
     del model
@@ -200,15 +212,15 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradient_of_the_whole_batch_and_equal_blocks(tmp_path):
+def test_two_processes_in_place_walk_as_one_does_beside_on_the_whole_batch(tmp_path):
     mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    model = adapted_mlp()
-    model(rows_of_mlp()).square().mean().backward()
-    expected = [p.grad for p in model.parameters() if p.requires_grad]
-    assert len(expected) == 2
-    for rank in range(2):
-        for got, want in zip(both[rank]["gradients"], expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    for first, second in zip(both[0]["blocks"], both[1]["blocks"], strict=True):
-        assert torch.equal(first, second)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = three_steps(adapted_mlp(in_place=False), rows_of_mlp())
+    assert len(expected["gradients"]) == 6
+    for got in (first, second):
+        for one, want in zip(got["gradients"] + got["blocks"], expected["gradients"] + expected["blocks"], strict=True):
+            torch.testing.assert_close(one, want, rtol=1e-12, atol=1e-12)
+    for one, other, want in zip(first["losses"], second["losses"], expected["losses"], strict=True):
+        torch.testing.assert_close((one + other) / 2, want, rtol=1e-12, atol=1e-12)
+    for one, other in zip(first["blocks"], second["blocks"], strict=True):
+        assert torch.equal(one, other)

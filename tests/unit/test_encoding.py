@@ -199,6 +199,8 @@ def test_collate_pads_by_position_also_where_padding_is_the_stop_token() -> None
         "input_ids": [[5, 2, 6, 2], [7, 2, 2, 2]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
         "labels": [[IGNORED, IGNORED, 6, 2], [IGNORED, 2, IGNORED, IGNORED]],
+        # Through the rows one after the other, four positions each.
+        "predicting": [1, 2, 4],
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
+from references import SavedBytes
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from diablo import DiabloConfig
@@ -126,7 +127,8 @@ def test_hook_is_removed_where_the_forward_fails(tiny_model: Path, batch: dict[s
 
 def test_batch_without_supervised_tokens_has_no_loss(tiny_model: Path, batch: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        loss = summed_completion_loss(llama(tiny_model), batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
+        nothing = {"labels": torch.full_like(batch["labels"], IGNORED), "predicting": batch["predicting"][:0]}
+        loss = summed_completion_loss(llama(tiny_model), batch | nothing)
     assert loss.item() == 0
 
 
@@ -140,3 +142,35 @@ def test_held_out_loss_does_not_depend_on_the_batches(
         for order in (rows, rows[::-1]):
             assert held_out_loss(model, order, 2, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
     assert model.training  # as it was found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_many_supervised_tokens_are_taken_a_part_at_a_time(
+    name: str, tiny_model: Path, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS[name](tiny_model).eval()
+    results = []
+    for chunk in (1024, 3):
+        monkeypatch.setattr("diablo.losses._CHUNK", chunk)
+        model.zero_grad()
+        loss = summed_completion_loss(model, batch)
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_keep_no_logits_in_fp32(
+    tiny_model: Path, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(tiny_model).bfloat16().requires_grad_(False)
+    model.model.norm.weight.requires_grad_()
+    kept = []
+    for chunk in (1024, 3):
+        monkeypatch.setattr("diablo.losses._CHUNK", chunk)
+        with SavedBytes(model) as saved:
+            summed_completion_loss(model, batch)
+        kept.append(saved.total)
+    supervised = len(batch["predicting"])
+    # The logits themselves are kept now, and the log-probabilities in fp32 no longer.
+    assert kept[0] - kept[1] >= supervised * 320 * (4 - 2) - 8 * supervised

@@ -78,15 +78,21 @@ def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> d
 
     Returns:
         ``input_ids``, ``attention_mask`` (1 on tokens, 0 on padding) and ``labels`` (-100 on padding), each
-        ``(rows, tokens)`` of int64.
+        ``(rows, tokens)`` of int64; and ``predicting``, ``(supervised,)`` of int64: the positions whose next token is
+        supervised, counted through the rows one after the other. They are found here, on the host, since a device
+        that finds them has to be waited for.
     """
     longest = max(len(row["input_ids"]) for row in features)
 
     def padded(values: list[int], filler: int) -> list[int]:
         return values + [filler] * (longest - len(values))
 
+    labels = torch.tensor([padded(row["labels"], IGNORED) for row in features])
+    next_is_supervised = torch.zeros_like(labels, dtype=torch.bool)
+    next_is_supervised[:, :-1] = labels[:, 1:] != IGNORED
     return {
         "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in features]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in features]),
-        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in features]),
+        "labels": labels,
+        "predicting": next_is_supervised.flatten().nonzero().squeeze(1),
     }
