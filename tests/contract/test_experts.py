@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import assert_close, assert_same_bits, block_entries, output
+from tiny_models import assert_close, assert_same_bits, base_weights, block_entries, output
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -62,10 +62,6 @@ def adapted(build, **settings) -> PeftModel:
 
 def layers(model: nn.Module) -> dict[str, DiabloParameters]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DiabloParameters)}
-
-
-def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "diablo_" not in n}
 
 
 def with_dense_delta(build, model: nn.Module, adapter_name: str = "default") -> nn.Module:

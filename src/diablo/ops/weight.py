@@ -51,6 +51,46 @@ def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: tor
         torch.add(values, tile.of_blocks(blocks).to(values.device), out=tile.of_weight(weight))
 
 
+def trained_diagonal(
+    weight: torch.Tensor, blocks: Sequence[torch.Tensor], layouts: Sequence[BlockLayout]
+) -> torch.Tensor:
+    """A weight on whose diagonal the sum of ``blocks`` stands already, as a tensor that gives them their gradients.
+
+    No copy: the result has the memory of ``weight``. Autograd is not told where that is written to later, so whoever
+    does so has to see to it that the values are back when a backward reads them.
+
+    Args:
+        weight: ``(*stack, out_features, in_features)``, of any strides, frozen.
+        blocks: each of its layout's ``blocks_shape``.
+        layouts: the geometry of each.
+
+    Returns:
+        A tensor of the shape and dtype of ``weight``. Derivatives of any order work.
+    """
+    return _TrainedDiagonal.apply(weight, tuple(layouts), *blocks)
+
+
+class _TrainedDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, layouts: tuple[BlockLayout, ...], *blocks: torch.Tensor
+    ) -> torch.Tensor:
+        # The blocks are kept so that autograd notices where they are overwritten before backward.
+        ctx.save_for_backward(*blocks)
+        ctx.layouts = layouts
+        return weight.data
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        blocks = ctx.saved_tensors
+        taken = [
+            _TakeDiagonal.apply(grad, layout, own.dtype) if wanted else None
+            for own, layout, wanted in zip(blocks, ctx.layouts, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return None, None, *taken
+
+
 class _AddToDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:

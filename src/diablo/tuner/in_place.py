@@ -30,7 +30,12 @@ def module_obstacle(module: nn.Module) -> str | None:
         return f"this {type(module).__name__} has a forward of its own"
     if has_hooks(module):
         return "hooks are registered on the layer"
-    weight: Any = module._parameters.get("weight")
+    return parameter_obstacle(module, "weight")
+
+
+def parameter_obstacle(module: nn.Module, name: str) -> str | None:
+    """Why blocks cannot be written into a parameter of a module; None where they can."""
+    weight: Any = module._parameters.get(name)
     if type(weight) is not nn.Parameter:
         return "the weight is sharded or computed from others"
     if weight.is_inference():

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
 from diablo.ops.in_place import linear_in_place, lowered, product
+from diablo.ops.weight import trained_diagonal
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.in_place import LAYERS, compiled_linear, has_hooks, module_obstacle
+from diablo.tuner.holding import HoldingLayer
+from diablo.tuner.in_place import LAYERS, compiled_linear, has_hooks, module_obstacle, parameter_obstacle
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.weights import module_weight, parameter_weight
 
@@ -96,31 +99,25 @@ class _ModuleLayer(DiabloLayer):
         self._check_unmerged()
 
 
-class DiabloLinear(_ModuleLayer):
+class DiabloLinear(_ModuleLayer, HoldingLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where :meth:`settle` has found that it
-    can, and an active adapter is trained, the forward writes the blocks into the weight and computes the one product of
-    the base layer; the backward adds the gradient of the blocks, 1/N of a product. Every forward writes them anew:
-    nothing tells reliably whether an optimizer has changed them.
+    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where it can, and an active adapter is
+    trained, it has the blocks in the weight and computes the one product of the base layer; the backward adds the
+    gradient of the blocks, 1/N of a product.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
         super().__init__(base_layer, adapter_name, layout, config)
-        self._can_hold = False
-        # Where the weight was when it was looked at: wrappers that shard or replace it put it elsewhere.
-        self._home = 0
         self._number = LAYERS.add(self)
 
-    def settle(self, is_shared: bool) -> None:
-        """Find out whether blocks can be written into the weight as it is now.
+    def obstacle(self) -> str | None:
+        """Why the blocks have to stand beside the weight; None where they can be written into it."""
+        return module_obstacle(self.base_layer)
 
-        Args:
-            is_shared: whether another module of the model has the same weight.
-        """
-        self._can_hold = not is_shared and module_obstacle(self.base_layer) is None
-        if self._can_hold:
-            self._home = self.base_layer.weight.data_ptr()  # type: ignore[operator]
+    def _fits_now(self) -> bool:
+        # The product is computed here, without calling the base layer.
+        return not has_hooks(self.base_layer) and super()._fits_now()
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -174,52 +171,6 @@ class DiabloLinear(_ModuleLayer):
         self._hold(adapter_names, False)
         return product(grad_y, self._weight("weight").T, None, lower)
 
-    def _names_in_weight(self) -> tuple[str, ...] | None:
-        """The adapters whose blocks this forward has in the weight; None where they stand beside it."""
-        names: tuple[str, ...] = ()
-        if not self.disable_adapters:
-            names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
-        # An adapter that is not trained stands beside: then the weight can be shared by threads.
-        if names and not any(self.diablo_blocks[name].requires_grad for name in names):
-            return None
-        if not all(self.diablo_in_place[name] for name in names):
-            return None
-        if self._fits_now():
-            return names
-        if any(self.diablo_in_place[name] is True for name in names):
-            raise self._impossible("Set in_place='auto'")
-        return None
-
-    def _impossible(self, advice: str) -> RuntimeError:
-        reason = module_obstacle(self.base_layer) or "its weight was trained, tied, sharded or replaced"
-        return RuntimeError(
-            f"in_place=True has become impossible for this {type(self.base_layer).__name__} of {self.in_features} "
-            f"-> {self.out_features} since the adapter was added: {reason}. {advice}."
-        )
-
-    def _fits_now(self) -> bool:
-        """Whether the weight is the one that :meth:`settle` has seen, and the base layer computes with it alone."""
-        weight = self.base_layer._parameters.get("weight")
-        if not self._can_hold or weight is None or weight.requires_grad or has_hooks(self.base_layer):
-            return False
-        # The compiler cannot trace where a tensor lies.
-        return torch.compiler.is_compiling() or (type(weight) is nn.Parameter and weight.data_ptr() == self._home)
-
-    def _hold(self, names: tuple[str, ...], anew: bool) -> None:
-        if not anew and self.diagonals.held == names:
-            return
-        if self.merged:
-            raise RuntimeError(
-                f"{', '.join(self.merged_adapters)} was merged between a forward and its backward, which needs the "
-                "weight as it was: call backward() before merge_adapter()."
-            )
-        if self.base_layer.weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "A CUDA graph is being recorded, which would replay the writing of blocks into the weight without the "
-                "bookkeeping of what stands there: set in_place=False, or train without the graph."
-            )
-        self.diagonals.write(self._matrices(), names, self._summed(self._blocks(names)))
-
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
         dropped = self.diablo_dropout[adapter_name](x)
         return block_diagonal_linear(
@@ -230,23 +181,10 @@ class DiabloLinear(_ModuleLayer):
         """True: the update is added to the weight."""
         return True
 
-    def train(self, mode: bool = True) -> DiabloLinear:
-        """Set training mode; a weight that a wrapper has sharded meanwhile is written into no longer."""
-        if self._can_hold and type(self.base_layer._parameters.get("weight")) is not nn.Parameter:
-            self._can_hold = False
-        super().train(mode)
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.settle(not self._can_hold)
-        return self
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy, or what was pickled, is a layer of its own, with a weight elsewhere.
+        # A copy, or what was pickled, is a layer of its own.
         self._number = LAYERS.add(self)
-        self.settle(not self._can_hold)
 
 
 class DiabloConv(_ModuleLayer):
@@ -297,12 +235,13 @@ class DiabloEmbedding(_ModuleLayer):
         )
 
 
-class DiabloParameters(DiabloLayer):
+class DiabloParameters(HoldingLayer):
     """A module some of whose parameters have DiaBlo adapters, such as the fused experts of a mixture.
 
-    What such a module does with its parameters is its own affair, so it is run with copies that have the blocks added:
-    each forward makes one copy of each adapted parameter. A parameter of ``(experts, out, in)`` has blocks of its own
-    for each expert.
+    What such a module does with its parameters is its own affair. While blocks are trained they are written into the
+    parameters, and the module is run with these; otherwise it is run with copies that have the blocks added, one copy
+    of each adapted parameter in each forward. Either way the backward makes the gradient of the whole parameter, of
+    which the diagonal is kept. A parameter of ``(experts, out, in)`` has blocks of its own for each expert.
 
     Args:
         base_layer: the module whose parameters are adapted, frozen by PEFT.
@@ -357,6 +296,10 @@ class DiabloParameters(DiabloLayer):
         Raises:
             ValueError: ``adapter_names`` differ, or are given while adapters are merged.
         """
+        held = None if self.merged or adapter_names is not None else self._names_in_weight()
+        if held is not None:
+            return self._run_in_place(held, *args, **kwargs)
+        self.leave_weight()
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self.active_adapters
@@ -378,6 +321,31 @@ class DiabloParameters(DiabloLayer):
                 base: Any = changed.get(name, self.get_base_layer()._parameters[name])
                 changed[name] = weight.original(add_to_diagonal(weight.matrix(base), blocks, layouts[name]))
         return functional_call(self.base_layer, changed, args, kwargs)
+
+    def obstacle(self) -> str | None:
+        """Why the blocks have to stand beside the parameters; None where they can be written into them."""
+        if torch.compiler.is_compiling():
+            return "the compiler cannot see when the module's backward reads its parameters"
+        reasons = (parameter_obstacle(self.get_base_layer(), name) for name in self.weights)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _fits_now(self) -> bool:
+        return not torch.compiler.is_compiling() and super()._fits_now()
+
+    def _run_in_place(self, adapter_names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        self._hold(adapter_names, True)
+        parameters = {}
+        for name, weight in self.weights.items():
+            own = [other for other in adapter_names if name in self.layouts_of(other)]
+            blocks = [self.blocks_of(other)[name] for other in own]
+            layouts = [self.layouts_of(other)[name] for other in own]
+            parameters[name] = weight.original(trained_diagonal(self._weight(name), blocks, layouts))
+        result = functional_call(self.base_layer, parameters, args, kwargs)
+        for output in tree_leaves(result):
+            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+                # The module's backward is about to read the parameters, where something else may stand by now.
+                output.grad_fn.register_prehook(lambda _: self._hold(adapter_names, False))
+        return result
 
 
 def adapt_module(module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> DiabloLayer:

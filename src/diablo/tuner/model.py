@@ -16,7 +16,8 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.kinds import DiabloLinear, DiabloParameters, adapt_module
+from diablo.tuner.holding import HoldingLayer
+from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
 from diablo.tuner.targets import (
@@ -130,8 +131,9 @@ class DiabloModel(BaseTuner):
         super().inject_adapter(*args, **kwargs)
         owners = Owners(self.model)
         for layer in self._layers().values():
-            if isinstance(layer, DiabloLinear):
-                layer.settle(is_shared=len(owners.of(layer.get_base_layer()._parameters.get("weight"))) > 1)
+            if isinstance(layer, HoldingLayer):
+                parameters = layer.get_base_layer()._parameters
+                layer.settle(is_shared=any(len(owners.of(parameters.get(name))) > 1 for name in layer.weights))
 
     def _check_in_place(self, targets: list[Target], config: DiabloConfig) -> None:
         """Refuse ``in_place=True`` where it is impossible, before anything is changed."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig, config_obstacle
-from diablo.tuner.in_place import module_obstacle
+from diablo.tuner.in_place import module_obstacle, parameter_obstacle
 from diablo.tuner.quantized import quantization_backend
 from diablo.tuner.weights import SUPPORTED, Owners, Weight, linear_shape, module_weight, parameter_weight
 
@@ -313,10 +313,10 @@ def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owne
         config: the adapter's settings.
         owners: of the model's weights.
     """
-    if target.parameter is not None:
-        return "a parameter is adapted by itself"
     module = base_layer_of(model.get_submodule(target.module))
-    if reason := config_obstacle(config) or module_obstacle(module):
+    name = target.parameter or "weight"
+    obstacle = parameter_obstacle(module, name) if target.parameter else module_obstacle(module)
+    if reason := config_obstacle(config) or obstacle:
         return reason
-    sharing = owners.of(module._parameters["weight"])
+    sharing = owners.of(module._parameters[name])
     return f"the weight is shared by {', '.join(sharing)}" if len(sharing) > 1 else None
