@@ -39,6 +39,7 @@ class CommonsenseTask(Task):
 
     max_new_tokens = 32
     beams = 4
+    measure = "share of right choices"
     source: ClassVar[Source]
     words: ClassVar[str]
     """A regular expression of the answers."""

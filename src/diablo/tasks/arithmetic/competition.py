@@ -23,6 +23,7 @@ class ExpressionTask(Task):
     """
 
     max_new_tokens = 1024
+    measure = "share of right expressions"
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         super().__init__(folder=folder, protocol=protocol)

@@ -29,6 +29,7 @@ class NumberTask(Task):
     """
 
     max_new_tokens = 512
+    measure = "share of right numbers"
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         super().__init__(folder=folder, protocol=protocol)
@@ -139,6 +140,7 @@ class Aqua(AdaptersTask):
     """AQuA (Ling et al., ACL 2017): word problems with five choices, A to E."""
 
     name = "aqua"
+    measure = "share of right letters"
     source = _adapters_source("dataset/AQuA", test="AQuA.test.json")
 
     def parse(self, text: str) -> str | None:
@@ -159,6 +161,7 @@ class Math10k(AdaptersTask):
 
     name = "math10k"
     splits = ("train",)
+    measure = "share of right numbers and letters"
     source = _adapters_source("ft-training_set/math_10k.json", train="math_10k.json")
 
     def parse(self, text: str) -> Any | None:
@@ -181,7 +184,7 @@ class Math10k(AdaptersTask):
 
 
 class MawpsCot(NumberTask):
-    """MAWPS put as the paper's protocol puts it: the 238 test problems of ``mawps``, answered by a number."""
+    """MAWPS put as the paper's protocol puts it: its 238 test problems, answered by a number."""
 
     name = "mawps_cot"
     splits = ("test",)
