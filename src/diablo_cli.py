@@ -153,12 +153,12 @@ def evaluate(
     from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
     from diablo.reporting import print_examples
 
+    _quiet()
     tasks = _tasks_to_score(_trained_as(model), task, data_folder, protocol, allow=allow_code_execution)
     scored = [(each, decoding_for(each, samples=samples, temperature=temperature, seed=seed)) for each in tasks]
     _check_file(out_file)
     for each in tasks:
         each.problems("test")  # a fault in the data shows before the model is loaded
-    _quiet()
     loaded, encoder = _load(model, base, chat)
     scores = evaluate_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
     if out_file is not None:

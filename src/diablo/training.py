@@ -316,6 +316,9 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
             else {key: (before, value)}
         )
         changed += [name for name, (old, new) in pairs.items() if old != new and not free & set(name.split("."))]
+    # What is scored says which rows are left out of training.
+    if (started.get("evaluation") or {}).get("tasks") != recipe.evaluation.tasks:
+        changed.append("evaluation.tasks")
     if changed:
         raise UserError(
             f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "

@@ -105,6 +105,30 @@ def test_other_tasks_are_scored_in_its_place_and_left_out_of_training(diablo, ti
     assert not (tmp_path / "run" / "answers-after.jsonl").exists()
 
 
+def test_what_is_scored_cannot_change_when_a_run_is_resumed(diablo, tiny_model, tmp_path, data):
+    # It says which rows are left out of training, and so the batches would not be the same.
+    command = [*recipe(tmp_path, tiny_model, data), "training.save_steps=1", "evaluation.limit=1"]
+    assert diablo(*command)[0] == 0
+    (tmp_path / "run" / "run.json").unlink()
+    status, _, err = diablo(*command, "--resume", "evaluation.tasks=[addsub]")
+    assert status == 2
+    assert "evaluation.tasks: changed" in err
+    assert diablo(*command, "--resume", "evaluation.protocol=paper")[0] == 0
+
+
+def test_own_rows_that_are_tested_on_are_left_out(diablo, tiny_model, tmp_path, data):
+    rows = [{"instruction": f"What are {n} and 4?", "output": str(n + 4)} for n in range(4, 9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [arg for arg in recipe(tmp_path, tiny_model, data) if arg not in FAST]
+    (tmp_path / "recipe.yaml").write_text(
+        (tmp_path / "recipe.yaml").read_text().replace("task: gsm8k\n", "evaluation: {tasks: [addsub]}\n")
+    )
+    status, out, _ = diablo(*command, f"data.train={tmp_path / 'rows.jsonl'}", "--dry-run")
+    assert status == 0
+    assert "training rows       3:" in out
+    assert "tested rows         2 left out of training" in out
+
+
 def test_a_dry_run_says_what_is_scored_and_what_is_left_out(diablo, tiny_model, tmp_path, data):
     more = "evaluation: {tasks: [boolq, gsm8k], protocol: paper}\n"
     status, out, _ = diablo(*recipe(tmp_path, tiny_model, data, more), "--dry-run")

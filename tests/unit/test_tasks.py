@@ -214,6 +214,13 @@ def test_tasks_by_name() -> None:
         get_task("gsm9k")
 
 
+def test_the_page_of_the_tasks_names_each_and_where_its_data_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, task in TASKS.items():
+        assert f"`{name}`" in page
+        assert task.source is None or task.source.hub is None or f"`{task.source.hub}`" in page
+
+
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_a_task_says_what_it_is_and_has_a_file_for_each_split(name: str) -> None:
     task = TASKS[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import threading
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
@@ -37,18 +38,19 @@ _UNIT_EXPONENT = re.compile(r"(?<=[A-Za-z])(?<!\d[eE])\s?\^?\s?\{?[23²³]\}?(?!
 _NOT_A_VALUE = re.compile(r"[\d²³^*\u00d7·+÷√\\]|\bnot\b|n't\b")
 _SEVERAL = re.compile(r"\b(?:or|and)\b|[,;]")
 _LATEX_TO_PLAIN = (
-    (re.compile(r"\\[()\[\]!,;: ]|\\(?:left|right|quad)\b|\*\*|\\?[$€£¥]"), " "),
+    (re.compile(r"\\[()\[\]!,;: ]|\*\*"), ""),
+    (re.compile(r"\\(?:left|right|quad)\b|\\?[$€£¥]"), " "),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2 "),
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r" \1/\2 "),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"(?<=\d)(?:,|\{,\})\s?(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"), ""),
 )
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2013\u2012\ufe63\uff0d", "-"))
 
 _CHOICE = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-E])(?!\w)\)?")
 _ANOTHER_CHOICE = re.compile(r"\s*(?:,|/|or\b|and\b)\s*(?:option\s+|choice\s+)?\(?[A-E](?!\w)")
-_WORDS = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]+)*")
+_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 _PAPER_CUE = "The final answer is: "
 _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*", re.ASCII)
@@ -171,7 +173,7 @@ def _parsed(latex: str) -> tuple[Any, ...]:
 
     # In math mode a word would be a product of its letters, equal to every anagram.
     latex = rf"\text{{{latex}}}" if _WORDS.fullmatch(latex) else latex
-    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()]))
+    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=_time_limit()))
 
 
 def same_value(given: str, right: str) -> bool:
@@ -180,7 +182,12 @@ def same_value(given: str, right: str) -> bool:
 
     if normalise_latex(given) == normalise_latex(right):
         return True
-    return verify(list(_parsed(right)), list(_parsed(given)))
+    return verify(list(_parsed(right)), list(_parsed(given)), timeout_seconds=_time_limit())
+
+
+def _time_limit() -> int | None:
+    """Seconds for one formula: math-verify keeps time by a signal, which only the main thread receives."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
 
 
 def paper_number(text: str) -> float | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,10 +78,10 @@ class Gsm8k(NumberTask):
         return Problem(instruction_row(number, record["question"].strip(), completion), answer)
 
 
-def _adapters_source(published: str, **files: str) -> Source:
+def _adapters_source(published: str, files: Mapping[Split, str]) -> Source:
     return Source(
         family="math",
-        files={split: file for split, file in files.items() if split in ("train", "test")},  # type: ignore[misc]
+        files=files,
         fields={"instruction": str, "output": str, "answer": (str, int, float)},
         origin=f"{LLM_ADAPTERS}/{published}",
     )
@@ -112,28 +113,28 @@ class Svamp(AdaptersTask):
     """SVAMP (Patel et al., NAACL 2021): simple word problems, varied so that shallow patterns fail."""
 
     name = "svamp"
-    source = _adapters_source("dataset/SVAMP", test="SVAMP.test.json")
+    source = _adapters_source("dataset/SVAMP", {"test": "SVAMP.test.json"})
 
 
 class AddSub(AdaptersTask):
     """AddSub (Hosseini et al., EMNLP 2014): word problems of additions and subtractions."""
 
     name = "addsub"
-    source = _adapters_source("dataset/AddSub", test="AddSub.test.json")
+    source = _adapters_source("dataset/AddSub", {"test": "AddSub.test.json"})
 
 
 class SingleEq(AdaptersTask):
     """SingleEq (Koncel-Kedziorski et al., TACL 2015): word problems of one equation."""
 
     name = "singleeq"
-    source = _adapters_source("dataset/SingleEq", test="SingleEq.test.json")
+    source = _adapters_source("dataset/SingleEq", {"test": "SingleEq.test.json"})
 
 
 class MultiArith(AdaptersTask):
     """MultiArith (Roy and Roth, EMNLP 2015): word problems of several steps."""
 
     name = "multiarith"
-    source = _adapters_source("dataset/MultiArith", test="MultiArith.test.json")
+    source = _adapters_source("dataset/MultiArith", {"test": "MultiArith.test.json"})
 
 
 class Aqua(AdaptersTask):
@@ -141,7 +142,7 @@ class Aqua(AdaptersTask):
 
     name = "aqua"
     measure = "share of right letters"
-    source = _adapters_source("dataset/AQuA", test="AQuA.test.json")
+    source = _adapters_source("dataset/AQuA", {"test": "AQuA.test.json"})
 
     def parse(self, text: str) -> str | None:
         """Strict: the letter that the text calls its answer. Paper: see :func:`answers.paper_choice`."""
@@ -162,7 +163,7 @@ class Math10k(AdaptersTask):
     name = "math10k"
     splits = ("train",)
     measure = "share of right numbers and letters"
-    source = _adapters_source("ft-training_set/math_10k.json", train="math_10k.json")
+    source = _adapters_source("ft-training_set/math_10k.json", {"train": "math_10k.json"})
 
     def parse(self, text: str) -> Any | None:
         """A letter where the answer begins with one, else a number."""
@@ -204,7 +205,6 @@ def _number(text: str) -> str | None:
     """A number of a record as plain digits."""
     text = text.strip().replace(",", "").removeprefix("$")
     try:
-        float(text)
+        return text if math.isfinite(float(text)) else None
     except ValueError:
         return None
-    return text if json.dumps(float(text)) not in ("NaN", "Infinity", "-Infinity") else None
