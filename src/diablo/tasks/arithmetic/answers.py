@@ -13,10 +13,12 @@ import threading
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from diablo.errors import UserError
 from diablo.tasks.arithmetic.latex import normalise_latex
+from diablo.tasks.base import Protocol, Task
 
 _CUE = re.compile(r"\banswer(?:\*\*)?\s*(?:\bis\b\s*:?|:)|####", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
@@ -57,17 +59,24 @@ _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*", re.ASCII)
 _PAPER_EXPRESSION_CUE = "The answer is: "
 
 
-def require_math_verify() -> None:
-    """Check that math-verify is installed.
+class ValueTask(Task):
+    """A task whose answers are compared by value under the strict protocol.
+
+    Args:
+        folder: a local folder of datasets.
+        protocol: how answers are read.
 
     Raises:
-        UserError: it is not.
+        UserError: the strict protocol needs math-verify, which is not installed.
     """
-    if importlib.util.find_spec("math_verify") is None:
-        raise UserError(
-            "The strict protocol compares answers with math-verify, which is not installed: pip install "
-            "'diablo-peft[answers]', or choose the protocol paper."
-        )
+
+    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
+        super().__init__(folder=folder, protocol=protocol)
+        if protocol == "strict" and importlib.util.find_spec("math_verify") is None:
+            raise UserError(
+                "The strict protocol compares answers with math-verify, which is not installed: pip install "
+                "'diablo-peft[answers]', or choose the protocol paper."
+            )
 
 
 def stated_answer(text: str) -> str | None:

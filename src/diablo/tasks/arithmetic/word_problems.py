@@ -5,37 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from diablo.data.rows import instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.equations import read_packaged
-from diablo.tasks.base import Problem, Protocol, Task
+from diablo.tasks.base import Problem
 from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_records
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _PAPER_TOLERANCE = 1e-3
 
 
-class NumberTask(Task):
-    """A task whose answer is a number, which is kept as text: under the strict protocol no digit is lost.
-
-    Args:
-        folder: a local folder of datasets.
-        protocol: how answers are read.
-
-    Raises:
-        UserError: the strict protocol needs math-verify, which is not installed.
-    """
+class NumberTask(answers.ValueTask):
+    """A task whose answer is a number, which is kept as text: under the strict protocol no digit is lost."""
 
     max_new_tokens = 512
     measure = "share of right numbers"
-
-    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
-        super().__init__(folder=folder, protocol=protocol)
-        if protocol == "strict":
-            answers.require_math_verify()
 
     def parse(self, text: str) -> Any | None:
         """Strict: the one number that the text calls its answer. Paper: see :func:`answers.paper_number`."""
