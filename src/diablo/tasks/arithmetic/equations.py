@@ -1,4 +1,4 @@
-"""Arithmetic word problems."""
+"""MAWPS: word problems to the equation that solves them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from importlib import resources
 from typing import Any
 
 from diablo.data.rows import Row
-from diablo.tasks.base import Problem, Split, Task
+from diablo.tasks.base import Problem, Task
+from diablo.tasks.sources import Split
 
 
 class Mawps(Task):
     """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
 
-    1,898 problems to train on and 238 to test, in the package. Those of the former that stand word for word in the
-    latter too are not trained on. A completion is right where its first line is an
-    equation in one unknown whose solution equals the problem's answer.
+    1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
+    equation in one unknown whose solution equals the problem's answer, under either protocol.
     """
 
     name = "mawps"
     max_new_tokens = 48
     stops_at_newline = True
+    measure = "share of equations with the right solution"
 
     def problems(self, split: Split) -> list[Problem]:
         """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""
-        records = _records(split)
-        if split == "train":
-            tested = {record["question"] for _, record in _records("test")}
-            records = [(number, record) for number, record in records if record["question"] not in tested]
         return [
             Problem(
                 Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}"),
                 float(record["answer"]),
             )
-            for number, record in records
+            for number, record in read_packaged(split)
         ]
 
     def parse(self, text: str) -> float | None:
@@ -51,7 +48,7 @@ class Mawps(Task):
         return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
 
 
-def _records(split: Split) -> list[tuple[int, dict[str, Any]]]:
+def read_packaged(split: Split) -> list[tuple[int, dict[str, Any]]]:
     """The lines of a split's file, each with its number from 1."""
     text = (resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_text(encoding="utf-8")
     return [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
