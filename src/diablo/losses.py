@@ -15,9 +15,6 @@ from diablo.data.encoding import IGNORED
 def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of the supervised tokens, summed.
 
-    The output layer, a third of a small model's work, is applied to the positions that predict a supervised token and
-    to no others. Whatever the model does to its logits afterwards (scaling, soft-capping) is still done.
-
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``; labels of tokens without
@@ -25,6 +22,30 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
 
     Returns:
         A scalar in fp32, in nats.
+    """
+    return F.cross_entropy(*_supervised_logits(model, batch), reduction="sum")
+
+
+def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-likelihood of each row's supervised tokens, given the tokens before them.
+
+    Args:
+        model: as for :func:`summed_completion_loss`.
+        batch: as for :func:`summed_completion_loss`.
+
+    Returns:
+        ``(rows,)`` in fp32, in nats; 0 for a row without supervised tokens.
+    """
+    losses = F.cross_entropy(*_supervised_logits(model, batch), reduction="none")
+    rows, _ = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return losses.new_zeros(len(batch["labels"])).index_add(0, rows, -losses)
+
+
+def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in fp32 that predict the supervised tokens, row by row, and these tokens.
+
+    The output layer, a third of a small model's work, is applied to the positions that predict a supervised token and
+    to no others. Whatever the model does to its logits afterwards (scaling, soft-capping) is still done.
     """
     targets = batch["labels"][:, 1:]
     supervised = targets != IGNORED
@@ -38,7 +59,7 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         handle.remove()
-    return F.cross_entropy(output.logits.squeeze(0).float(), targets[supervised], reduction="sum")
+    return output.logits.squeeze(0).float(), targets[supervised]
 
 
 def _output_layer(model: Any) -> torch.nn.Module:

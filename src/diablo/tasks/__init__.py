@@ -2,9 +2,9 @@
 
 from diablo.errors import UserError
 from diablo.tasks.arithmetic import Mawps
-from diablo.tasks.base import Problem, Task
+from diablo.tasks.base import MultipleChoice, Problem, Task
 
-__all__ = ["TASKS", "Problem", "Task", "get_task"]
+__all__ = ["TASKS", "MultipleChoice", "Problem", "Task", "get_task"]
 
 TASKS: dict[str, type[Task]] = {"mawps": Mawps}
 

@@ -52,3 +52,11 @@ class Task(ABC):
         """Whether a generated completion solves the problem."""
         parsed = self.parse(text)
         return parsed is not None and self.is_right(parsed, problem.answer)
+
+
+class MultipleChoice(Task):
+    """A task whose problems list their possible answers, so that it can also be scored by likelihood."""
+
+    @abstractmethod
+    def choices(self, problem: Problem) -> list[Row]:
+        """The problem's row with each possible completion; exactly one of them solves the problem."""
