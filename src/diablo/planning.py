@@ -18,7 +18,7 @@ from diablo.errors import UserError
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
 from diablo.models import choose_device, choose_dtype, load_config, load_tokenizer, meta_model, resolve_model
 from diablo.recipe import DiabloMethod, LoraMethod, Recipe
-from diablo.tasks import Task, get_task
+from diablo.tasks import Task, get_task, without_tested
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def make_plan(recipe: Recipe) -> Plan:
 def _rows(recipe: Recipe, task: Task | None) -> tuple[list[Row], list[Row], list[RowFault]]:
     data = recipe.data
     if task is not None:
-        train, held_out = ([problem.row for problem in task.problems(split)] for split in ("train", "test"))
+        tested = task.problems("test")
+        kept, _ = without_tested(task.problems("train"), tested)
+        train, held_out = ([problem.row for problem in problems] for problems in (kept, tested))
         return train[: data.limit], held_out[: recipe.evaluation.limit], []
     assert data.train is not None  # the recipe sees to it
     train, faults = read_rows(data.train, on_malformed=data.on_malformed)

@@ -6,7 +6,6 @@ A recipe is a short YAML file. Settings are grouped into sections; on the comman
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from diablo.errors import UserError
+from diablo.errors import UserError, did_you_mean
 
 
 def _names_or_expression(value: Any) -> Any:
@@ -159,7 +158,7 @@ class Recipe(Section):
         from diablo.tasks import TASKS
 
         if self.task is not None and self.task not in TASKS:
-            raise ValueError(f"task: found {self.task!r}; allowed: {', '.join(TASKS)}.{_suggestion(self.task, TASKS)}")
+            raise ValueError(f"task: found {self.task!r}; allowed: {', '.join(TASKS)}.{did_you_mean(self.task, TASKS)}")
         if self.task is None and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
         if self.task is not None and (self.data.train or self.data.eval):
@@ -256,7 +255,7 @@ def _explain(fault: Any) -> str:
     key, last = ".".join(path), path[-1]
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         allowed = list(owner.model_fields)
-        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{_suggestion(last, allowed)}"
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{did_you_mean(last, allowed)}"
     description = owner.model_fields[last].description
     if fault["type"] == "missing":
         return f"{key}: missing; give {description}."
@@ -279,11 +278,6 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
             # pydantic names the kind of method next, which is no key.
             inner = _METHODS.get(str(next(parts, None)))
     return owner, path
-
-
-def _suggestion(given: str, allowed: Any) -> str:
-    close = difflib.get_close_matches(given, [str(name) for name in allowed], n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _shortened(value: Any, most: int = 80) -> str:

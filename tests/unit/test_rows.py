@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ def write(folder: Path, records: list[Any], suffix: str) -> Path:
     path = folder / f"rows{suffix}"
     if suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    elif suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
     elif suffix == ".json":
         path.write_text(json.dumps(records), encoding="utf-8")
     else:
@@ -209,11 +212,11 @@ def test_no_content_raises_anything_but_a_user_error(content: bytes, suffix: str
         assert "".join(message["content"] for message in row.as_messages()).encode()
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
-def test_damaged_parquet_raises_only_a_user_error(position: int, junk: bytes) -> None:
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([".parquet", ".jsonl.gz"]))
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_file_raises_only_a_user_error(position: int, junk: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), [GOOD] * 3, ".parquet")
+        path = write(Path(folder), [GOOD] * 3, suffix)
         content = path.read_bytes()
         at = position % len(content)
         path.write_bytes(content[:at] + junk + content[at + len(junk) :])

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from diablo.errors import UserError
 
-FORMATS = (".jsonl", ".json", ".parquet")
+FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -57,7 +59,7 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
     """Read a dataset file.
 
     Args:
-        path: a ``.jsonl``, ``.json`` (one list) or ``.parquet`` file.
+        path: a ``.jsonl`` (or ``.jsonl.gz``), ``.json`` (one list) or ``.parquet`` file.
         on_malformed: ``"error"`` refuses the file where a row is malformed; ``"skip"`` leaves such rows out.
 
     Returns:
@@ -66,14 +68,7 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
     Raises:
         UserError: the file cannot be read, has no usable row, or has malformed rows; these are named by number.
     """
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path} is not a dataset that diablo reads; allowed: {', '.join(FORMATS)}.")
-    try:
-        records = list(_READERS[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    records = read_records_of(path)
     rows: list[Row] = []
     faults: list[RowFault] = []
     for number, record in records:
@@ -94,8 +89,27 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
     return rows, faults
 
 
+def read_records_of(path: Path) -> list[tuple[int, Any]]:
+    """The records of a dataset file as they stand there, each with its number: line of a .jsonl, position in others.
+
+    A line that is no JSON is given as a :class:`RowFault`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    reader = next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
+    if reader is None:
+        raise UserError(f"{path} is not a dataset that diablo reads; allowed: {', '.join(FORMATS)}.")
+    try:
+        return list(reader(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, _parse_json(number, line)
@@ -131,7 +145,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     return enumerate(records, start=1)
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+_READERS = dict(zip(FORMATS, (_read_jsonl, _read_json, _read_parquet, _read_jsonl), strict=True))
 
 
 def _to_row(number: int, record: Any) -> Row | RowFault:
@@ -148,8 +162,8 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
         return RowFault(number, f"has {keys_found}; needs prompt and completion, messages, or instruction and output")
     for key in keys:
         if not isinstance(record.get(key), str):
-            return RowFault(number, f"{key} is {_kind(record, key)}, not text")
-        if not _is_unicode(record[key]):
+            return RowFault(number, f"{key} is {describe_value(record, key)}, not text")
+        if not is_unicode(record[key]):
             return RowFault(number, f"{key} is not valid Unicode")
     first, answer = (record[key] for key in keys)
     if not answer.strip():
@@ -158,8 +172,8 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
         return Row(number, first, answer)
     context = record.get("input") or ""
     if not isinstance(context, str):
-        return RowFault(number, f"input is {_kind(record, 'input')}, not text")
-    if not _is_unicode(context):
+        return RowFault(number, f"input is {describe_value(record, 'input')}, not text")
+    if not is_unicode(context):
         return RowFault(number, "input is not valid Unicode")
     sections = [f"### Instruction:\n{first}", *([f"### Input:\n{context}"] if context else []), "### Response:\n"]
     return Row(number, "\n\n".join(sections), answer, user=f"{first}\n\n{context}" if context else first)
@@ -174,7 +188,7 @@ def _from_messages(number: int, messages: Any) -> Row | RowFault:
             return RowFault(number, "a turn has no content that is text")
         if turn.get("role") not in _ROLES:
             return RowFault(number, f"a turn has the role {turn.get('role')!r}; allowed: {', '.join(_ROLES)}")
-        if not _is_unicode(turn["content"]):
+        if not is_unicode(turn["content"]):
             return RowFault(number, "a turn is not valid Unicode")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
@@ -182,12 +196,13 @@ def _from_messages(number: int, messages: Any) -> Row | RowFault:
     return Row(number, messages=tuple(turns))
 
 
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, which is no text that a tokenizer takes.
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer takes the text: JSON can spell half of a surrogate pair, which is none."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _kind(record: dict[str, Any], key: str) -> str:
+def describe_value(record: dict[str, Any], key: str) -> str:
+    """What a record has at a key, for a message about its being something else."""
     if key not in record:
         return "missing"
     return "null" if record[key] is None else f"a {type(record[key]).__name__}"

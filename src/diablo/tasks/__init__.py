@@ -1,20 +1,30 @@
 """The tasks that models are trained and scored on, by name."""
 
-from diablo.errors import UserError
+from __future__ import annotations
+
+from pathlib import Path
+
+from diablo.errors import UserError, did_you_mean
 from diablo.tasks.arithmetic import Mawps
-from diablo.tasks.base import MultipleChoice, Problem, Task
+from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
+from diablo.tasks.sources import Split
 
-__all__ = ["TASKS", "MultipleChoice", "Problem", "Task", "get_task"]
+__all__ = ["PROTOCOLS", "TASKS", "MultipleChoice", "Problem", "Protocol", "Split", "Task", "get_task", "without_tested"]
 
-TASKS: dict[str, type[Task]] = {"mawps": Mawps}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Mawps,)}
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, *, folder: Path | None = None, protocol: Protocol = "strict") -> Task:
     """The task of that name.
 
+    Args:
+        name: a key of :data:`TASKS`.
+        folder: a local folder of datasets to read in place of the hub.
+        protocol: how answers are read.
+
     Raises:
-        UserError: there is none; the message lists those that there are.
+        UserError: there is no such task; the message lists those that there are.
     """
     if name not in TASKS:
-        raise UserError(f"There is no task {name!r}; allowed: {', '.join(TASKS)}.")
-    return TASKS[name]()
+        raise UserError(f"There is no task {name!r}; allowed: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+    return TASKS[name](folder=folder, protocol=protocol)

