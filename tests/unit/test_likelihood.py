@@ -113,7 +113,7 @@ def test_the_measures_may_prefer_different_candidates() -> None:
 class Colours(MultipleChoice):
     name = "colours"
     max_new_tokens = 4
-    words = ("fox", "dog", "apples and lazy foxes")
+    words = ("x", "the", "apples apples")
     # Each word is right a different number of times: two measures with different favourites score differently.
     answers = (*words, *words[1:], words[2], *words)
 
