@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diablo.evaluation import Score
     from diablo.methods import TargetKind
     from diablo.planning import Plan
+    from diablo.tasks import Task
     from diablo.training import RunResult
 
 app = typer.Typer(
@@ -135,18 +136,39 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Answers to print.")] = 3,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Score a multiple-choice task by the likelihood of its choices.")
+    ] = False,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
+    ] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="A folder with further task files for it.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="A JSON file for the figures.")] = None,
 ) -> None:
-    """Score a model or an adapter on a task."""
+    """Score a model or an adapter on a task: by generation, by likelihood or through lm-evaluation-harness."""
     from diablo.errors import UserError
     from diablo.evaluation import evaluate_task
     from diablo.progress import ProgressReport
     from diablo.tasks import TASKS, get_task
 
+    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
+        raise UserError(f"--out: {str(out_file)!r} cannot be written; give a file in a folder that exists.")
+    if harness is not None:
+        if task is not None or likelihood:
+            raise UserError("--harness: it has tasks and measures of its own; leave out --task and --likelihood.")
+        _evaluate_by_harness(model, base, chat, harness, harness_include, batch_size, limit, num_fewshot, out_file)
+        return
+    if harness_include is not None or num_fewshot is not None:
+        raise UserError("--harness: missing; --harness-include and --num-fewshot are settings of its tasks.")
     task = task or _trained_as(model).get("task")
     if task is None:
         raise UserError(f"--task: missing; allowed: {', '.join(TASKS)}.")
     chosen = get_task(task)
     _quiet()
+    if likelihood:
+        _evaluate_by_likelihood(model, base, chat, chosen, batch_size, limit, out_file)
+        return
     loaded, encoder = _load(model, base, chat)
     total = len(chosen.problems("test")[:limit])
     with ProgressReport(progress, "scoring", total) as report:
@@ -160,6 +182,7 @@ def evaluate(
         )
     _print_examples({"answer": score}, examples)
     out.print(f"{task}: {score.accuracy:.1%} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
+    _write_figures(out_file, {"model": model, **score.summary()})
 
 
 @app.command()
@@ -251,6 +274,64 @@ def generate(
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
     (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
     out.print(text.strip(), markup=False)
+
+
+def _evaluate_by_likelihood(
+    model: str, base: str | None, chat: bool | None, task: Task, batch_size: int, limit: int | None, path: Path | None
+) -> None:
+    from diablo.likelihood import as_multiple_choice, evaluate_choices
+    from diablo.progress import ProgressReport
+
+    chosen = as_multiple_choice(task)
+    total = sum(len(chosen.choices(problem)) for problem in chosen.problems("test")[:limit])
+    loaded, encoder = _load(model, base, chat)
+    with ProgressReport(progress, "scoring", total) as report:
+        score = evaluate_choices(
+            loaded,
+            encoder,
+            chosen,
+            batch_size=batch_size,
+            limit=limit,
+            progress=lambda done, _: report.update(done),
+        )
+    out.print(
+        f"{task.name} by likelihood: acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%} "
+        f"({len(score.choices)} problems) in {score.seconds:.0f} s"
+    )
+    _write_figures(path, {"model": model, **score.summary()})
+
+
+def _evaluate_by_harness(
+    model: str,
+    base: str | None,
+    chat: bool | None,
+    names: str,
+    include: Path | None,
+    batch_size: int,
+    limit: int | None,
+    num_fewshot: int | None,
+    path: Path | None,
+) -> None:
+    from diablo.harness import harness_record, load_harness_tasks, run_harness
+
+    _quiet()
+    tasks = load_harness_tasks(names.split(","), include)
+    loaded, encoder = _load(model, base, chat)
+    figures = run_harness(loaded, encoder, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    table = Table("task", "shots", "problems", "metric", "value", "standard error", title=f"lm-eval on {model}")
+    for figure in figures:
+        counts = ("" if count is None else str(count) for count in (figure.shots, figure.problems))
+        error = "" if figure.error is None else f"{figure.error:.4f}"
+        table.add_row(figure.task, *counts, figure.metric, f"{figure.value:.4f}", error)
+    out.print(table)
+    _write_figures(path, harness_record(figures, model=model, limit=limit, num_fewshot=num_fewshot, chat=encoder.chat))
+
+
+def _write_figures(path: Path | None, figures: dict[str, Any]) -> None:
+    from diablo.results import write_json
+
+    if path is not None:
+        write_json(path, figures)
 
 
 def _trained_as(model: str) -> dict[str, Any]:
