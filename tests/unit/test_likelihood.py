@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,43 @@ def test_a_problem_without_one_right_choice_is_an_error(model: Any, tiny_model: 
 
     with pytest.raises(ValueError, match="colours: row 0 has 0 right candidates"):
         evaluate_choices(model, encoder(tiny_model), Broken(), limit=1)
+
+
+def commonsense_file(folder: Path, *formats: tuple[str, str]) -> Path:
+    """A file of ARC in the format of LLM-Adapters, one record for each answer format and answer."""
+    records = [
+        {
+            "instruction": f"Please choose the correct answer: why?\n\nAnswer1: a Answer2: b\n\n{ending}",
+            "input": "",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        for ending, answer in formats
+    ]
+    (folder / "ARC-Easy.test.json").write_text(json.dumps(records))
+    return folder
+
+
+def test_a_commonsense_problems_choices_are_those_of_its_answer_format(
+    model: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    formats = [("Answer format: answer1/answer2/answer3", "answer2"), ("Answer format: answer1/answer2", "answer1")]
+    task = as_multiple_choice(get_task("arc_easy", folder=commonsense_file(tmp_path, *formats)))
+    for problem, count in zip(task.problems("test"), (3, 2), strict=True):
+        choices = task.choices(problem)
+        assert [row.completion for row in choices] == [f"the correct answer is answer{n + 1}" for n in range(count)]
+        assert choices.count(problem.row) == 1
+    score = evaluate_choices(model, encoder(tiny_model), task)
+    assert [(len(choice.candidates), choice.right) for choice in score.choices] == [(3, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    "ending", ["Choose.", "Answer format: answer1/answer2", "Answer format: answer1/answer3 or so"]
+)
+def test_a_commonsense_problem_without_its_choices_is_an_error(tmp_path: Path, ending: str) -> None:
+    task = as_multiple_choice(get_task("arc_easy", folder=commonsense_file(tmp_path, (ending, "answer3"))))
+    with pytest.raises(UserError, match=r"task arc_easy: row 1 must end with 'Answer format:'.*'answer3' among them"):
+        task.choices(task.problems("test")[0])
 
 
 def test_a_task_with_free_answers_has_no_choices() -> None:

@@ -175,8 +175,18 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
         return RowFault(number, f"input is {describe_value(record, 'input')}, not text")
     if not is_unicode(context):
         return RowFault(number, "input is not valid Unicode")
-    sections = [f"### Instruction:\n{first}", *([f"### Input:\n{context}"] if context else []), "### Response:\n"]
-    return Row(number, "\n\n".join(sections), answer, user=f"{first}\n\n{context}" if context else first)
+    return instruction_row(number, first, answer, context)
+
+
+def instruction_row(number: int, instruction: str, output: str, context: str = "") -> Row:
+    """A row of an instruction, optionally what it is about, and the response, as Alpaca's data has them."""
+    sections = [
+        f"### Instruction:\n{instruction}",
+        *([f"### Input:\n{context}"] if context else []),
+        "### Response:\n",
+    ]
+    user = f"{instruction}\n\n{context}" if context else instruction
+    return Row(number, "\n\n".join(sections), output, user=user)
 
 
 def _from_messages(number: int, messages: Any) -> Row | RowFault:

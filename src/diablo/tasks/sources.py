@@ -12,6 +12,8 @@ from diablo.errors import UserError
 
 Split = Literal["train", "test"]
 
+LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
+
 _HOW_TO_GIVE_A_FOLDER = "as data.folder in a recipe or --data-folder on the command line"
 
 
@@ -56,15 +58,21 @@ def read_records(source: Source, split: Split, folder: Path | None) -> list[tupl
     return _checked(source, where, _from_hub(source, split))
 
 
+def malformed(task: str, split: Split, number: int, reason: str) -> UserError:
+    """The error of a record whose values mean nothing to its task."""
+    return UserError(f"task {task}: record {number} of the {split} split is malformed: {reason}.")
+
+
 def _find(source: Source, split: Split, folder: Path) -> Path:
     name = source.files[split]
     candidates = [folder / name, folder / source.family / name]
     for path in candidates:
         if path.is_file():
             return path
-    looked_for = " and ".join(str(path) for path in candidates)
+    missing = "" if folder.is_dir() else f" (there is no folder {str(folder)!r})"
     raise UserError(
-        f"data.folder: looked for {looked_for}, and found neither; the file is published at {source.origin}."
+        f"data.folder (--data-folder): found neither {candidates[0]} nor {candidates[1]}{missing}; "
+        f"{name} is published at {source.origin}."
     )
 
 

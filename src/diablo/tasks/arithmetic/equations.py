@@ -1,4 +1,4 @@
-"""Arithmetic word problems."""
+"""MAWPS: word problems to the equation that solves them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mawps(Task):
                 Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}"),
                 float(record["answer"]),
             )
-            for number, record in _records(split)
+            for number, record in read_packaged(split)
         ]
 
     def parse(self, text: str) -> float | None:
@@ -47,7 +47,7 @@ class Mawps(Task):
         return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
 
 
-def _records(split: Split) -> list[tuple[int, dict[str, Any]]]:
+def read_packaged(split: Split) -> list[tuple[int, dict[str, Any]]]:
     """The lines of a split's file, each with its number from 1."""
     text = (resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_text(encoding="utf-8")
     return [(number, json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]

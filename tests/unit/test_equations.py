@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diablo.errors import UserError
-from diablo.tasks import TASKS, Problem, get_task, without_tested
-from diablo.tasks.arithmetic import Mawps, solve_equation
+from diablo.tasks import Problem, without_tested
+from diablo.tasks.arithmetic import Mawps
+from diablo.tasks.arithmetic.equations import solve_equation
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,3 @@ def test_no_answer_is_never_right(problem: Problem) -> None:
     # Where neither the completion nor the reference can be read, equality of the two would count as solved.
     assert Mawps().parse("nonsense") is None
     assert Mawps().score("nonsense", Problem(problem.row, None)) is False
-
-
-def test_tasks_by_name() -> None:
-    assert isinstance(get_task("mawps"), Mawps)
-    assert all(TASKS[name].name == name for name in TASKS)
-    with pytest.raises(UserError, match=r"no task 'gsm8k'; allowed: mawps\."):
-        get_task("gsm8k")

@@ -1,0 +1,89 @@
+"""Competition mathematics, whose answers are LaTeX expressions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diablo.data.rows import instruction_row
+from diablo.tasks.arithmetic import answers
+from diablo.tasks.arithmetic.latex import normalise_latex
+from diablo.tasks.base import Problem, Protocol, Task
+from diablo.tasks.sources import Source, Split, malformed, read_records
+
+
+class ExpressionTask(Task):
+    """A task whose answer is an expression in LaTeX.
+
+    Args:
+        folder: a local folder of datasets.
+        protocol: how answers are read.
+
+    Raises:
+        UserError: the strict protocol needs math-verify, which is not installed.
+    """
+
+    max_new_tokens = 1024
+
+    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
+        super().__init__(folder=folder, protocol=protocol)
+        if protocol == "strict":
+            answers.require_math_verify()
+
+    def parse(self, text: str) -> str | None:
+        """Strict: the expression that the text calls its answer. Paper: see :func:`answers.paper_expression`."""
+        return answers.paper_expression(text) if self.protocol == "paper" else answers.strict_expression(text)
+
+    def is_right(self, parsed: str, answer: str) -> bool:
+        """Strict: equal in value. Paper: the same text after the normalisation of LaTeX."""
+        if self.protocol == "paper":
+            return parsed == normalise_latex(answer)
+        return answers.same_value(parsed, answer)
+
+
+class Math(ExpressionTask):
+    """MATH (Hendrycks et al., NeurIPS 2021): the 5,000 test problems of competition mathematics."""
+
+    name = "math"
+    splits = ("test",)
+    source = Source(
+        family="math",
+        files={"test": "MATH.test.jsonl"},
+        fields={"problem": str, "solution": str},
+        origin="https://github.com/hendrycks/math",
+        hub="DigitalLearningGmbH/MATH-lighteval",
+    )
+
+    def problems(self, split: Split) -> list[Problem]:
+        r"""The problem as the instruction; its answer is what the solution puts in its last ``\boxed{}``."""
+        problems = []
+        for number, record in read_records(self.source, split, self.folder):
+            answer = answers.last_boxed(record["solution"])
+            if answer is None:
+                raise malformed(self.name, split, number, r"solution has no \boxed{} answer")
+            completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
+            problems.append(Problem(instruction_row(number, record["problem"].strip(), completion), answer))
+        return problems
+
+
+class MetaMathQA(ExpressionTask):
+    """MetaMathQA (Yu et al., ICLR 2024): problems made from GSM8K's and MATH's training sets, to train on."""
+
+    name = "metamathqa"
+    splits = ("train",)
+    source = Source(
+        family="math",
+        files={"train": "MetaMathQA-395K.json"},
+        fields={"query": str, "response": str},
+        origin="https://huggingface.co/datasets/meta-math/MetaMathQA",
+        hub="meta-math/MetaMathQA",
+    )
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The query as the instruction, and the response, which ends in ``The answer is: ...``."""
+        problems = []
+        for number, record in read_records(self.source, split, self.folder):
+            answer = answers.stated_answer(record["response"])
+            if answer is None:
+                raise malformed(self.name, split, number, "response names no answer")
+            problems.append(Problem(instruction_row(number, record["query"].strip(), record["response"]), answer))
+        return problems

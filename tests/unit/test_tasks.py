@@ -1,0 +1,238 @@
+"""Tasks: where their records come from, what is wrong with them, how they become rows, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from diablo.errors import UserError
+from diablo.tasks import PROTOCOLS, TASKS, Problem, Task, get_task, without_tested
+from diablo.tasks.arithmetic.word_problems import Gsm8k
+from diablo.tasks.sources import read_records
+
+GSM8K = [
+    {
+        "question": "Weng earns $12 an hour. Yesterday, she worked 50 minutes. How much did she earn?",
+        "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nSo 0.2 x 50 = $<<0.2*50=10>>10.\n#### 10",
+    },
+    {"question": "A house costs 80,000 and 50,000 more. The sum?", "answer": "It is <<8+5=13>>130,000.\n#### 130,000"},
+    {"question": "How cold is it?", "answer": "It is 3-5=<<3-5=-2>>-2 degrees.\n#### -2"},
+]
+WORDS = [{"instruction": "7 crayons, 3 taken. How many?", "input": "", "output": "\nThe answer is 4.", "answer": "4"}]
+AQUA = [{"instruction": "1+1? (A) 1 (B) 2", "input": "", "output": "\nIt is 2.The answer is (B).", "answer": "B"}]
+MATH = [{"problem": "Half?", "level": "1", "type": "x", "solution": "As $\\frac{2}{4}=\\boxed{\\frac{1}{2}}$, done."}]
+METAMATH = [
+    {
+        "query": "Half of 1?",
+        "response": "It is 1/2.\n#### 0.5\nThe answer is: 0.5",
+        "type": "GSM",
+        "original_question": "",
+    }
+]
+
+
+def commonsense(word: str) -> list[dict[str, str]]:
+    question = f"Please choose: which one?\n\nAnswer format: {word}"
+    return [{"instruction": question, "input": "", "output": f"the correct answer is {word}", "answer": word}]
+
+
+# Each task's records in the format that its files have, and a record for each split.
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "gsm8k": GSM8K,
+    "math": MATH,
+    "metamathqa": METAMATH,
+    "math10k": [*WORDS, *AQUA],
+    "svamp": WORDS,
+    "aqua": AQUA,
+    "addsub": WORDS,
+    "singleeq": [WORDS[0] | {"answer": "4.0"}],
+    "multiarith": [WORDS[0] | {"answer": 4}],
+    "commonsense170k": [*commonsense("true"), *commonsense("ending4"), *commonsense("option1")],
+    "boolq": commonsense("false"),
+    "piqa": commonsense("solution2"),
+    "social_i_qa": commonsense("answer3"),
+    "hellaswag": commonsense("ending4"),
+    "winogrande": commonsense("option2"),
+    "arc_easy": commonsense("answer1"),
+    "arc_challenge": commonsense("answer5"),
+    "openbookqa": commonsense("answer4"),
+}
+
+
+def write(path: Path, records: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(records) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in records)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_training_completion_is_itself_right(tmp_path: Path, name: str, protocol: Any) -> None:
+    source = TASKS[name].source
+    assert source is not None
+    task = get_task(name, folder=tmp_path, protocol=protocol)
+    for split in task.splits:
+        write(tmp_path / source.files[split], RECORDS[name])
+        problems = task.problems(split)
+        assert len(problems) == len(RECORDS[name])
+        for problem in problems:
+            assert problem.row.prompt.endswith("### Response:\n")
+            # AQuA's rule under the paper's protocol takes the first capital letter, here that of "It".
+            assert task.score(problem.row.completion, problem) or (name, protocol) == ("math10k", "paper")
+            assert not task.score(problem.row.completion.replace("4", "5"), problem) or "4" not in problem.answer
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_packaged_word_problems_put_for_a_number(protocol: Any) -> None:
+    task = get_task("mawps_cot", protocol=protocol)
+    problems = task.problems("test")
+    assert len(problems) == 238
+    assert all(task.score(problem.row.completion, problem) for problem in problems)
+
+
+def test_a_worked_answer_has_no_calculator_and_ends_with_the_cue(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", GSM8K)
+    first, second, _ = get_task("gsm8k", folder=tmp_path).problems("train")
+    assert first.row.completion == ("Weng earns 12/60 = $0.2 per minute.\nSo 0.2 x 50 = $10.\nThe final answer is: 10")
+    assert first.row.as_messages()[0]["content"] == GSM8K[0]["question"]
+    assert second.row.completion.endswith("\nThe final answer is: 130,000")
+    assert second.answer == "130000"
+
+
+def test_the_file_itself_goes_before_the_familys_folder(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", GSM8K)
+    assert len(read_records(Gsm8k.source, "train", tmp_path)) == 3
+    write(tmp_path / "train.jsonl", GSM8K[:1])
+    assert len(read_records(Gsm8k.source, "train", tmp_path)) == 1
+
+
+def test_a_folder_without_the_file_names_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        get_task("gsm8k", folder=tmp_path).problems("test")
+    for part in (str(tmp_path / "test.jsonl"), str(tmp_path / "gsm8k" / "test.jsonl"), "--data-folder"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="there is no folder"):
+        get_task("gsm8k", folder=tmp_path / "absent").problems("test")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"question": "q"}', "record 1 is malformed: answer is missing, not a str"),
+        ('{"question": "q", "answer": null}', "record 1 is malformed: answer is null"),
+        ('{"question": 3, "answer": "#### 1"}', "question is a int, not a str"),
+        ('{"question": "q", "answer": "#### 1"}\n\n{"question": "q", "answer": 1}', "record 3"),  # the line
+        ('{"question": "q", "answer": "\\ud800"}', "answer is not valid Unicode"),
+        ('{"question": "q", "answer": "no number"}', "record 1 of the test split is malformed: answer does not end in"),
+        ('{"question": "q", "answer": "#### many"}', "answer does not end in"),
+        ('{"question": "q", "answer": "#### nan"}', "answer does not end in"),
+        ("[1]", "it is a list, not an object"),
+        ("{", "not valid JSON"),
+        ("", "has no records"),
+    ],
+)
+def test_a_malformed_record_is_named(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        get_task("gsm8k", folder=tmp_path).problems("test")
+    assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "change", "part"),
+    [
+        ("aqua", "test", {"answer": "F"}, "answer is 'F'"),
+        ("aqua", "test", {"answer": 2}, "answer is 2"),
+        ("addsub", "test", {"answer": "B"}, "answer is 'B'"),
+        ("addsub", "test", {"answer": None}, "answer is null, not a str or int or float"),
+        ("math", "test", {"solution": "no box"}, "no \\boxed{} answer"),
+        ("metamathqa", "train", {"response": "no answer given"}, "names no answer"),
+        ("boolq", "test", {"answer": "answer1"}, "answer is 'answer1', not one of true|false"),
+        ("piqa", "train", {"answer": "solution3"}, "answer is 'solution3'"),
+    ],
+)
+def test_an_answer_that_is_none_of_the_tasks(tmp_path: Path, name: str, split: Any, change: Any, part: str) -> None:
+    source = TASKS[name].source
+    assert source is not None
+    write(tmp_path / source.files[split], [RECORDS[name][0] | change])
+    with pytest.raises(UserError, match="record 1") as caught:
+        get_task(name, folder=tmp_path).problems(split)
+    assert part in str(caught.value)
+
+
+def test_the_hub_is_asked_where_no_folder_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(GSM8K)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [problem.answer for problem in get_task("gsm8k").problems("test")] == ["10", "130000", "-2"]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_a_hub_that_cannot_be_reached_says_how_to_give_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no route to host\nand a long story")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError) as caught:
+        get_task("gsm8k").problems("test")
+    for part in ("'openai/gsm8k'", "no route to host", "gsm8k/test.jsonl", "data.folder", "--data-folder"):
+        assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_task_that_no_hub_has_says_where_its_file_is() -> None:
+    with pytest.raises(UserError, match=r"'SVAMP.test.json'.*github.com/AGI-Edgerunners.*data.folder"):
+        get_task("svamp").problems("test")
+
+
+def test_tested_problems_are_left_out_of_training(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", GSM8K)
+    write(tmp_path / "test.jsonl", GSM8K[1:2])
+    task = get_task("gsm8k", folder=tmp_path)
+    kept, left_out = without_tested(task.problems("train"), task.problems("test"))
+    assert [problem.row.number for problem in kept] == [1, 3]
+    assert left_out == 1
+    # One question is one prompt, whichever of the number tasks it stands in.
+    write(tmp_path / "AddSub.test.json", [WORDS[0] | {"instruction": GSM8K[2]["question"]}])
+    other = get_task("addsub", folder=tmp_path).problems("test")
+    assert [problem.row.number for problem in without_tested(kept, other)[0]] == [1]
+
+
+def test_tasks_by_name() -> None:
+    assert all(TASKS[name].name == name for name in TASKS)
+    assert isinstance(get_task("gsm8k"), Gsm8k)
+    with pytest.raises(UserError, match=r"no task 'gsm9k'; allowed: mawps, gsm8k, .* Did you mean gsm8k\?"):
+        get_task("gsm9k")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_task_says_what_it_is_and_has_a_file_for_each_split(name: str) -> None:
+    task = TASKS[name]
+    assert (task.__doc__ or "").strip()
+    assert task.splits
+    assert task.source is None or set(task.splits) <= set(task.source.files)
+
+
+def test_the_headline_figure_is_the_share_of_right_samples() -> None:
+    class Two(Gsm8k):
+        samples = 2
+
+    problems: list[Problem] = []
+    assert Task.metrics(Two(), problems, [[True, False], [True, True]]) == {"accuracy": 0.75}
+
+
+def test_strict_without_math_verify_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("gsm8k", "math"):
+        with pytest.raises(UserError, match=r"diablo-peft\[answers\]"):
+            get_task(name)
+        get_task(name, protocol="paper")
