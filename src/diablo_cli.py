@@ -276,6 +276,30 @@ def generate(
     out.print(text.strip(), markup=False)
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    use_template: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template; as a run did, or if there is one."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a model or an adapter; /base shows the base model's answer beside it."""
+    from diablo.chat import Chat, read_line
+    from diablo.data import RowEncoder
+
+    _quiet()
+    loaded, encoder = _load(model, base, use_template)
+    if use_template is None and not _trained_as(model):
+        encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
+    conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversation.run(lambda: read_line(out))
+
+
 def _evaluate_by_likelihood(
     model: str, base: str | None, chat: bool | None, task: Task, batch_size: int, limit: int | None, path: Path | None
 ) -> None:
