@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from diablo.evaluation import Score
-    from diablo.methods import TargetKind
-    from diablo.planning import Plan
     from diablo.tasks import Task
-    from diablo.training import RunResult
 
 app = typer.Typer(
     help="Fine-tune language models by their diagonal blocks: from a data file to a merged model.",
@@ -73,12 +69,14 @@ def train(
     _quiet()
     if dry_run:
         from diablo.planning import make_plan
+        from diablo.reporting import print_plan
 
-        _print_plan(make_plan(settings))
+        print_plan(out, make_plan(settings))
         return
+    from diablo.reporting import print_result
     from diablo.training import train as run
 
-    _print_result(run(settings, console=progress, resume=resume, overwrite=overwrite))
+    print_result(out, run(settings, console=progress, resume=resume, overwrite=overwrite))
 
 
 @app.command()
@@ -94,6 +92,7 @@ def plan(
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
     from diablo.models import parse_dtype
+    from diablo.reporting import format_bytes, kinds_table
     from diablo.sizing import plan_sizes
 
     _quiet()
@@ -113,13 +112,13 @@ def plan(
         length=length,
         dtype=parse_dtype(dtype),
     )
-    out.print(_kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
     out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})\n")
     title = f"memory of training at {batch_size} x {length} tokens in {dtype}"
     table = Table("", *(row.method for row in sizes.memory), title=title)
     table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
     for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
-        table.add_row(name, *(_size(getattr(row, name)) for row in sizes.memory))
+        table.add_row(name, *(format_bytes(getattr(row, name)) for row in sizes.memory))
     out.print(table)
     out.print(
         "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
@@ -130,59 +129,91 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
-    task: Annotated[str | None, typer.Option(help="Name of the task; a run's own where left out.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Names of tasks, separated by commas; a run's own if not given.")
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="How answers are read: strict (the default) or paper.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Completions of each problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Answers to print.")] = 3,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="A file for every answer (JSONL), or for --harness's figures (JSON).")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let tasks run code that the model wrote.")
+    ] = False,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
     likelihood: Annotated[
-        bool, typer.Option("--likelihood", help="Score a multiple-choice task by the likelihood of its choices.")
+        bool, typer.Option("--likelihood", help="Score multiple-choice tasks by the likelihood of their choices.")
     ] = False,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
     ] = None,
     harness_include: Annotated[Path | None, typer.Option(help="A folder with further task files for it.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
-    out_file: Annotated[Path | None, typer.Option("--out", help="A JSON file for the figures.")] = None,
 ) -> None:
-    """Score a model or an adapter on a task: by generation, by likelihood or through lm-evaluation-harness."""
-    from diablo.errors import UserError
-    from diablo.evaluation import evaluate_task
-    from diablo.progress import ProgressReport
-    from diablo.tasks import TASKS, get_task
+    """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
+    from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
+    from diablo.reporting import print_examples
 
-    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
-        raise UserError(f"--out: {str(out_file)!r} cannot be written; give a file in a folder that exists.")
+    of_generation = {"--samples": samples, "--temperature": temperature}
+    of_tasks = {
+        "--task": task,
+        "--data-folder": data_folder,
+        "--protocol": protocol,
+        "--likelihood": likelihood or None,
+    }
+    of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
+    _check_file(out_file)
     if harness is not None:
-        if task is not None or likelihood:
-            raise UserError("--harness: it has tasks and measures of its own; leave out --task and --likelihood.")
-        _evaluate_by_harness(model, base, chat, harness, harness_include, batch_size, limit, num_fewshot, out_file)
+        _refuse("--harness has tasks and settings of its own", of_tasks | of_generation)
+        settings = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+        _evaluate_by_harness(model, base, chat, harness, harness_include, settings, out_file)
         return
-    if harness_include is not None or num_fewshot is not None:
-        raise UserError("--harness: missing; --harness-include and --num-fewshot are settings of its tasks.")
-    task = task or _trained_as(model).get("task")
-    if task is None:
-        raise UserError(f"--task: missing; allowed: {', '.join(TASKS)}.")
-    chosen = get_task(task)
+    _refuse("these are settings of --harness, which is missing", of_harness)
     _quiet()
+    tasks = _tasks_to_score(_trained_as(model), task, data_folder, protocol, allow=allow_code_execution)
     if likelihood:
-        _evaluate_by_likelihood(model, base, chat, chosen, batch_size, limit, out_file)
+        _refuse("--likelihood generates nothing", of_generation)
+        _evaluate_by_likelihood(model, base, chat, tasks, batch_size, limit, out_file)
         return
+    scored = [(each, decoding_for(each, samples=samples, temperature=temperature, seed=seed)) for each in tasks]
+    for each in tasks:
+        each.problems("test")  # a fault in the data shows before the model is loaded
     loaded, encoder = _load(model, base, chat)
-    total = len(chosen.problems("test")[:limit])
-    with ProgressReport(progress, "scoring", total) as report:
-        score = evaluate_task(
-            loaded,
-            encoder,
-            chosen,
-            batch_size=batch_size,
-            limit=limit,
-            progress=lambda done, _: report.update(done),
-        )
-    _print_examples({"answer": score}, examples)
-    out.print(f"{task}: {score.accuracy:.1%} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
-    _write_figures(out_file, {"model": model, **score.summary()})
+    scores = evaluate_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
+    if out_file is not None:
+        write_answers(out_file, scores.values())
+    for name, score in scores.items():
+        print_examples(out, {"answer": score}, examples)
+        figures = ", ".join(f"{metric} {value:.1%}" for metric, value in score.metrics.items())
+        out.print(f"{name}: {figures} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
+    if out_file is not None:
+        out.print(f"answers  {escape(str(out_file))}")
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks: what they are, where their data is, and what is scored."""
+    from diablo.tasks import TASKS
+
+    table = Table("task", "splits", Column("data", overflow="fold"), "scored", "what it is")
+    for name, task in TASKS.items():
+        source = task.source
+        files = [f"{source.family}/{source.files[split]}" for split in task.splits] if source else []
+        where = "in the package" if source is None else source.hub or f"in a folder: {', '.join(files)}"
+        summary = (task.__doc__ or "").partition("\n")[0]
+        scored = task.measure if "test" in task.splits else "trained on only"
+        table.add_row(name, ", ".join(task.splits), where, scored, summary)
+    out.print(table)
+    out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
 
 
 @app.command()
@@ -301,28 +332,29 @@ def chat(
 
 
 def _evaluate_by_likelihood(
-    model: str, base: str | None, chat: bool | None, task: Task, batch_size: int, limit: int | None, path: Path | None
+    model: str,
+    base: str | None,
+    chat: bool | None,
+    tasks: list[Task],
+    batch_size: int,
+    limit: int | None,
+    path: Path | None,
 ) -> None:
-    from diablo.likelihood import as_multiple_choice, evaluate_choices
-    from diablo.progress import ProgressReport
+    from diablo.likelihood import as_multiple_choice, evaluate_tasks_by_likelihood, write_choices
 
-    chosen = as_multiple_choice(task)
-    total = sum(len(chosen.choices(problem)) for problem in chosen.problems("test")[:limit])
+    chosen = [as_multiple_choice(task) for task in tasks]
+    for task in chosen:
+        # A fault in the data shows before the model is loaded.
+        for problem in task.problems("test")[:limit]:
+            task.choices(problem)
     loaded, encoder = _load(model, base, chat)
-    with ProgressReport(progress, "scoring", total) as report:
-        score = evaluate_choices(
-            loaded,
-            encoder,
-            chosen,
-            batch_size=batch_size,
-            limit=limit,
-            progress=lambda done, _: report.update(done),
-        )
-    out.print(
-        f"{task.name} by likelihood: acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%} "
-        f"({len(score.choices)} problems) in {score.seconds:.0f} s"
-    )
-    _write_figures(path, {"model": model, **score.summary()})
+    scores = evaluate_tasks_by_likelihood(loaded, encoder, chosen, console=progress, batch_size=batch_size, limit=limit)
+    for score in scores:
+        figures = f"acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%}"
+        out.print(f"{score.task}: {figures} by likelihood ({len(score.choices)} problems) in {score.seconds:.0f} s")
+    if path is not None:
+        write_choices(path, scores)
+        out.print(f"answers  {escape(str(path))}")
 
 
 def _evaluate_by_harness(
@@ -331,31 +363,62 @@ def _evaluate_by_harness(
     chat: bool | None,
     names: str,
     include: Path | None,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None,
+    settings: dict[str, Any],
     path: Path | None,
 ) -> None:
     from diablo.harness import harness_record, load_harness_tasks, run_harness
+    from diablo.reporting import harness_table
+    from diablo.results import write_json
 
     _quiet()
     tasks = load_harness_tasks(names.split(","), include)
     loaded, encoder = _load(model, base, chat)
-    figures = run_harness(loaded, encoder, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    table = Table("task", "shots", "problems", "metric", "value", "standard error", title=f"lm-eval on {model}")
-    for figure in figures:
-        counts = ("" if count is None else str(count) for count in (figure.shots, figure.problems))
-        error = "" if figure.error is None else f"{figure.error:.4f}"
-        table.add_row(figure.task, *counts, figure.metric, f"{figure.value:.4f}", error)
-    out.print(table)
-    _write_figures(path, harness_record(figures, model=model, limit=limit, num_fewshot=num_fewshot, chat=encoder.chat))
-
-
-def _write_figures(path: Path | None, figures: dict[str, Any]) -> None:
-    from diablo.results import write_json
-
+    figures = run_harness(loaded, encoder, tasks, **settings)
+    out.print(harness_table(figures, f"lm-eval on {model}"))
     if path is not None:
-        write_json(path, figures)
+        write_json(path, harness_record(figures, {"model": model, "chat": encoder.chat, **settings}))
+
+
+def _refuse(reason: str, options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect."""
+    from diablo.errors import UserError
+
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: {reason}; leave out the one or the other.")
+
+
+def _tasks_to_score(
+    trained_as: dict[str, Any], names: str | None, folder: Path | None, protocol: str | None, *, allow: bool
+) -> list[Task]:
+    """The tasks that are asked for, or that a run is scored on; a run's own settings where none are given."""
+    from diablo.errors import UserError
+    from diablo.tasks import PROTOCOLS, TASKS, check_code_execution, check_folder, check_split, get_task
+
+    data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
+    own = evaluation.get("tasks") or [trained_as.get("task")]
+    chosen = [name for name in (names.split(",") if names is not None else own) if name]
+    if not chosen:
+        scorable = [name for name, task in TASKS.items() if "test" in task.splits]
+        raise UserError(f"--task: missing; allowed: {', '.join(scorable)}.")
+    protocol = protocol or evaluation.get("protocol", "strict")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol: found {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
+    for name in chosen:
+        check_split("--task", name, "test")
+        check_code_execution(name, allow)
+    if folder is not None:
+        check_folder("--data-folder", folder, chosen)
+    own_folder = data.get("folder")
+    folder = folder or (Path(own_folder) if own_folder else None)
+    return [get_task(name, folder=folder, protocol=protocol) for name in dict.fromkeys(chosen)]
+
+
+def _check_file(path: Path | None) -> None:
+    """Check that a file can be written, before what it is to hold is worked out."""
+    from diablo.errors import UserError
+
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--out: {str(path)!r} cannot be written; give a file in a folder that exists.")
 
 
 def _trained_as(model: str) -> dict[str, Any]:
@@ -396,89 +459,6 @@ def _quiet() -> None:
     import datasets
 
     datasets.disable_progress_bars()
-
-
-def _print_plan(plan: Plan) -> None:
-    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
-    if plan.targets:
-        out.print(_kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
-    out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
-    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
-    out.print(f"held-out rows       {len(plan.held_out):,}")
-    if plan.faults:
-        out.print(
-            f"malformed rows      {len(plan.faults)} left out: {', '.join(str(f.number) for f in plan.faults[:8])}"
-        )
-    if plan.too_long:
-        out.print(f"rows too long       {len(plan.too_long)} left out: {', '.join(map(str, plan.too_long[:8]))}")
-    out.print(f"padding             {plan.padding_share:.1%} of a batch")
-    out.print(f"effective batch     {plan.effective_batch} rows")
-    out.print(f"steps               {plan.steps}")
-    out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
-    out.print("\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]\n")
-    for row in plan.train[:2]:
-        parts = []
-        for text, is_supervised in plan.marked(row):
-            visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
-            parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
-        out.print("".join(parts) + "\n")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _kinds_table(kinds: list[TargetKind], title: str) -> Table:
-    table = Table("module", "count", "shape", "adapter", "parameters", title=title)
-    for kind in kinds:
-        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
-        table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
-    return table
-
-
-def _print_result(result: RunResult) -> None:
-    record = result.record
-    scores = {name: s for name, s in (("before", result.before), ("after", result.after)) if s is not None}
-    _print_examples(scores, record["recipe"]["evaluation"]["examples"])
-    for name, score in scores.items():
-        out.print(f"accuracy {name:<7} {score.accuracy:6.1%}  ({score.right} of {len(score.answers)})")
-    training, data, parameters = record["training"], record["data"], record["parameters"]
-    if training["held_out_loss"]:
-        losses = [loss for _, loss in training["held_out_loss"]]
-        out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
-    out.print(
-        f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
-        f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "
-        f"padding {data['padding_share']:.1%}"
-    )
-    if data["long_rows_dropped"]:
-        out.print(f"left out         {len(data['long_rows_dropped'])} rows longer than training.max_length")
-    if data["malformed_rows_skipped"]:
-        out.print(f"left out         {len(data['malformed_rows_skipped'])} malformed rows")
-    folder, adapter = escape(str(result.folder)), escape(str(result.adapter))
-    what = "adapter" if result.adapter.name == "adapter" else "model"
-    out.print(f"{what:<16} {adapter} ({record['adapter_bytes'] / 1e6:.1f} MB)")
-    if result.merged:
-        out.print(f"merged model     {escape(str(result.merged))}")
-    out.print(f"record           {folder}/run.json, {folder}/loss.png")
-    out.print("\nWhat to try next:")
-    out.print(f'  diablo generate {folder} "..."', markup=False)
-    if result.after is not None or result.before is not None:
-        out.print(f"  diablo evaluate {folder}", markup=False)
-    if what == "adapter" and result.merged is None:
-        out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
-
-
-def _print_examples(scores: dict[str, Score], count: int) -> None:
-    if not scores:
-        return
-    answers = [score.answers for score in scores.values()]
-    for several in list(zip(*answers, strict=True))[:count]:
-        out.print(several[0].problem.row.prompt, markup=False)
-        for name, answer in zip(scores, several, strict=True):
-            verdict = "right" if answer.right else "wrong"
-            out.print(f"  {name:<7} {answer.text.strip()!r}  {verdict}", markup=False)
-        out.print()
 
 
 if __name__ == "__main__":

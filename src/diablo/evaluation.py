@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from diablo.data.batching import collate
 from diablo.data.encoding import EncodedRow, RowEncoder
+from diablo.errors import UserError
 from diablo.losses import summed_completion_loss
-from diablo.tasks import Problem, Task
+from diablo.progress import ProgressReport
+from diablo.tasks import Problem, Protocol, Task
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished and of all items."""
@@ -33,6 +38,55 @@ def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, 
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How the completions of an evaluation are generated.
+
+    Attributes:
+        samples: completions of each problem.
+        temperature: of the sampling, from the model's whole distribution; 0 is greedy, or a search with beams.
+        beams: width of the search; 1 is greedy.
+        seed: of the sampling.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    beams: int = 1
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' ``generate``."""
+        if self.temperature:
+            return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return {"do_sample": False, "num_beams": self.beams}
+
+
+def decoding_for(
+    task: Task, *, samples: int | None = None, temperature: float | None = None, seed: int = 0
+) -> Decoding:
+    """The decoding that a task asks for, or that the user does in its place.
+
+    Args:
+        task: the task; under the paper's protocol its beams are used, unless completions are sampled.
+        samples: completions of each problem; the task's own number where None.
+        temperature: of the sampling; the task's own where None.
+        seed: of the sampling.
+
+    Raises:
+        UserError: several samples without a temperature, which would all be the same.
+    """
+    samples = task.samples if samples is None else samples
+    temperature = task.temperature if temperature is None else temperature
+    if samples > 1 and not temperature:
+        raise UserError(
+            f"task {task.name}: found {samples} samples at temperature 0, which would all be the same; give a "
+            "temperature above 0 (--temperature, in a recipe evaluation.temperature), or 1 sample."
+        )
+    beams = task.beams if task.protocol == "paper" and not temperature else 1
+    return Decoding(samples, temperature, beams, seed)
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a model wrote for a problem.
 
@@ -40,11 +94,13 @@ class Answer:
         problem: the problem.
         text: the generated completion, without what follows the stop.
         right: whether it solves the problem.
+        sample: which of the problem's completions it is, from 0.
     """
 
     problem: Problem
     text: str
     right: bool
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,29 +109,29 @@ class Score:
 
     Attributes:
         task: name of the task.
-        answers: one for each problem, in the task's order.
+        answers: one for each completion, in the task's order; a problem's samples follow one another.
         seconds: wall time.
+        metrics: the task's figures, the headline figure first.
+        protocol: how the answers were read.
     """
 
     task: str
     answers: list[Answer]
     seconds: float
+    metrics: dict[str, float]
+    protocol: Protocol
 
     @property
     def right(self) -> int:
-        """The number of problems solved."""
+        """The number of completions that solve their problem."""
         return sum(answer.right for answer in self.answers)
-
-    @property
-    def accuracy(self) -> float:
-        """The share of problems solved, from 0 to 1."""
-        return self.right / len(self.answers)
 
     def summary(self) -> dict[str, Any]:
         """The figures, for a JSON file."""
         return {
             "task": self.task,
-            "accuracy": self.accuracy,
+            "protocol": self.protocol,
+            **self.metrics,
             "right": self.right,
             "total": len(self.answers),
             "seconds": round(self.seconds, 1),
@@ -87,33 +143,104 @@ def evaluate_task(
     encoder: RowEncoder,
     task: Task,
     *,
+    decoding: Decoding | None = None,
     batch_size: int = 48,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Score:
-    """Score a model on a task's test problems by greedy generation.
+    """Score a model on a task's test problems by generation.
 
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: turns problems into prompts as in training.
         task: the task.
+        decoding: how completions are generated; as the task asks where None.
         batch_size: prompts generated together.
         limit: score only the first so many problems.
         progress: told of every finished batch.
     """
+    decoding = decoding or decoding_for(task)
     problems = task.problems("test")[:limit]
     start = time.perf_counter()
-    texts = generate(
-        model,
-        encoder,
-        [encoder.prompt(problem.row) for problem in problems],
-        max_new_tokens=task.max_new_tokens,
-        stop_at_newline=task.stops_at_newline,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    answers = [Answer(p, text, task.score(text, p)) for p, text in zip(problems, texts, strict=True)]
-    return Score(task.name, answers, time.perf_counter() - start)
+    prompts = [encoder.prompt(problem.row) for problem in problems]
+    # The trainer's random numbers go on as if nothing had been sampled.
+    with torch.random.fork_rng(enabled=bool(decoding.temperature)):
+        if decoding.temperature:
+            torch.manual_seed(decoding.seed)
+        texts = generate(
+            model,
+            encoder,
+            [prompt for prompt in prompts for _ in range(decoding.samples)],
+            max_new_tokens=task.max_new_tokens,
+            stop_at_newline=task.stops_at_newline,
+            batch_size=batch_size,
+            progress=progress,
+            **decoding.options,
+        )
+    answers = []
+    for index, text in enumerate(texts):
+        problem, sample = problems[index // decoding.samples], index % decoding.samples
+        answers.append(Answer(problem, text, task.score(text, problem), sample))
+    starts = range(0, len(answers), decoding.samples)
+    rights = [[answer.right for answer in answers[first : first + decoding.samples]] for first in starts]
+    return Score(task.name, answers, time.perf_counter() - start, task.metrics(problems, rights), task.protocol)
+
+
+def evaluate_tasks(
+    model: Any,
+    encoder: RowEncoder,
+    tasks: Iterable[tuple[Task, Decoding]],
+    *,
+    console: Console,
+    batch_size: int = 48,
+    limit: int | None = None,
+    when: str = "",
+) -> dict[str, Score]:
+    """Score a model on several tasks, with a bar for each.
+
+    Args:
+        model: a causal language model or ``PeftModel``.
+        encoder: turns problems into prompts as in training.
+        tasks: the tasks, each with how its completions are generated.
+        console: where progress is written.
+        batch_size: prompts generated together.
+        limit: score only the first so many problems of each task.
+        when: said beside the bar, such as ``before``.
+
+    Returns:
+        The scores by the tasks' names.
+    """
+    scores = {}
+    for task, decoding in tasks:
+        total = len(task.problems("test")[:limit]) * decoding.samples
+        with ProgressReport(console, f"scoring {task.name} {when}".rstrip(), total) as report:
+            scores[task.name] = evaluate_task(
+                model,
+                encoder,
+                task,
+                decoding=decoding,
+                batch_size=batch_size,
+                limit=limit,
+                progress=lambda done, _, report=report: report.update(done),  # type: ignore[misc]
+            )
+    return scores
+
+
+def write_answers(path: Path, scores: Iterable[Score]) -> None:
+    """Write each answer of some evaluations as a line of a JSONL file."""
+    with path.open("w", encoding="utf-8") as lines:
+        for score in scores:
+            for answer in score.answers:
+                line = {
+                    "task": score.task,
+                    "number": answer.problem.row.number,
+                    "sample": answer.sample,
+                    "prompt": answer.problem.row.prompt,
+                    "text": answer.text,
+                    "answer": answer.problem.answer,
+                    "right": answer.right,
+                }
+                lines.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
 @torch.no_grad()

@@ -127,18 +127,10 @@ def run_harness(
     ]
 
 
-def harness_record(
-    figures: Sequence[HarnessFigure], *, model: str, limit: int | None, num_fewshot: int | None, chat: bool
-) -> dict[str, Any]:
+def harness_record(figures: Sequence[HarnessFigure], settings: dict[str, Any]) -> dict[str, Any]:
     """The figures and what they were measured with, for a JSON file."""
-    return {
-        "model": model,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "chat": chat,
-        "figures": [asdict(figure) for figure in figures],
-        "versions": describe_versions() | {"lm_eval": importlib.metadata.version("lm_eval")},
-    }
+    versions = describe_versions() | {"lm_eval": importlib.metadata.version("lm_eval")}
+    return settings | {"figures": [asdict(figure) for figure in figures], "versions": versions}
 
 
 def _load(manager: Any, name: str) -> list[Any]:

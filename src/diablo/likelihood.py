@@ -7,12 +7,15 @@ is scored on what it knows. The two accuracies are those of the lm-evaluation-ha
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
@@ -20,6 +23,7 @@ from diablo.data.rows import Row
 from diablo.errors import UserError
 from diablo.evaluation import Progress, _evaluating
 from diablo.losses import completion_log_likelihoods
+from diablo.progress import ProgressReport
 from diablo.tasks import TASKS, MultipleChoice, Problem, Task
 
 
@@ -93,16 +97,6 @@ class ChoiceScore:
         """The same by log-likelihood for each character."""
         return self._share(lambda candidate: candidate.per_character)
 
-    def summary(self) -> dict[str, Any]:
-        """The figures, for a JSON file."""
-        return {
-            "task": self.task,
-            "acc": self.acc,
-            "acc_norm": self.acc_norm,
-            "total": len(self.choices),
-            "seconds": round(self.seconds, 1),
-        }
-
     def _share(self, measure: Callable[[Candidate], float]) -> float:
         return sum(choice.is_right(measure) for choice in self.choices) / len(self.choices)
 
@@ -138,6 +132,21 @@ def evaluate_choices(
     return ChoiceScore(task.name, choices, time.perf_counter() - start)
 
 
+def write_choices(path: Path, scores: Iterable[ChoiceScore]) -> None:
+    """Write each problem's candidates as a line of a JSONL file."""
+    with path.open("w", encoding="utf-8") as lines:
+        for score in scores:
+            for choice in score.choices:
+                line = {
+                    "task": score.task,
+                    "number": choice.problem.row.number,
+                    "prompt": choice.problem.row.prompt,
+                    "candidates": [asdict(candidate) for candidate in choice.candidates],
+                    "right": choice.right,
+                }
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def as_multiple_choice(task: Task) -> MultipleChoice:
     """The task as one that can be scored by likelihood.
 
@@ -145,9 +154,36 @@ def as_multiple_choice(task: Task) -> MultipleChoice:
         UserError: its answers are written freely.
     """
     if not isinstance(task, MultipleChoice):
-        allowed = [name for name, kind in TASKS.items() if issubclass(kind, MultipleChoice)]
+        allowed = [name for name, kind in TASKS.items() if issubclass(kind, MultipleChoice) and "test" in kind.splits]
         raise UserError(f"--likelihood: task {task.name!r} has no choices; allowed: {', '.join(allowed)}.")
     return task
+
+
+def evaluate_tasks_by_likelihood(
+    model: Any,
+    encoder: RowEncoder,
+    tasks: Iterable[MultipleChoice],
+    *,
+    console: Console,
+    batch_size: int = 48,
+    limit: int | None = None,
+) -> list[ChoiceScore]:
+    """Score a model on several multiple-choice tasks, with a bar for each; see :func:`evaluate_choices`."""
+    scores = []
+    for task in tasks:
+        total = sum(len(task.choices(problem)) for problem in task.problems("test")[:limit])
+        with ProgressReport(console, f"scoring {task.name}", total) as report:
+            scores.append(
+                evaluate_choices(
+                    model,
+                    encoder,
+                    task,
+                    batch_size=batch_size,
+                    limit=limit,
+                    progress=lambda done, _, report=report: report.update(done),  # type: ignore[misc]
+                )
+            )
+    return scores
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row, RowFault, read_rows
 from diablo.errors import UserError
+from diablo.evaluation import Decoding, decoding_for
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
 from diablo.models import choose_device, choose_dtype, load_config, load_tokenizer, meta_model, resolve_model
 from diablo.recipe import DiabloMethod, LoraMethod, Recipe
@@ -30,11 +31,12 @@ class Plan:
         model_name: folder or hub id that transformers understands.
         config: the model's config.
         encoder: rows to tokens.
-        task: the recipe's task, if it has one.
+        scored: the tasks that are scored before and after, each with how its completions are generated.
         train: encoded training rows.
         held_out: encoded held-out rows; empty where there are none.
         faults: malformed rows that were left out.
         too_long: numbers of the rows left out because they exceed ``training.max_length``.
+        tested: how many training rows were left out because their prompt is one that is tested on.
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
         sampler: the order of training.
@@ -47,11 +49,12 @@ class Plan:
     model_name: str
     config: PretrainedConfig
     encoder: RowEncoder
-    task: Task | None
+    scored: list[tuple[Task, Decoding]]
     train: list[EncodedRow]
     held_out: list[EncodedRow]
     faults: list[RowFault]
     too_long: list[int]
+    tested: int
     targets: list[TargetKind]
     parameters: tuple[int, int]
     sampler: LengthGroupedSampler
@@ -88,8 +91,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
-    task = get_task(recipe.task) if recipe.task else None
-    train_rows, held_out_rows, faults = _rows(recipe, task)
+    scored = _scored(recipe)
+    train_rows, held_out_rows, faults, tested = _rows(recipe, [task for task, _ in scored])
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
     targets, parameters = _adapt_on_meta(recipe, config)
@@ -108,11 +111,12 @@ def make_plan(recipe: Recipe) -> Plan:
         model_name=model_name,
         config=config,
         encoder=encoder,
-        task=task,
+        scored=scored,
         train=train,
         held_out=held_out,
         faults=faults,
         too_long=too_long,
+        tested=tested,
         targets=targets,
         parameters=parameters,
         sampler=sampler,
@@ -122,17 +126,36 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _rows(recipe: Recipe, task: Task | None) -> tuple[list[Row], list[Row], list[RowFault]]:
+def _scored(recipe: Recipe) -> list[tuple[Task, Decoding]]:
+    settings = recipe.evaluation
+    tasks = [get_task(name, folder=recipe.data.folder, protocol=settings.protocol) for name in recipe.scored]
+    options: dict[str, Any] = {"samples": settings.samples, "temperature": settings.temperature, "seed": recipe.seed}
+    return [(task, decoding_for(task, **options)) for task in tasks]
+
+
+def _rows(recipe: Recipe, scored: list[Task]) -> tuple[list[Row], list[Row], list[RowFault], int]:
+    """Training rows, held-out rows, the malformed ones, and how many are left out because they are tested on."""
     data = recipe.data
-    if task is not None:
-        tested = task.problems("test")
-        kept, _ = without_tested(task.problems("train"), tested)
-        train, held_out = ([problem.row for problem in problems] for problems in (kept, tested))
-        return train[: data.limit], held_out[: recipe.evaluation.limit], []
-    assert data.train is not None  # the recipe sees to it
-    train, faults = read_rows(data.train, on_malformed=data.on_malformed)
-    held_out, held_out_faults = read_rows(data.eval, on_malformed=data.on_malformed) if data.eval else ([], [])
-    return train[: data.limit], held_out, faults + held_out_faults
+    tested = [problem for task in scored for problem in task.problems("test")]
+    faults: list[RowFault] = []
+    held_out: list[Row] = []
+    if recipe.task is not None:
+        task = get_task(recipe.task, folder=data.folder, protocol=recipe.evaluation.protocol)
+        train = [problem.row for problem in task.problems("train")]
+        if "test" in task.splits:
+            own = task.problems("test")
+            held_out = [problem.row for problem in own][: recipe.evaluation.limit]
+            tested += own
+    else:
+        assert data.train is not None  # the recipe sees to it
+        train, faults = read_rows(data.train, on_malformed=data.on_malformed)
+        if data.eval is not None:
+            held_out, held_out_faults = read_rows(data.eval, on_malformed=data.on_malformed)
+            faults += held_out_faults
+    train, left_out = without_tested(train, tested)
+    if not train:
+        raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
+    return train[: data.limit], held_out, faults, left_out
 
 
 def _encode(recipe: Recipe, encoder: RowEncoder, rows: list[Row]) -> tuple[list[EncodedRow], list[int]]:

@@ -92,10 +92,11 @@ Method = Annotated[
 
 
 class Data(Section):
-    """The user's own files, and how rows are read."""
+    """The user's own files or folder of datasets, and how rows are read."""
 
     train: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
     eval: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
+    folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
     on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
     on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
@@ -124,7 +125,17 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Scoring of the task by generation, before and after training."""
+    """Scoring of tasks by generation, before and after training."""
+
+    tasks: list[str] | None = Field(
+        None, min_length=1, description="a list of task names, scored in place of the one that is trained on"
+    )
+    protocol: Literal["strict", "paper"] = Field("strict", description="strict or paper: how answers are read")
+    samples: int | None = Field(None, ge=1, description="an integer of at least 1: completions of each problem")
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    allow_code_execution: bool = Field(
+        False, description="true or false: whether tasks may run code that the model wrote"
+    )
 
     before: bool = Field(True, description="true or false")
     after: bool = Field(True, description="true or false")
@@ -153,12 +164,17 @@ class Recipe(Section):
     output: Path = Field(description="a folder to write to")
     merge: bool = Field(False, description="true or false: also write the merged model")
 
-    @model_validator(mode="after")
-    def _source_of_rows(self) -> Recipe:
+    @property
+    def scored(self) -> list[str]:
+        """Names of the tasks that are scored: those that are asked for, or else the one that is trained on."""
         from diablo.tasks import TASKS
 
-        if self.task is not None and self.task not in TASKS:
-            raise ValueError(f"task: found {self.task!r}; allowed: {', '.join(TASKS)}.{did_you_mean(self.task, TASKS)}")
+        if self.evaluation.tasks is not None:
+            return self.evaluation.tasks
+        return [self.task] if self.task is not None and "test" in TASKS[self.task].splits else []
+
+    @model_validator(mode="after")
+    def _source_of_rows(self) -> Recipe:
         if self.task is None and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
         if self.task is not None and (self.data.train or self.data.eval):
@@ -169,7 +185,28 @@ class Recipe(Section):
                 raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
-        if self.training.eval_steps and self.task is None and self.data.eval is None:
+        return self
+
+    @model_validator(mode="after")
+    def _tasks(self) -> Recipe:
+        from diablo.tasks import TASKS, check_code_execution, check_folder, check_split
+
+        tasks, settings = self.evaluation.tasks or [], self.evaluation
+        try:
+            if self.task is not None:
+                check_split("task", self.task, "train")
+            for name in tasks:
+                check_split("evaluation.tasks", name, "test")
+            for name in self.scored if settings.before or settings.after else []:
+                check_code_execution(name, settings.allow_code_execution)
+            if self.data.folder is not None:
+                check_folder("data.folder", self.data.folder, [*([self.task] if self.task else []), *self.scored])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"evaluation.tasks: found {_shortened(tasks)}; name each task once.")
+        has_held_out = self.data.eval is not None or (self.task is not None and "test" in TASKS[self.task].splits)
+        if self.training.eval_steps and not has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         return self
 

@@ -21,12 +21,12 @@ from diablo import preflight
 from diablo.checkpoints import merge_adapter, save_adapter
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.errors import UserError
-from diablo.evaluation import Score, evaluate_task, held_out_loss
+from diablo.evaluation import Score, evaluate_tasks, held_out_loss, write_answers
 from diablo.losses import summed_completion_loss
 from diablo.methods import apply_method, count_parameters
 from diablo.models import load_model
 from diablo.planning import Plan, make_plan
-from diablo.progress import ProgressReport, TokenMeter, TrainingProgress
+from diablo.progress import TokenMeter, TrainingProgress
 from diablo.recipe import FullMethod, Recipe
 from diablo.results import describe_machine, describe_versions, peak_memory_bytes, plot_losses, write_json
 
@@ -39,16 +39,16 @@ class RunResult:
         folder: the output folder.
         adapter: folder of the adapter, or of the whole model for full fine-tuning.
         merged: folder of the merged model, where the recipe asks for one.
-        before: score before training, where the recipe has a task and asks for it.
-        after: score after training, likewise.
+        before: scores before training by task, where the recipe asks for them.
+        after: scores after training, likewise.
         record: what ``run.json`` holds.
     """
 
     folder: Path
     adapter: Path
     merged: Path | None = None
-    before: Score | None = None
-    after: Score | None = None
+    before: dict[str, Score] = field(default_factory=dict)
+    after: dict[str, Score] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +58,8 @@ def train(
     """Carry out a recipe: check, train, save, score.
 
     The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
-    ``run.json``, ``loss.png``, ``recipe.yaml`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+    ``run.json``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as ``answers-before.jsonl`` and
+    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
 
     Args:
         recipe: the recipe.
@@ -84,8 +85,8 @@ def train(
 
     _open_output(recipe, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
-    if plan.task is not None and recipe.evaluation.before:
-        result.before = _score(model, plan, console, "scoring before")
+    if recipe.evaluation.before:
+        result.before = _score(model, plan, console, "before")
     losses = Losses()
     if plan.held_out:
         losses.held_out.append((0, _held_out(model, plan)))
@@ -104,8 +105,8 @@ def train(
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
     save_adapter(model, plan.encoder.tokenizer, result.adapter)
-    if plan.task is not None and recipe.evaluation.after:
-        result.after = _score(model, plan, console, "scoring after")
+    if recipe.evaluation.after:
+        result.after = _score(model, plan, console, "after")
     if recipe.merge and not is_full:
         result.merged = recipe.output / "merged"
         merge_adapter(result.adapter, result.merged)
@@ -257,19 +258,21 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
         preflight.check_gradients(model, moved, checkpointing=checkpointing)
 
 
-def _score(model: Any, plan: Plan, console: Console, description: str) -> Score:
-    assert plan.task is not None
+def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Score]:
+    if not plan.scored:
+        return {}
     settings = plan.recipe.evaluation
-    total = len(plan.task.problems("test")[: settings.limit])
-    with ProgressReport(console, description, total) as report:
-        return evaluate_task(
-            model,
-            plan.encoder,
-            plan.task,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            progress=lambda done, _: report.update(done),
-        )
+    scores = evaluate_tasks(
+        model,
+        plan.encoder,
+        plan.scored,
+        console=console,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        when=when,
+    )
+    write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
+    return scores
 
 
 def _held_out(model: Any, plan: Plan) -> float:
@@ -313,6 +316,9 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
             else {key: (before, value)}
         )
         changed += [name for name, (old, new) in pairs.items() if old != new and not free & set(name.split("."))]
+    # What is scored says which rows are left out of training.
+    if (started.get("evaluation") or {}).get("tasks") != recipe.evaluation.tasks:
+        changed.append("evaluation.tasks")
     if changed:
         raise UserError(
             f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "
@@ -326,7 +332,8 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("adapter", "model", "merged", *([] if resume else ["checkpoints"])):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
@@ -356,6 +363,7 @@ def _record(
             "held_out_rows": len(plan.held_out),
             "malformed_rows_skipped": [fault.number for fault in plan.faults],
             "long_rows_dropped": plan.too_long,
+            "tested_rows_left_out": plan.tested,
             "padding_share": meter.padding_share,
         },
         "training": {
@@ -369,8 +377,8 @@ def _record(
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_bytes": adapter_bytes,
         "scores": {
-            name: score.summary()
-            for name, score in (("before", result.before), ("after", result.after))
-            if score is not None
+            when: {name: score.summary() for name, score in scores.items()}
+            for when, scores in (("before", result.before), ("after", result.after))
+            if scores
         },
     }

@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import diablo_cli
-
 SHORT = [
     "data.limit=48",
     "evaluation.limit=6",
@@ -23,24 +21,6 @@ SHORT = [
     "precision=fp32",
     "merge=false",
 ]
-
-
-@pytest.fixture
-def diablo(capsys, monkeypatch):
-    """Runs the command line in this process and gives its exit status, output and errors."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["diablo", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            diablo_cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def quickstart_on(model: Path, output: Path, *overrides: str) -> list[str]:
@@ -65,7 +45,7 @@ def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path
 
     status, out, _ = diablo("evaluate", run, "--limit", 6, "--batch-size", 4)
     assert status == 0
-    assert f"({record['scores']['after']['right']} of 6)" in out
+    assert f"({record['scores']['after']['mawps']['right']} of 6)" in out
 
     merged = tmp_path / "merged"
     status, out, _ = diablo("merge", run, merged)
@@ -241,3 +221,29 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
     status, _, error = diablo("plan", tmp_path, "--budget", "much")
     assert status == 2
     assert "--budget: found 'much'" in error
+
+
+def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_path):
+    records = [
+        {
+            "instruction": f"Is {n} odd?\n\nAnswer format: true/false",
+            "input": "",
+            "output": f"the correct answer is {a}",
+        }
+        | {"answer": a}
+        for n, a in enumerate(["false", "true", "false"])
+    ]
+    (tmp_path / "boolq.test.json").write_text(json.dumps(records))
+    answers = tmp_path / "answers.jsonl"
+    settings = ["--data-folder", tmp_path, "--likelihood", "--limit", 2, "--out", answers]
+    status, out, _ = diablo("evaluate", tiny_model, "--task", "boolq", *settings)
+    assert status == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(line["task"], line["right"], len(line["candidates"])) for line in lines] == [
+        ("boolq", 1, 2),
+        ("boolq", 0, 2),
+    ]
+    favoured = [max(range(2), key=lambda n: line["candidates"][n]["log_likelihood"]) for line in lines]
+    right = sum(index == line["right"] for index, line in zip(favoured, lines, strict=True))
+    assert f"boolq: acc {right / 2:.1%}" in out
+    assert "(2 problems)" in out

@@ -148,9 +148,10 @@ def test_a_missing_extra_names_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--harness", "arc_easy", "--task", "mawps"], "--harness: it has tasks"),
-        (["--harness", "arc_easy", "--likelihood"], "--harness: it has tasks"),
-        (["--task", "mawps", "--num-fewshot", 3], "--harness: missing"),
+        (["--harness", "arc_easy", "--task", "mawps"], "--task: --harness has tasks and settings of its own"),
+        (["--harness", "arc_easy", "--likelihood"], "--likelihood: --harness has tasks and settings of its own"),
+        (["--task", "mawps", "--num-fewshot", 3], "--num-fewshot: these are settings of --harness, which is missing"),
+        (["--task", "boolq", "--likelihood", "--samples", 2], "--samples: --likelihood generates nothing"),
         (["--task", "mawps", "--likelihood"], "--likelihood: task 'mawps' has no choices"),
         (["--harness", "arc_easy", "--harness-include", "no/such"], "--harness-include: there is no folder 'no/such'"),
         (["--task", "mawps", "--out", "no/such/file.json"], "--out: 'no/such/file.json' cannot be written"),

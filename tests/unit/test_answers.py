@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -74,6 +75,12 @@ def right(task: str, protocol: str, text: str, answer: str) -> bool:
         ("3\\frac{1}{2}", "3.5"),
         (".5", "0.5"),
         ("0.50", ".5"),
+        ("1\\,234", "1234"),
+        ("1,234 and no more", "1234"),
+        ("A$5", "5"),
+        ("5\\ cm", "5"),
+        ("5th", "5"),
+        ("3 $\\frac{1}{2}$", "3.5"),
         ("50%", "50"),
         ("50%", "0.5"),
         ("50 %", "50"),
@@ -125,6 +132,7 @@ def test_strict_number_is_read(stated: str, answer: str) -> None:
         (f"{CUE}0.33", "0.3333333333333333"),
         (f"{CUE}18 or 19", "18"),
         (f"{CUE}18, 19", "18"),
+        (f"{CUE}18, 190", "18190"),
         (f"{CUE}between 17 and 18", "18"),
         (f"{CUE}18 dollars a day, or 126 a week", "18"),
         (f"{CUE}x = 17 or x = 18", "18"),
@@ -392,6 +400,12 @@ def test_every_integer_is_read_back(number: int, form: str) -> None:
 
 def test_a_power_tower_is_given_up() -> None:
     assert not right("math", "strict", "The answer is: 9^{9^{9^{9}}}", "3")
+
+
+def test_answers_are_compared_in_another_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(answers.same_value, "\\sqrt{50}", "5\\sqrt{2}").result()
+        assert not pool.submit(answers.same_value, "\\sqrt{51}", "5\\sqrt{2}").result()
 
 
 def test_the_cue_is_a_phrase_of_its_own() -> None:

@@ -144,9 +144,9 @@ def test_rows_of_mawps(split: str, count: int) -> None:
 
 def test_no_test_question_is_trained_on() -> None:
     tested = Mawps().problems("test")
-    train, left_out = without_tested(Mawps().problems("train"), tested)
+    train, left_out = without_tested([problem.row for problem in Mawps().problems("train")], tested)
     assert left_out == 25
-    assert not {problem.row.prompt for problem in train} & {problem.row.prompt for problem in tested}
+    assert not {row.prompt for row in train} & {problem.row.prompt for problem in tested}
 
 
 def test_gold_equations_score_right() -> None:

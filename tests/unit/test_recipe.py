@@ -81,6 +81,21 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"task": None}, ["task: nothing to train on", "data.train"]),
         ({"data": {"train": "a.jsonl"}}, ["data: task 'mawps' brings its own rows"]),
         ({"task": None, "data": {"train": "no/such.jsonl"}}, ["data.train: there is no file 'no/such.jsonl'"]),
+        ({"task": "aqua"}, ["task: found 'aqua', which has no train split", "allowed: mawps, gsm8k, metamathqa"]),
+        (
+            {"evaluation": {"tasks": ["gsm"]}},
+            ["evaluation.tasks: found 'gsm'", "allowed: mawps", "Did you mean gsm8k?"],
+        ),
+        ({"evaluation": {"tasks": ["math10k"]}}, ["evaluation.tasks: found 'math10k', which has no test split"]),
+        ({"evaluation": {"tasks": ["gsm8k", "gsm8k"]}}, ["evaluation.tasks: found", "name each task once"]),
+        ({"evaluation": {"tasks": []}}, ["evaluation.tasks: found []", "a list of task names"]),
+        ({"evaluation": {"tasks": "gsm8k"}}, ["evaluation.tasks: found 'gsm8k'", "a list of task names"]),
+        ({"evaluation": {"tasks": [3]}}, ["evaluation.tasks: found 3", "a list of task names"]),
+        ({"evaluation": {"protocol": "authors"}}, ["evaluation.protocol: found 'authors'", "strict or paper"]),
+        ({"evaluation": {"samples": 0}}, ["evaluation.samples: found 0", "an integer of at least 1"]),
+        ({"evaluation": {"temperature": -1}}, ["evaluation.temperature: found -1", "a number of at least 0"]),
+        ({"data": {"folder": "no/such"}}, ["data.folder: there is no folder 'no/such'"]),
+        ({"data": {"folder": "."}}, ["data.folder: found '.', from which mawps reads nothing"]),
         ({1: 2}, ["1: unknown key", "allowed: model"]),
         ({None: 2}, ["None: unknown key", "allowed: model"]),
         ({"training": {1.5: 2}}, ["training.1.5: unknown key", "allowed: learning_rate"]),
@@ -121,6 +136,26 @@ def test_held_out_loss_without_held_out_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     settings = {"model": "m", "output": "o", "data": {"train": str(tmp_path / "rows.jsonl")}}
     [line] = faults(tmp_path, settings | {"training": {"eval_steps": 5}})
+    assert line.startswith("training.eval_steps: there are no held-out rows")
+
+
+def test_what_is_scored(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    own = {"task": None, "data": {"train": str(rows)}}
+    asked = {"evaluation": {"tasks": ["gsm8k", "boolq"]}}
+    for change, scored in (
+        ({}, ["mawps"]),
+        ({"task": "math10k"}, []),  # it has no test split
+        (asked, ["gsm8k", "boolq"]),
+        (own, []),
+        (own | asked, ["gsm8k", "boolq"]),
+    ):
+        assert load_recipe(write(tmp_path, GOOD | change)).scored == scored
+
+
+def test_held_out_loss_of_a_task_without_a_test_split(tmp_path: Path) -> None:
+    [line] = faults(tmp_path, GOOD | {"task": "math10k", "training": {"eval_steps": 5}})
     assert line.startswith("training.eval_steps: there are no held-out rows")
 
 

@@ -198,13 +198,13 @@ def test_tested_problems_are_left_out_of_training(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", GSM8K)
     write(tmp_path / "test.jsonl", GSM8K[1:2])
     task = get_task("gsm8k", folder=tmp_path)
-    kept, left_out = without_tested(task.problems("train"), task.problems("test"))
-    assert [problem.row.number for problem in kept] == [1, 3]
+    kept, left_out = without_tested([problem.row for problem in task.problems("train")], task.problems("test"))
+    assert [row.number for row in kept] == [1, 3]
     assert left_out == 1
     # One question is one prompt, whichever of the number tasks it stands in.
     write(tmp_path / "AddSub.test.json", [WORDS[0] | {"instruction": GSM8K[2]["question"]}])
     other = get_task("addsub", folder=tmp_path).problems("test")
-    assert [problem.row.number for problem in without_tested(kept, other)[0]] == [1]
+    assert [row.number for row in without_tested(kept, other)[0]] == [1]
 
 
 def test_tasks_by_name() -> None:
@@ -212,6 +212,13 @@ def test_tasks_by_name() -> None:
     assert isinstance(get_task("gsm8k"), Gsm8k)
     with pytest.raises(UserError, match=r"no task 'gsm9k'; allowed: mawps, gsm8k, .* Did you mean gsm8k\?"):
         get_task("gsm9k")
+
+
+def test_the_page_of_the_tasks_names_each_and_where_its_data_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, task in TASKS.items():
+        assert f"`{name}`" in page
+        assert task.source is None or task.source.hub is None or f"`{task.source.hub}`" in page
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from diablo.errors import UserError, did_you_mean
@@ -9,7 +10,19 @@ from diablo.tasks import arithmetic, commonsense
 from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
 from diablo.tasks.sources import Split
 
-__all__ = ["PROTOCOLS", "TASKS", "MultipleChoice", "Problem", "Protocol", "Split", "Task", "get_task", "without_tested"]
+__all__ = [
+    "PROTOCOLS",
+    "TASKS",
+    "MultipleChoice",
+    "Problem",
+    "Protocol",
+    "Split",
+    "Task",
+    "check_code_execution",
+    "check_split",
+    "get_task",
+    "without_tested",
+]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -52,3 +65,51 @@ def get_task(name: str, *, folder: Path | None = None, protocol: Protocol = "str
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; allowed: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
     return TASKS[name](folder=folder, protocol=protocol)
+
+
+def check_split(key: str, name: str, split: Split) -> None:
+    """Check that there is a task of that name, and that it has a split.
+
+    Args:
+        key: what the user set to the name, for the message.
+        name: the name.
+        split: ``"train"`` to be trained on, ``"test"`` to be scored on.
+
+    Raises:
+        UserError: it is not so; the message lists the tasks that have the split.
+    """
+    allowed = [other for other, task in TASKS.items() if split in task.splits]
+    if name not in allowed:
+        reason = f", which has no {split} split" if name in TASKS else ""
+        raise UserError(f"{key}: found {name!r}{reason}; allowed: {', '.join(allowed)}.{did_you_mean(name, allowed)}")
+
+
+def check_folder(key: str, folder: Path, names: Collection[str]) -> None:
+    """Check a folder of datasets that the user gave.
+
+    Args:
+        key: what the user set to the folder, for the message.
+        folder: the folder.
+        names: the tasks that are to read from it.
+
+    Raises:
+        UserError: there is no such folder, or none of the tasks reads from one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{key}: there is no folder {str(folder)!r}; paths count from the current folder.")
+    if not any(TASKS[name].source for name in names):
+        what = ", ".join(dict.fromkeys(names)) or "data.train"
+        raise UserError(f"{key}: found {str(folder)!r}, from which {what} reads nothing; leave it out.")
+
+
+def check_code_execution(name: str, allowed: bool) -> None:
+    """Check that the user has allowed what a task needs.
+
+    Raises:
+        UserError: scoring the task runs code that the model wrote, and that was not allowed.
+    """
+    if TASKS[name].runs_code and not allowed:
+        raise UserError(
+            f"Task {name!r} runs code that the model wrote; allow it with --allow-code-execution, in a recipe with "
+            "evaluation.allow_code_execution: true."
+        )

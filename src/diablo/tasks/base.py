@@ -55,6 +55,8 @@ class Task(ABC):
     """Of the sampling; 0 is greedy."""
     runs_code: ClassVar[bool] = False
     """Whether scoring runs code that the model wrote, which the user must have allowed."""
+    measure: ClassVar[str] = "share of right answers"
+    """What the score is, in a few words."""
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         self.folder = folder
@@ -96,12 +98,12 @@ class MultipleChoice(Task):
         """The problem's row with each possible completion; exactly one of them solves the problem."""
 
 
-def without_tested(train: Sequence[Problem], tested: Iterable[Problem]) -> tuple[list[Problem], int]:
-    """Leave out of the training problems those whose prompt is, word for word, one that is tested on.
+def without_tested(train: Sequence[Row], tested: Iterable[Problem]) -> tuple[list[Row], int]:
+    """Leave out of the training rows those whose prompt is, word for word, one that is tested on.
 
     Returns:
-        The problems that are left, and how many were taken away.
+        The rows that are left, and how many were taken away.
     """
     prompts = {problem.row.prompt for problem in tested}
-    kept = [problem for problem in train if problem.row.prompt not in prompts]
+    kept = [row for row in train if row.prompt not in prompts]
     return kept, len(train) - len(kept)

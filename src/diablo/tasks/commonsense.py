@@ -41,6 +41,7 @@ class CommonsenseTask(MultipleChoice):
 
     max_new_tokens = 32
     beams = 4
+    measure = "share of right choices"
     source: ClassVar[Source]
     words: ClassVar[str]
     """A regular expression of the answers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +26,9 @@ class Source:
         files: the local file of each split.
         fields: the keys that a record must have, and their types.
         origin: where the files are published, for people to read.
-        hub: id of the dataset on the hub, with records of the same fields; None where no reliable one is known.
+        hub: id of the dataset on the hub, with records of the same fields and splits of the same names; None where no
+            reliable one is known.
         config: the hub dataset's configuration.
-        hub_splits: the hub's name of a split, where it is not the same.
     """
 
     family: str
@@ -37,7 +37,6 @@ class Source:
     origin: str
     hub: str | None = None
     config: str | None = None
-    hub_splits: Mapping[Split, str] = field(default_factory=dict)
 
 
 def read_records(source: Source, split: Split, folder: Path | None) -> list[tuple[int, dict[str, Any]]]:
@@ -83,10 +82,10 @@ def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:
             f"The data {name!r} is on no hub that diablo knows; get it from {source.origin} and give its folder "
             f"{_HOW_TO_GIVE_A_FOLDER}."
         )
-    from datasets import load_dataset
-
     try:
-        records = load_dataset(source.hub, source.config, split=source.hub_splits.get(split, split))
+        from datasets import load_dataset
+
+        records = load_dataset(source.hub, source.config, split=split)
     except Exception as error:  # what a hub, a proxy or a cache can raise is open-ended
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import threading
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from diablo.errors import UserError
 from diablo.tasks.arithmetic.latex import normalise_latex
+from diablo.tasks.base import Protocol, Task
 
 _CUE = re.compile(r"\banswer(?:\*\*)?\s*(?:\bis\b\s*:?|:)|####", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
@@ -37,35 +40,43 @@ _UNIT_EXPONENT = re.compile(r"(?<=[A-Za-z])(?<!\d[eE])\s?\^?\s?\{?[23²³]\}?(?!
 _NOT_A_VALUE = re.compile(r"[\d²³^*\u00d7·+÷√\\]|\bnot\b|n't\b")
 _SEVERAL = re.compile(r"\b(?:or|and)\b|[,;]")
 _LATEX_TO_PLAIN = (
-    (re.compile(r"\\[()\[\]!,;: ]|\\(?:left|right|quad)\b|\*\*|\\?[$€£¥]"), " "),
+    (re.compile(r"\\[()\[\]!,;: ]|\*\*"), ""),
+    (re.compile(r"\\(?:left|right|quad)\b|\\?[$€£¥]"), " "),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|boxed)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2 "),
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r" \1/\2 "),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"(?<=\d)(?:,|\{,\})\s?(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"), ""),
 )
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2013\u2012\ufe63\uff0d", "-"))
 
 _CHOICE = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-E])(?!\w)\)?")
 _ANOTHER_CHOICE = re.compile(r"\s*(?:,|/|or\b|and\b)\s*(?:option\s+|choice\s+)?\(?[A-E](?!\w)")
-_WORDS = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]+)*")
+_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 _PAPER_CUE = "The final answer is: "
 _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*", re.ASCII)
 _PAPER_EXPRESSION_CUE = "The answer is: "
 
 
-def require_math_verify() -> None:
-    """Check that math-verify is installed.
+class ValueTask(Task):
+    """A task whose answers are compared by value under the strict protocol.
+
+    Args:
+        folder: a local folder of datasets.
+        protocol: how answers are read.
 
     Raises:
-        UserError: it is not.
+        UserError: the strict protocol needs math-verify, which is not installed.
     """
-    if importlib.util.find_spec("math_verify") is None:
-        raise UserError(
-            "The strict protocol compares answers with math-verify, which is not installed: pip install "
-            "'diablo-peft[answers]', or choose the protocol paper."
-        )
+
+    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
+        super().__init__(folder=folder, protocol=protocol)
+        if protocol == "strict" and importlib.util.find_spec("math_verify") is None:
+            raise UserError(
+                "The strict protocol compares answers with math-verify, which is not installed: pip install "
+                "'diablo-peft[answers]', or choose the protocol paper."
+            )
 
 
 def stated_answer(text: str) -> str | None:
@@ -171,7 +182,7 @@ def _parsed(latex: str) -> tuple[Any, ...]:
 
     # In math mode a word would be a product of its letters, equal to every anagram.
     latex = rf"\text{{{latex}}}" if _WORDS.fullmatch(latex) else latex
-    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()]))
+    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=_time_limit()))
 
 
 def same_value(given: str, right: str) -> bool:
@@ -180,7 +191,12 @@ def same_value(given: str, right: str) -> bool:
 
     if normalise_latex(given) == normalise_latex(right):
         return True
-    return verify(list(_parsed(right)), list(_parsed(given)))
+    return verify(list(_parsed(right)), list(_parsed(given)), timeout_seconds=_time_limit())
+
+
+def _time_limit() -> int | None:
+    """Seconds for one formula: math-verify keeps time by a signal, which only the main thread receives."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
 
 
 def paper_number(text: str) -> float | None:

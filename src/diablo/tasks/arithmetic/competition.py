@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from diablo.data.rows import instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.latex import normalise_latex
-from diablo.tasks.base import Problem, Protocol, Task
+from diablo.tasks.base import Problem
 from diablo.tasks.sources import Source, Split, malformed, read_records
 
 
-class ExpressionTask(Task):
-    """A task whose answer is an expression in LaTeX.
-
-    Args:
-        folder: a local folder of datasets.
-        protocol: how answers are read.
-
-    Raises:
-        UserError: the strict protocol needs math-verify, which is not installed.
-    """
+class ExpressionTask(answers.ValueTask):
+    """A task whose answer is an expression in LaTeX."""
 
     max_new_tokens = 1024
-
-    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
-        super().__init__(folder=folder, protocol=protocol)
-        if protocol == "strict":
-            answers.require_math_verify()
+    measure = "share of right expressions"
 
     def parse(self, text: str) -> str | None:
         """Strict: the expression that the text calls its answer. Paper: see :func:`answers.paper_expression`."""

@@ -26,6 +26,7 @@ class Mawps(Task):
     name = "mawps"
     max_new_tokens = 48
     stops_at_newline = True
+    measure = "share of equations with the right solution"
 
     def problems(self, split: Split) -> list[Problem]:
         """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diablo.data.rows import instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.equations import read_packaged
-from diablo.tasks.base import Problem, Protocol, Task
+from diablo.tasks.base import Problem
 from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_records
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _PAPER_TOLERANCE = 1e-3
 
 
-class NumberTask(Task):
-    """A task whose answer is a number, which is kept as text: under the strict protocol no digit is lost.
-
-    Args:
-        folder: a local folder of datasets.
-        protocol: how answers are read.
-
-    Raises:
-        UserError: the strict protocol needs math-verify, which is not installed.
-    """
+class NumberTask(answers.ValueTask):
+    """A task whose answer is a number, which is kept as text: under the strict protocol no digit is lost."""
 
     max_new_tokens = 512
-
-    def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
-        super().__init__(folder=folder, protocol=protocol)
-        if protocol == "strict":
-            answers.require_math_verify()
+    measure = "share of right numbers"
 
     def parse(self, text: str) -> Any | None:
         """Strict: the one number that the text calls its answer. Paper: see :func:`answers.paper_number`."""
@@ -76,10 +64,10 @@ class Gsm8k(NumberTask):
         return Problem(instruction_row(number, record["question"].strip(), completion), answer)
 
 
-def _adapters_source(published: str, **files: str) -> Source:
+def _adapters_source(published: str, files: Mapping[Split, str]) -> Source:
     return Source(
         family="math",
-        files={split: file for split, file in files.items() if split in ("train", "test")},  # type: ignore[misc]
+        files=files,
         fields={"instruction": str, "output": str, "answer": (str, int, float)},
         origin=f"{LLM_ADAPTERS}/{published}",
     )
@@ -111,35 +99,36 @@ class Svamp(AdaptersTask):
     """SVAMP (Patel et al., NAACL 2021): simple word problems, varied so that shallow patterns fail."""
 
     name = "svamp"
-    source = _adapters_source("dataset/SVAMP", test="SVAMP.test.json")
+    source = _adapters_source("dataset/SVAMP", {"test": "SVAMP.test.json"})
 
 
 class AddSub(AdaptersTask):
     """AddSub (Hosseini et al., EMNLP 2014): word problems of additions and subtractions."""
 
     name = "addsub"
-    source = _adapters_source("dataset/AddSub", test="AddSub.test.json")
+    source = _adapters_source("dataset/AddSub", {"test": "AddSub.test.json"})
 
 
 class SingleEq(AdaptersTask):
     """SingleEq (Koncel-Kedziorski et al., TACL 2015): word problems of one equation."""
 
     name = "singleeq"
-    source = _adapters_source("dataset/SingleEq", test="SingleEq.test.json")
+    source = _adapters_source("dataset/SingleEq", {"test": "SingleEq.test.json"})
 
 
 class MultiArith(AdaptersTask):
     """MultiArith (Roy and Roth, EMNLP 2015): word problems of several steps."""
 
     name = "multiarith"
-    source = _adapters_source("dataset/MultiArith", test="MultiArith.test.json")
+    source = _adapters_source("dataset/MultiArith", {"test": "MultiArith.test.json"})
 
 
 class Aqua(AdaptersTask):
     """AQuA (Ling et al., ACL 2017): word problems with five choices, A to E."""
 
     name = "aqua"
-    source = _adapters_source("dataset/AQuA", test="AQuA.test.json")
+    measure = "share of right letters"
+    source = _adapters_source("dataset/AQuA", {"test": "AQuA.test.json"})
 
     def parse(self, text: str) -> str | None:
         """Strict: the letter that the text calls its answer. Paper: see :func:`answers.paper_choice`."""
@@ -159,7 +148,8 @@ class Math10k(AdaptersTask):
 
     name = "math10k"
     splits = ("train",)
-    source = _adapters_source("ft-training_set/math_10k.json", train="math_10k.json")
+    measure = "share of right numbers and letters"
+    source = _adapters_source("ft-training_set/math_10k.json", {"train": "math_10k.json"})
 
     def parse(self, text: str) -> Any | None:
         """A letter where the answer begins with one, else a number."""
@@ -181,7 +171,7 @@ class Math10k(AdaptersTask):
 
 
 class MawpsCot(NumberTask):
-    """MAWPS put as the paper's protocol puts it: the 238 test problems of ``mawps``, answered by a number."""
+    """MAWPS put as the paper's protocol puts it: its 238 test problems, answered by a number."""
 
     name = "mawps_cot"
     splits = ("test",)
@@ -201,7 +191,6 @@ def _number(text: str) -> str | None:
     """A number of a record as plain digits."""
     text = text.strip().replace(",", "").removeprefix("$")
     try:
-        float(text)
+        return text if math.isfinite(float(text)) else None
     except ValueError:
         return None
-    return text if json.dumps(float(text)) not in ("NaN", "Infinity", "-Infinity") else None

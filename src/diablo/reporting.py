@@ -1,0 +1,128 @@
+"""What the command line prints about a plan, a run and answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from diablo.evaluation import Score
+    from diablo.harness import HarnessFigure
+    from diablo.methods import TargetKind
+    from diablo.planning import Plan
+    from diablo.training import RunResult
+
+
+def print_plan(out: Console, plan: Plan) -> None:
+    """What a plan will do, and two of its rows with every token marked."""
+    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
+    if plan.targets:
+        out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
+    out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
+    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
+    out.print(f"held-out rows       {len(plan.held_out):,}")
+    if plan.faults:
+        out.print(
+            f"malformed rows      {len(plan.faults)} left out: {', '.join(str(f.number) for f in plan.faults[:8])}"
+        )
+    if plan.too_long:
+        out.print(f"rows too long       {len(plan.too_long)} left out: {', '.join(map(str, plan.too_long[:8]))}")
+    if plan.tested:
+        out.print(f"tested rows         {plan.tested} left out of training")
+    for task, decoding in plan.scored:
+        how = f"{decoding.samples} samples at temperature {decoding.temperature}" if decoding.temperature else "greedy"
+        how = f"{decoding.beams} beams" if decoding.beams > 1 else how
+        out.print(f"scored              {task.name} ({task.measure}), {task.protocol} protocol, {how}")
+    out.print(f"padding             {plan.padding_share:.1%} of a batch")
+    out.print(f"effective batch     {plan.effective_batch} rows")
+    out.print(f"steps               {plan.steps}")
+    out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
+    out.print("\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]\n")
+    for row in plan.train[:2]:
+        parts = []
+        for text, is_supervised in plan.marked(row):
+            visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
+            parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
+        out.print("".join(parts) + "\n")
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in MB or GB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def kinds_table(kinds: list[TargetKind], title: str) -> Table:
+    """What a method adapts, by kind."""
+    table = Table("module", "count", "shape", "adapter", "parameters", title=title)
+    for kind in kinds:
+        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+        table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
+    return table
+
+
+def print_result(out: Console, result: RunResult) -> None:
+    """What a run did and left behind, and what to try next."""
+    record = result.record
+    runs = {when: scores for when, scores in (("before", result.before), ("after", result.after)) if scores}
+    for task in result.after or result.before:
+        scores = {when: by_task[task] for when, by_task in runs.items()}
+        print_examples(out, scores, record["recipe"]["evaluation"]["examples"])
+        for when, score in scores.items():
+            for metric, value in score.metrics.items():
+                what = f"{task} {metric} {when}"
+                out.print(f"{what:<32} {value:6.1%}  ({score.right} of {len(score.answers)})")
+    training, data, parameters = record["training"], record["data"], record["parameters"]
+    if training["held_out_loss"]:
+        losses = [loss for _, loss in training["held_out_loss"]]
+        out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
+    out.print(
+        f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
+        f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "
+        f"padding {data['padding_share']:.1%}"
+    )
+    if data["long_rows_dropped"]:
+        out.print(f"left out         {len(data['long_rows_dropped'])} rows longer than training.max_length")
+    if data["malformed_rows_skipped"]:
+        out.print(f"left out         {len(data['malformed_rows_skipped'])} malformed rows")
+    if data["tested_rows_left_out"]:
+        out.print(f"left out         {data['tested_rows_left_out']} rows that are tested on")
+    folder, adapter = escape(str(result.folder)), escape(str(result.adapter))
+    what = "adapter" if result.adapter.name == "adapter" else "model"
+    out.print(f"{what:<16} {adapter} ({record['adapter_bytes'] / 1e6:.1f} MB)")
+    if result.merged:
+        out.print(f"merged model     {escape(str(result.merged))}")
+    out.print(f"record           {folder}/run.json, {folder}/loss.png")
+    if runs:
+        out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")
+    out.print("\nWhat to try next:")
+    out.print(f'  diablo generate {folder} "..."', markup=False)
+    if runs:
+        out.print(f"  diablo evaluate {folder}", markup=False)
+    if what == "adapter" and result.merged is None:
+        out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+
+
+def print_examples(out: Console, scores: dict[str, Score], count: int) -> None:
+    """The first answers of an evaluation, or of the same problems before and after, side by side."""
+    if not scores:
+        return
+    answers = [score.answers for score in scores.values()]
+    for several in list(zip(*answers, strict=True))[:count]:
+        out.print(several[0].problem.row.prompt, markup=False)
+        for name, answer in zip(scores, several, strict=True):
+            verdict = "right" if answer.right else "wrong"
+            out.print(f"  {name:<7} {answer.text.strip()!r}  {verdict}", markup=False)
+        out.print()
+
+
+def harness_table(figures: list[HarnessFigure], title: str) -> Table:
+    """The figures of lm-evaluation-harness."""
+    table = Table("task", "shots", "problems", "metric", "value", "standard error", title=title)
+    for figure in figures:
+        counts = ("" if count is None else str(count) for count in (figure.shots, figure.problems))
+        error = "" if figure.error is None else f"{figure.error:.4f}"
+        table.add_row(figure.task, *counts, figure.metric, f"{figure.value:.4f}", error)
+    return table
