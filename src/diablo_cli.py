@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from diablo.tasks import Task
@@ -92,7 +91,7 @@ def plan(
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
     from diablo.models import parse_dtype
-    from diablo.reporting import format_bytes, kinds_table
+    from diablo.reporting import print_sizes
     from diablo.sizing import plan_sizes
 
     _quiet()
@@ -112,18 +111,7 @@ def plan(
         length=length,
         dtype=parse_dtype(dtype),
     )
-    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
-    out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})\n")
-    title = f"memory of training at {batch_size} x {length} tokens in {dtype}"
-    table = Table("", *(row.method for row in sizes.memory), title=title)
-    table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
-    for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
-        table.add_row(name, *(format_bytes(getattr(row, name)) for row in sizes.memory))
-    out.print(table)
-    out.print(
-        "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
-        "checkpointing; buffers of kernels and of the allocator come on top."
-    )
+    print_sizes(out, sizes, model, f"{batch_size} x {length} tokens in {dtype}")
 
 
 @app.command()
@@ -202,17 +190,10 @@ def evaluate(
 @app.command()
 def tasks() -> None:
     """List the tasks: what they are, where their data is, and what is scored."""
+    from diablo.reporting import tasks_table
     from diablo.tasks import TASKS
 
-    table = Table("task", "splits", Column("data", overflow="fold"), "scored", "what it is")
-    for name, task in TASKS.items():
-        source = task.source
-        files = [f"{source.family}/{source.files[split]}" for split in task.splits] if source else []
-        where = "in the package" if source is None else source.hub or f"in a folder: {', '.join(files)}"
-        summary = (task.__doc__ or "").partition("\n")[0]
-        scored = task.measure if "test" in task.splits else "trained on only"
-        table.add_row(name, ", ".join(task.splits), where, scored, summary)
-    out.print(table)
+    out.print(tasks_table(TASKS.values()))
     out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
 
 

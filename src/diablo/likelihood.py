@@ -21,7 +21,7 @@ from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.evaluation import Progress, _evaluating
+from diablo.evaluation import Progress, evaluating
 from diablo.losses import completion_log_likelihoods
 from diablo.progress import ProgressReport
 from diablo.tasks import TASKS, MultipleChoice, Problem, Task
@@ -214,7 +214,7 @@ def score_candidates(
     encoded = [_encode(encoder, row) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: -len(encoded[index].input_ids))
     likelihoods = [0.0] * len(rows)
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
             # Padding on the right lies behind every token that is scored, so that a causal model never sees it.
