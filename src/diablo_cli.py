@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from diablo.tasks import Task
@@ -92,7 +91,7 @@ def plan(
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
     from diablo.models import parse_dtype
-    from diablo.reporting import format_bytes, kinds_table
+    from diablo.reporting import print_sizes
     from diablo.sizing import plan_sizes
 
     _quiet()
@@ -112,18 +111,7 @@ def plan(
         length=length,
         dtype=parse_dtype(dtype),
     )
-    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
-    out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})\n")
-    title = f"memory of training at {batch_size} x {length} tokens in {dtype}"
-    table = Table("", *(row.method for row in sizes.memory), title=title)
-    table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
-    for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
-        table.add_row(name, *(format_bytes(getattr(row, name)) for row in sizes.memory))
-    out.print(table)
-    out.print(
-        "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
-        "checkpointing; buffers of kernels and of the allocator come on top."
-    )
+    print_sizes(out, sizes, model, f"{batch_size} x {length} tokens in {dtype}")
 
 
 @app.command()
@@ -143,20 +131,48 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
     examples: Annotated[int, typer.Option(min=0, help="Answers to print.")] = 3,
-    out_file: Annotated[Path | None, typer.Option("--out", help="A JSONL file to write every answer to.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="A file for every answer (JSONL), or for --harness's figures (JSON).")
+    ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Let tasks run code that the model wrote.")
     ] = False,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Score multiple-choice tasks by the likelihood of their choices.")
+    ] = False,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
+    ] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="A folder with further task files for it.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
 ) -> None:
-    """Score a model or an adapter on tasks."""
+    """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
     from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
     from diablo.reporting import print_examples
 
+    of_generation = {"--samples": samples, "--temperature": temperature}
+    of_tasks = {
+        "--task": task,
+        "--data-folder": data_folder,
+        "--protocol": protocol,
+        "--likelihood": likelihood or None,
+    }
+    of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
+    _check_file(out_file)
+    if harness is not None:
+        _refuse("--harness has tasks and settings of its own", of_tasks | of_generation)
+        settings = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+        _evaluate_by_harness(model, base, chat, harness, harness_include, settings, out_file)
+        return
+    _refuse("these are settings of --harness, which is missing", of_harness)
     _quiet()
     tasks = _tasks_to_score(_trained_as(model), task, data_folder, protocol, allow=allow_code_execution)
+    if likelihood:
+        _refuse("--likelihood generates nothing", of_generation)
+        _evaluate_by_likelihood(model, base, chat, tasks, batch_size, limit, out_file)
+        return
     scored = [(each, decoding_for(each, samples=samples, temperature=temperature, seed=seed)) for each in tasks]
-    _check_file(out_file)
     for each in tasks:
         each.problems("test")  # a fault in the data shows before the model is loaded
     loaded, encoder = _load(model, base, chat)
@@ -174,17 +190,10 @@ def evaluate(
 @app.command()
 def tasks() -> None:
     """List the tasks: what they are, where their data is, and what is scored."""
+    from diablo.reporting import tasks_table
     from diablo.tasks import TASKS
 
-    table = Table("task", "splits", Column("data", overflow="fold"), "scored", "what it is")
-    for name, task in TASKS.items():
-        source = task.source
-        files = [f"{source.family}/{source.files[split]}" for split in task.splits] if source else []
-        where = "in the package" if source is None else source.hub or f"in a folder: {', '.join(files)}"
-        summary = (task.__doc__ or "").partition("\n")[0]
-        scored = task.measure if "test" in task.splits else "trained on only"
-        table.add_row(name, ", ".join(task.splits), where, scored, summary)
-    out.print(table)
+    out.print(tasks_table(TASKS.values()))
     out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
 
 
@@ -277,6 +286,86 @@ def generate(
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
     (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
     out.print(text.strip(), markup=False)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    use_template: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template; as a run did, or if there is one."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a model or an adapter; /base shows the base model's answer beside it."""
+    from diablo.chat import Chat, read_line
+    from diablo.data import RowEncoder
+
+    _quiet()
+    loaded, encoder = _load(model, base, use_template)
+    if use_template is None and not _trained_as(model):
+        encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
+    conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversation.run(lambda: read_line(out))
+
+
+def _evaluate_by_likelihood(
+    model: str,
+    base: str | None,
+    chat: bool | None,
+    tasks: list[Task],
+    batch_size: int,
+    limit: int | None,
+    path: Path | None,
+) -> None:
+    from diablo.likelihood import as_multiple_choice, evaluate_tasks_by_likelihood, write_choices
+
+    chosen = [as_multiple_choice(task) for task in tasks]
+    for task in chosen:
+        # A fault in the data shows before the model is loaded.
+        for problem in task.problems("test")[:limit]:
+            task.choices(problem)
+    loaded, encoder = _load(model, base, chat)
+    scores = evaluate_tasks_by_likelihood(loaded, encoder, chosen, console=progress, batch_size=batch_size, limit=limit)
+    for score in scores:
+        figures = f"acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%}"
+        out.print(f"{score.task}: {figures} by likelihood ({len(score.choices)} problems) in {score.seconds:.0f} s")
+    if path is not None:
+        write_choices(path, scores)
+        out.print(f"answers  {escape(str(path))}")
+
+
+def _evaluate_by_harness(
+    model: str,
+    base: str | None,
+    chat: bool | None,
+    names: str,
+    include: Path | None,
+    settings: dict[str, Any],
+    path: Path | None,
+) -> None:
+    from diablo.harness import harness_record, load_harness_tasks, run_harness
+    from diablo.reporting import harness_table
+    from diablo.results import write_json
+
+    _quiet()
+    tasks = load_harness_tasks(names.split(","), include)
+    loaded, encoder = _load(model, base, chat)
+    figures = run_harness(loaded, encoder, tasks, **settings)
+    out.print(harness_table(figures, f"lm-eval on {model}"))
+    if path is not None:
+        write_json(path, harness_record(figures, {"model": model, "chat": encoder.chat, **settings}))
+
+
+def _refuse(reason: str, options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect."""
+    from diablo.errors import UserError
+
+    if given := [name for name, value in options.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: {reason}; leave out the one or the other.")
 
 
 def _tasks_to_score(

@@ -29,7 +29,7 @@ def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, 
     """Mean loss per supervised token over rows, in nats: every token counts the same, whatever its row and batch."""
     by_length = sorted(rows, key=lambda row: len(row.input_ids))
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, len(by_length), batch_size):
             features = [row.features for row in by_length[first : first + batch_size]]
             batch = {name: values.to(model.device) for name, values in collate(features, pad_token_id).items()}
@@ -276,7 +276,7 @@ def generate(
         stops |= _newline_tokens(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             padded = tokenizer.pad(
@@ -299,7 +299,7 @@ def generate(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Any:
+def evaluating(model: Any) -> Any:
     """Evaluation mode, and back to what it was."""
     training = model.training
     model.eval()

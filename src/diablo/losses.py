@@ -36,6 +36,22 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
     return torch.stack(losses).sum()
 
 
+def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-likelihood of each row's supervised tokens, given the tokens before them.
+
+    Args:
+        model: as for :func:`summed_completion_loss`.
+        batch: as for :func:`summed_completion_loss`.
+
+    Returns:
+        ``(rows,)`` in fp32, in nats; 0 for a row without supervised tokens.
+    """
+    logits, targets = _supervised_logits(model, batch)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    rows, tokens = batch["labels"].shape
+    return losses.new_zeros(rows).index_add(0, batch["predicting"] // tokens, -losses)
+
+
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 

@@ -231,9 +231,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """The recipes that come with the package, by name; those of the paper's tables are called ``paper/...``."""
     folder = Path(str(resources.files("diablo") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 # A date with a month of 13 or a number of 5000 digits is a bare ValueError, deep nesting a RecursionError.
@@ -241,10 +241,14 @@ _YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def _read_yaml(source: str | Path) -> dict[str, Any]:
-    path = shipped_recipes().get(str(source), Path(source))
+    shipped = shipped_recipes()
+    path = shipped.get(str(source), Path(source))
     if not path.is_file():
+        general = ", ".join(name for name in shipped if "/" not in name)
         raise UserError(
-            f"There is no recipe file {str(source)!r}; give a YAML file or one of {', '.join(shipped_recipes())}."
+            f"There is no recipe file {str(source)!r}; give a YAML file, {general}, or one of the paper's, which "
+            f"docs/paper-recipes.md lists."
+            f"{did_you_mean(str(source), shipped)}"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from diablo.evaluation import Score
+    from diablo.harness import HarnessFigure
     from diablo.methods import TargetKind
     from diablo.planning import Plan
+    from diablo.sizing import Sizes
+    from diablo.tasks import Task
     from diablo.training import RunResult
 
 
@@ -46,6 +50,28 @@ def print_plan(out: Console, plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
+
+
+def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
+    """What training a model would take.
+
+    Args:
+        out: where to write.
+        sizes: what was worked out.
+        model: what the user called the model.
+        batch: the batch that the memory is for, in words.
+    """
+    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})\n")
+    table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")
+    table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
+    for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
+        table.add_row(name, *(format_bytes(getattr(row, name)) for row in sizes.memory))
+    out.print(table)
+    out.print(
+        "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
+        "checkpointing; buffers of kernels and of the allocator come on top."
+    )
 
 
 def format_bytes(count: int) -> str:
@@ -115,3 +141,26 @@ def print_examples(out: Console, scores: dict[str, Score], count: int) -> None:
             verdict = "right" if answer.right else "wrong"
             out.print(f"  {name:<7} {answer.text.strip()!r}  {verdict}", markup=False)
         out.print()
+
+
+def harness_table(figures: list[HarnessFigure], title: str) -> Table:
+    """The figures of lm-evaluation-harness."""
+    table = Table("task", "shots", "problems", "metric", "value", "standard error", title=title)
+    for figure in figures:
+        counts = ("" if count is None else str(count) for count in (figure.shots, figure.problems))
+        error = "" if figure.error is None else f"{figure.error:.4f}"
+        table.add_row(figure.task, *counts, figure.metric, f"{figure.value:.4f}", error)
+    return table
+
+
+def tasks_table(tasks: Iterable[type[Task]]) -> Table:
+    """What tasks are, where their data is, and what is scored."""
+    table = Table("task", "splits", Column("data", overflow="fold"), "scored", "what it is")
+    for task in tasks:
+        source = task.source
+        files = [f"{source.family}/{source.files[split]}" for split in task.splits] if source else []
+        where = "in the package" if source is None else source.hub or f"in a folder: {', '.join(files)}"
+        summary = (task.__doc__ or "").partition("\n")[0]
+        scored = task.measure if "test" in task.splits else "trained on only"
+        table.add_row(task.name, ", ".join(task.splits), where, scored, summary)
+    return table

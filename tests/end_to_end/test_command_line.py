@@ -221,3 +221,29 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
     status, _, error = diablo("plan", tmp_path, "--budget", "much")
     assert status == 2
     assert "--budget: found 'much'" in error
+
+
+def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_path):
+    records = [
+        {
+            "instruction": f"Is {n} odd?\n\nAnswer format: true/false",
+            "input": "",
+            "output": f"the correct answer is {a}",
+        }
+        | {"answer": a}
+        for n, a in enumerate(["false", "true", "false"])
+    ]
+    (tmp_path / "boolq.test.json").write_text(json.dumps(records))
+    answers = tmp_path / "answers.jsonl"
+    settings = ["--data-folder", tmp_path, "--likelihood", "--limit", 2, "--out", answers]
+    status, out, _ = diablo("evaluate", tiny_model, "--task", "boolq", *settings)
+    assert status == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(line["task"], line["right"], len(line["candidates"])) for line in lines] == [
+        ("boolq", 1, 2),
+        ("boolq", 0, 2),
+    ]
+    favoured = [max(range(2), key=lambda n: line["candidates"][n]["log_likelihood"]) for line in lines]
+    right = sum(index == line["right"] for index, line in zip(favoured, lines, strict=True))
+    assert f"boolq: acc {right / 2:.1%}" in out
+    assert "(2 problems)" in out

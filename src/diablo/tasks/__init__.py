@@ -7,12 +7,13 @@ from pathlib import Path
 
 from diablo.errors import UserError, did_you_mean
 from diablo.tasks import arithmetic, commonsense
-from diablo.tasks.base import PROTOCOLS, Problem, Protocol, Task, without_tested
+from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
 from diablo.tasks.sources import Split
 
 __all__ = [
     "PROTOCOLS",
     "TASKS",
+    "MultipleChoice",
     "Problem",
     "Protocol",
     "Split",

@@ -90,6 +90,14 @@ class Task(ABC):
         return {"accuracy": sum(verdicts) / len(verdicts)}
 
 
+class MultipleChoice(Task):
+    """A task whose problems list their possible answers, so that it can also be scored by likelihood."""
+
+    @abstractmethod
+    def choices(self, problem: Problem) -> list[Row]:
+        """The problem's row with each possible completion; exactly one of them solves the problem."""
+
+
 def without_tested(train: Sequence[Row], tested: Iterable[Problem]) -> tuple[list[Row], int]:
     """Leave out of the training rows those whose prompt is, word for word, one that is tested on.
 

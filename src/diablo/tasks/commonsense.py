@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
-from diablo.data.rows import instruction_row
-from diablo.tasks.base import Problem, Task
+from diablo.data.rows import Row, instruction_row
+from diablo.errors import UserError
+from diablo.tasks.base import MultipleChoice, Problem
 from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_records
 
 _CUE = "the correct answer is"
@@ -30,7 +32,7 @@ def _splits_of(name: str) -> Source:
     return _source(published=f"dataset/{name}", files={"train": f"{name}.train.json", "test": f"{name}.test.json"})
 
 
-class CommonsenseTask(Task):
+class CommonsenseTask(MultipleChoice):
     """A task whose answer is one of a few words.
 
     The paper's protocol takes the first of the words that stands anywhere behind the first ``the correct answer is``,
@@ -54,6 +56,17 @@ class CommonsenseTask(Task):
             row = instruction_row(number, record["instruction"].strip(), record["output"].strip())
             problems.append(Problem(row, answer))
         return problems
+
+    def choices(self, problem: Problem) -> list[Row]:
+        """``the correct answer is`` with each word that the instruction's last line, the answer format, allows."""
+        listed = re.search(r"Answer format: (\S+)\s*$", problem.row.user)
+        words = listed[1].split("/") if listed else []
+        if problem.answer not in words:
+            raise UserError(
+                f"task {self.name}: row {problem.row.number} must end with 'Answer format:' and its choices, "
+                f"{problem.answer!r} among them, such as answer1/answer2."
+            )
+        return [replace(problem.row, completion=f"{_CUE} {word}") for word in words]
 
     def parse(self, text: str) -> str | None:
         """The word that the text calls the correct answer."""
