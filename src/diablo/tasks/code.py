@@ -1,0 +1,160 @@
+"""Code generation: instructions to train on, and functions to complete, which their unit tests decide on."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diablo.data.rows import Row
+from diablo.execution import Program, run_programs
+from diablo.tasks.base import Problem, Task
+from diablo.tasks.instructions import InstructionTask, alpaca_source
+from diablo.tasks.sources import Source, Split, read_records
+
+_CODE_ALPACA = "https://github.com/sahil280114/codealpaca"
+_INDENT = "    "
+# Where a function that is written out ends: the next thing that is not indented.
+_STOP = re.compile(r"\n(?=(?:def|class|if|print)\b|[#@]|```)")
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+class CodeAlpaca(InstructionTask):
+    """CodeAlpaca (Chaudhary, 2023): 20,000 instructions about code with their responses, to train on."""
+
+    name = "code_alpaca"
+    source = alpaca_source("code", "code_alpaca_20k.json", _CODE_ALPACA, hub="sahil2801/CodeAlpaca-20k")
+
+
+class CodeAlpaca2k(InstructionTask):
+    """The part of CodeAlpaca that its authors publish as a file of 2,000 instructions, to train on."""
+
+    name = "code_alpaca_2k"
+    source = alpaca_source("code", "code_alpaca_2k.json", _CODE_ALPACA)
+
+
+@dataclass(frozen=True)
+class FunctionTest:
+    """What decides on a function that a model completed.
+
+    Attributes:
+        prompt: the program up to the function's body.
+        entry_point: the function's name.
+        test: a program that defines ``check``, to be called with the function.
+    """
+
+    prompt: str
+    entry_point: str
+    test: str
+
+    def program(self, completion: str) -> Program:
+        """The program that a completion makes, and its test.
+
+        A completion is the function's body, or the whole function once more, either of them in a Markdown fence or not.
+        A body, and what is not fenced, ends at the next top-level ``def``, ``class``, ``if``, ``print``, decorator,
+        comment or fence. The indentation of a body's first line is restored: some tokenizers lose a leading blank.
+        """
+        definition = re.compile(rf"^(?:async )?def {re.escape(self.entry_point)}\b", re.MULTILINE)
+        fenced = [textwrap.dedent(block) for block in _FENCED.findall(completion)]
+        whole = next((block for block in fenced if definition.search(block)), None)
+        if whole is None and (found := _leading_definition(completion, definition)):
+            whole = completion[: found.end()] + _until_stop(completion[found.end() :])
+        if whole is not None:
+            # Imports and helpers of the prompt are kept, its own beginning of the function is not.
+            begun = definition.search(self.prompt)
+            source = (self.prompt[: begun.start()] if begun else self.prompt) + whole
+        else:
+            body = _FENCED.search(completion) if completion.lstrip().startswith("```") else None
+            source = self.prompt + _until_stop(_indented(body[1] if body else completion))
+        return Program(source, f"{self.test}\ncheck({self.entry_point})\n")
+
+
+class HumanEval(Task):
+    """HumanEval (Chen et al., 2021): 164 Python functions to complete, decided on by unit tests, which run the code.
+
+    Ten completions are sampled for each, at temperature 0.2, the fewest that give pass@10.
+    """
+
+    name = "humaneval"
+    splits = ("test",)
+    max_new_tokens = 512
+    samples = 10
+    temperature = 0.2
+    runs_code = True
+    source = Source(
+        family="code",
+        files={"test": "HumanEval.jsonl.gz"},
+        fields={"prompt": str, "canonical_solution": str, "test": str, "entry_point": str},
+        origin="https://github.com/openai/human-eval",
+        hub="openai/openai_humaneval",
+    )
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The function's signature and docstring as the prompt, its body as the completion."""
+        return [
+            Problem(
+                Row(number, record["prompt"], record["canonical_solution"], user=_request(record["prompt"])),
+                FunctionTest(record["prompt"], record["entry_point"], record["test"]),
+            )
+            for number, record in read_records(self.source, split, self.folder)
+        ]
+
+    def parse(self, text: str) -> str | None:
+        """The text itself: what of it is code depends on the problem."""
+        return text if text.strip() else None
+
+    def is_right(self, parsed: str, answer: FunctionTest) -> bool:
+        """Whether the completed function passes its test, in a process of its own."""
+        return run_programs([answer.program(parsed)])[0].passed
+
+    def score_all(self, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
+        """Whether each completion solves its problem; several programs run at once."""
+        programs = [problem.answer.program(text) for text, problem in zip(texts, problems, strict=True)]
+        return [outcome.passed for outcome in run_programs(programs)]
+
+    def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
+        """pass@1, pass@5 and pass@10, those of them for which there are enough samples: means over the problems."""
+        fewest = min(map(len, rights))
+        return {
+            f"pass@{k}": sum(pass_at_k(len(samples), sum(samples), k) for samples in rights) / len(rights)
+            for k in (1, 5, 10)
+            if k <= fewest
+        }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the probability that at least one of k samples is right (Chen et al., 2021, equation 1).
+
+    ``1 - C(n - c, k) / C(n, k)``, which is one minus the product of ``1 - k / i`` for i from n - c + 1 to n: no large
+    number is made on the way, and where fewer than k samples are wrong one factor is zero.
+
+    Args:
+        n: how many samples there are.
+        c: how many of them are right.
+        k: how many may be tried, at most n.
+    """
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def _request(prompt: str) -> str:
+    """What a user of a chat model would ask."""
+    return f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
+
+
+def _leading_definition(completion: str, definition: re.Pattern[str]) -> re.Match[str] | None:
+    """The function's definition where the completion begins at the top level with it, or with what it needs."""
+    begins_with_code = re.match(r"\s*^(?:(?:async def|def|from|import|class|@)\b|\w+ = )", completion, re.MULTILINE)
+    return definition.search(completion) if begins_with_code else None
+
+
+def _until_stop(code: str) -> str:
+    return _STOP.split(code, maxsplit=1)[0] + "\n"
+
+
+def _indented(body: str) -> str:
+    """The body, its first line indented at least as a body is."""
+    body = re.sub(r"\A(?:[ \t]*\n)+", "", body)
+    is_short = not body.startswith((_INDENT, "\t"))
+    return _INDENT + body.lstrip(" ") if is_short else body

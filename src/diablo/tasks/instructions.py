@@ -1,0 +1,39 @@
+"""Tasks that are trained on only: instructions and responses in the format of Alpaca's data."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from diablo.data.rows import instruction_row
+from diablo.tasks.base import Problem, Task
+from diablo.tasks.sources import Source, Split, read_records
+
+
+class InstructionTask(Task):
+    """Instructions, some with an input, and responses. No response is the only right one, so there is no test split."""
+
+    splits: ClassVar[tuple[Split, ...]] = ("train",)
+    max_new_tokens = 512
+    source: ClassVar[Source]
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The instruction with its input, and the output as the response. Records with an empty output are left out."""
+        return [
+            Problem(instruction_row(number, record["instruction"], record["output"], record["input"]), record["output"])
+            for number, record in read_records(self.source, split, self.folder)
+            if record["output"].strip()
+        ]
+
+    def parse(self, text: str) -> str | None:
+        """The text without blanks around it."""
+        return text.strip() or None
+
+    def is_right(self, parsed: str, answer: str) -> bool:
+        """The very same text."""
+        return parsed == answer.strip()
+
+
+def alpaca_source(family: str, file: str, origin: str, hub: str | None = None) -> Source:
+    """A source of records in the format of Alpaca's data, to train on."""
+    fields = {"instruction": str, "input": str, "output": str}
+    return Source(family=family, files={"train": file}, fields=fields, origin=origin, hub=hub)
