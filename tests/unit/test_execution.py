@@ -337,7 +337,7 @@ def test_many_at_once_keep_their_order() -> None:
     told: list[tuple[int, int]] = []
     outcomes = run_programs(
         [program for program, _ in chosen],
-        limits=Limits(wall_seconds=1),
+        limits=Limits(wall_seconds=2),
         workers=4,
         progress=lambda done, total: told.append((done, total)),
     )
@@ -401,7 +401,8 @@ def test_limits_that_python_cannot_start_under() -> None:
 def script(body: str) -> None:
     """Run Python with the scripts' folder at hand."""
     preamble = f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nimport confinement, os, supervisor, time\n"
-    result = subprocess.run([sys.executable, "-S", "-c", preamble + body], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-c", preamble + body]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
 
 
