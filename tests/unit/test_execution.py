@@ -110,6 +110,7 @@ def test_plain_files_in_its_own_folder_are_allowed() -> None:
         ("import ctypes; ctypes.string_at(0)", "ended by SIGSEGV"),
         ("import os; os.abort()", "ended by SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 40)", "ended by signal 40"),  # a real-time signal, which has no name
         ("import signal; signal.alarm(1); signal.pause()", "ended by SIGALRM"),
         ("def", "SyntaxError: invalid syntax (<program>, line 1)"),
         ("x = '''", "SyntaxError: unterminated triple-quoted string literal"),
