@@ -394,9 +394,10 @@ def test_a_system_that_cannot_fork_is_refused(monkeypatch: pytest.MonkeyPatch) -
         describe_isolation()
 
 
-def test_limits_that_python_cannot_start_under() -> None:
-    outcome, _ = diablo.execution._run(Program("", ""), Limits(memory_bytes=1 << 20))
-    assert outcome.result == "failed"
+def test_a_program_whose_process_could_not_be_confined_is_not_run() -> None:
+    outcome, in_force = diablo.execution._run(Program("", ""), Limits(cpu_seconds="many"))  # type: ignore[arg-type]
+    assert outcome == Outcome("failed", "its process could not be confined")
+    assert in_force == {}
 
 
 def script(body: str) -> None:
