@@ -110,6 +110,7 @@ def test_plain_files_in_its_own_folder_are_allowed() -> None:
         ("import ctypes; ctypes.string_at(0)", "ended by SIGSEGV"),
         ("import os; os.abort()", "ended by SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 40)", "ended by signal 40"),  # a real-time signal, which has no name
         ("import signal; signal.alarm(1); signal.pause()", "ended by SIGALRM"),
         ("def", "SyntaxError: invalid syntax (<program>, line 1)"),
         ("x = '''", "SyntaxError: unterminated triple-quoted string literal"),
@@ -337,7 +338,7 @@ def test_many_at_once_keep_their_order() -> None:
     told: list[tuple[int, int]] = []
     outcomes = run_programs(
         [program for program, _ in chosen],
-        limits=Limits(wall_seconds=1),
+        limits=Limits(wall_seconds=2),
         workers=4,
         progress=lambda done, total: told.append((done, total)),
     )
@@ -393,15 +394,17 @@ def test_a_system_that_cannot_fork_is_refused(monkeypatch: pytest.MonkeyPatch) -
         describe_isolation()
 
 
-def test_limits_that_python_cannot_start_under() -> None:
-    outcome, _ = diablo.execution._run(Program("", ""), Limits(memory_bytes=1 << 20))
-    assert outcome.result == "failed"
+def test_a_program_whose_process_could_not_be_confined_is_not_run() -> None:
+    outcome, in_force = diablo.execution._run(Program("", ""), Limits(cpu_seconds="many"))  # type: ignore[arg-type]
+    assert outcome == Outcome("failed", "its process could not be confined")
+    assert in_force == {}
 
 
 def script(body: str) -> None:
     """Run Python with the scripts' folder at hand."""
     preamble = f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nimport confinement, os, supervisor, time\n"
-    result = subprocess.run([sys.executable, "-S", "-c", preamble + body], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-S", "-c", preamble + body]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
 
 

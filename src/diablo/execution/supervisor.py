@@ -145,7 +145,8 @@ def _judge(status: int, usage: Any, said: str, token: str, limits: dict[str, Any
     if code == -signal.SIGKILL and usage.ru_utime + usage.ru_stime >= 0.9 * limits["cpu_seconds"]:
         return "timed out", f"used {limits['cpu_seconds']} s of processor time"
     if code < 0:
-        return "failed", f"ended by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return "failed", f"ended by {names.get(-code, f'signal {-code}')}"
     return "failed", said if code == 1 and said else f"exited with status {code} before its tests had ended"
 
 
