@@ -6,7 +6,6 @@ which ``diablo --help`` should not. Everything heavy is imported by the verb tha
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -126,11 +125,11 @@ def evaluate(
     protocol: Annotated[str | None, typer.Option(help="How answers are read: strict (the default) or paper.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Completions of each problem.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; 0 if not given.")] = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Answers to print.")] = 3,
+    examples: Annotated[int | None, typer.Option(min=0, help="Answers to print; 3 if not given.")] = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", help="A file for every answer (JSONL), or for --harness's figures (JSON).")
     ] = None,
@@ -148,10 +147,18 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
 ) -> None:
     """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
+    from diablo.checkpoints import load_for_generation
     from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
     from diablo.reporting import print_examples
+    from diablo.results import recipe_of_run
 
-    of_generation = {"--samples": samples, "--temperature": temperature}
+    of_generation = {
+        "--samples": samples,
+        "--temperature": temperature,
+        "--seed": seed,
+        "--examples": examples,
+        "--allow-code-execution": allow_code_execution or None,
+    }
     of_tasks = {
         "--task": task,
         "--data-folder": data_folder,
@@ -167,20 +174,21 @@ def evaluate(
         return
     _refuse("these are settings of --harness, which is missing", of_harness)
     _quiet()
-    tasks = _tasks_to_score(_trained_as(model), task, data_folder, protocol, allow=allow_code_execution)
+    tasks = _tasks_to_score(recipe_of_run(model), task, data_folder, protocol, allow=allow_code_execution)
     if likelihood:
         _refuse("--likelihood generates nothing", of_generation)
         _evaluate_by_likelihood(model, base, chat, tasks, batch_size, limit, out_file)
         return
-    scored = [(each, decoding_for(each, samples=samples, temperature=temperature, seed=seed)) for each in tasks]
+    sampling: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed or 0}
+    scored = [(each, decoding_for(each, **sampling)) for each in tasks]
     for each in tasks:
         each.problems("test")  # a fault in the data shows before the model is loaded
-    loaded, encoder = _load(model, base, chat)
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
     scores = evaluate_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
     if out_file is not None:
         write_answers(out_file, scores.values())
     for name, score in scores.items():
-        print_examples(out, {"answer": score}, examples)
+        print_examples(out, {"answer": score}, 3 if examples is None else examples)
         figures = ", ".join(f"{metric} {value:.1%}" for metric, value in score.metrics.items())
         out.print(f"{name}: {figures} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
     if out_file is not None:
@@ -276,11 +284,12 @@ def generate(
     """Complete a prompt with a model or an adapter."""
     import transformers
 
+    from diablo.checkpoints import load_for_generation
     from diablo.data.rows import Row
     from diablo.evaluation import generate as complete
 
     _quiet()
-    loaded, encoder = _load(model, base, chat)
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
     transformers.set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
@@ -302,11 +311,13 @@ def chat(
 ) -> None:
     """Talk to a model or an adapter; /base shows the base model's answer beside it."""
     from diablo.chat import Chat, read_line
+    from diablo.checkpoints import load_for_generation
     from diablo.data import RowEncoder
+    from diablo.results import recipe_of_run
 
     _quiet()
-    loaded, encoder = _load(model, base, use_template)
-    if use_template is None and not _trained_as(model):
+    loaded, encoder = load_for_generation(model, base=base, chat=use_template)
+    if use_template is None and not recipe_of_run(model):
         encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
     conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     conversation.run(lambda: read_line(out))
@@ -321,6 +332,7 @@ def _evaluate_by_likelihood(
     limit: int | None,
     path: Path | None,
 ) -> None:
+    from diablo.checkpoints import load_for_generation
     from diablo.likelihood import as_multiple_choice, evaluate_tasks_by_likelihood, write_choices
 
     chosen = [as_multiple_choice(task) for task in tasks]
@@ -328,7 +340,7 @@ def _evaluate_by_likelihood(
         # A fault in the data shows before the model is loaded.
         for problem in task.problems("test")[:limit]:
             task.choices(problem)
-    loaded, encoder = _load(model, base, chat)
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
     scores = evaluate_tasks_by_likelihood(loaded, encoder, chosen, console=progress, batch_size=batch_size, limit=limit)
     for score in scores:
         figures = f"acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%}"
@@ -347,13 +359,14 @@ def _evaluate_by_harness(
     settings: dict[str, Any],
     path: Path | None,
 ) -> None:
+    from diablo.checkpoints import load_for_generation
     from diablo.harness import harness_record, load_harness_tasks, run_harness
     from diablo.reporting import harness_table
     from diablo.results import write_json
 
     _quiet()
     tasks = load_harness_tasks(names.split(","), include)
-    loaded, encoder = _load(model, base, chat)
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
     figures = run_harness(loaded, encoder, tasks, **settings)
     out.print(harness_table(figures, f"lm-eval on {model}"))
     if path is not None:
@@ -400,32 +413,6 @@ def _check_file(path: Path | None) -> None:
 
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--out: {str(path)!r} cannot be written; give a file in a folder that exists.")
-
-
-def _trained_as(model: str) -> dict[str, Any]:
-    """The recipe of a run, given the run's folder or one inside it; empty where it is no run's."""
-    for folder in (Path(model), Path(model).parent):
-        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-    return {}
-
-
-def _load(model: str, base: str | None, chat: bool | None) -> tuple[Any, Any]:
-    """A model or an adapter on its base, ready to generate, and an encoder; a run's own settings where it is one's."""
-    from diablo.checkpoints import adapter_folder, is_adapter, load_adapter
-    from diablo.data import RowEncoder
-    from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
-
-    trained_as = _trained_as(model)
-    device = choose_device()
-    dtype = choose_dtype(trained_as.get("precision", "auto"), device)
-    attention = trained_as.get("attention", "auto")
-    if is_adapter(model):
-        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype, attention=attention)
-    else:
-        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
-        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
-    return loaded.to(device), RowEncoder(tokenizer, chat=trained_as.get("chat", False) if chat is None else chat)
 
 
 def _quiet() -> None:

@@ -15,9 +15,19 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from diablo.data import RowEncoder
 from diablo.errors import UserError
 from diablo.methods import count_parameters
-from diablo.models import load_config, load_model, load_tokenizer, resolve_model
+from diablo.models import (
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
+from diablo.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.card import write_model_card
 
@@ -126,6 +136,33 @@ def load_adapter(
             f"{_some(unexpected)} too many."
         )
     return model.eval(), load_tokenizer(name)
+
+
+def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:
+    """A model, or an adapter on its base, ready to generate, with a run's own settings where it is one's.
+
+    Args:
+        model: a run's folder, an adapter's folder, or any model.
+        base: the adapter's base model, where it is not the one that the adapter names.
+        chat: whether prompts go through the chat template; as the run did where None.
+
+    Returns:
+        The model on its device, and the encoder of its prompts.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    trained_as = recipe_of_run(model)
+    device = choose_device()
+    dtype = choose_dtype(trained_as.get("precision", "auto"), device)
+    attention = trained_as.get("attention", "auto")
+    if is_adapter(model):
+        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype, attention=attention)
+    else:
+        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
+        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
+    chat = trained_as.get("chat", False) if chat is None else chat
+    return loaded.to(device), RowEncoder(tokenizer, chat=chat, stop_token_ids=stop_token_ids(loaded.config))
 
 
 def merge_adapter(

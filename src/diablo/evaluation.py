@@ -177,10 +177,12 @@ def evaluate_task(
             progress=progress,
             **decoding.options,
         )
-    answers = []
-    for index, text in enumerate(texts):
-        problem, sample = problems[index // decoding.samples], index % decoding.samples
-        answers.append(Answer(problem, text, task.score(text, problem), sample))
+    completed = [problem for problem in problems for _ in range(decoding.samples)]
+    verdicts = task.score_all(texts, completed)
+    answers = [
+        Answer(problem, text, right, index % decoding.samples)
+        for index, (problem, text, right) in enumerate(zip(completed, texts, verdicts, strict=True))
+    ]
     starts = range(0, len(answers), decoding.samples)
     rights = [[answer.right for answer in answers[first : first + decoding.samples]] for first in starts]
     return Score(task.name, answers, time.perf_counter() - start, task.metrics(problems, rights), task.protocol)

@@ -46,6 +46,12 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def stop_token_ids(config: PretrainedConfig) -> list[int]:
+    """The tokens that a model's config names as the end of a text or turn: none, one or several."""
+    ids: Any = config.get_text_config().eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def load_model(name: str, dtype: torch.dtype, attention: str = "auto") -> Any:
     """The model with its weights, on the CPU.
 

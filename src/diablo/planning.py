@@ -17,7 +17,15 @@ from diablo.data.rows import Row, RowFault, read_rows
 from diablo.errors import UserError
 from diablo.evaluation import Decoding, decoding_for
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
-from diablo.models import choose_device, choose_dtype, load_config, load_tokenizer, meta_model, resolve_model
+from diablo.models import (
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    resolve_model,
+    stop_token_ids,
+)
 from diablo.recipe import DiabloMethod, LoraMethod, Recipe
 from diablo.tasks import Task, get_task, without_tested
 
@@ -96,7 +104,7 @@ def make_plan(recipe: Recipe) -> Plan:
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
     targets, parameters = _adapt_on_meta(recipe, config)
-    encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=_stop_token_ids(config))
+    encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=stop_token_ids(config))
     train, too_long = _encode(recipe, encoder, train_rows)
     held_out, _ = _encode(recipe, encoder, held_out_rows)
     preflight.check_supervision(train, "training")
@@ -177,8 +185,3 @@ def _adapt_on_meta(recipe: Recipe, config: PretrainedConfig) -> tuple[list[Targe
     chosen = isinstance(recipe.method, (DiabloMethod, LoraMethod)) and isinstance(recipe.method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
     return target_kinds(adapted), count_parameters(adapted)
-
-
-def _stop_token_ids(config: PretrainedConfig) -> list[int]:
-    ids: Any = config.get_text_config().eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

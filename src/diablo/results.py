@@ -57,6 +57,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def recipe_of_run(model: str | Path) -> dict[str, Any]:
+    """The recipe of a run, given the run's folder or one inside it; empty where it is no run's."""
+    for folder in (Path(model), Path(model).parent):
+        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
+            return json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+    return {}
+
+
 def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str) -> None:
     """Draw the loss per supervised token (nats) over steps, as a PNG."""
     import matplotlib

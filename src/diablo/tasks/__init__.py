@@ -6,7 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from diablo.errors import UserError, did_you_mean
-from diablo.tasks import arithmetic, commonsense
+from diablo.execution import describe_isolation
+from diablo.tasks import arithmetic, code, commonsense, safety
 from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
 from diablo.tasks.sources import Split
 
@@ -47,6 +48,13 @@ TASKS: dict[str, type[Task]] = {
         commonsense.ArcEasy,
         commonsense.ArcChallenge,
         commonsense.OpenBookQA,
+        code.CodeAlpaca,
+        code.CodeAlpaca2k,
+        code.HumanEval,
+        safety.SaferPaca,
+        safety.SaferPacaSafetyOnly,
+        safety.Safety,
+        safety.HexPhi,
     )
 }
 
@@ -106,10 +114,14 @@ def check_code_execution(name: str, allowed: bool) -> None:
     """Check that the user has allowed what a task needs.
 
     Raises:
-        UserError: scoring the task runs code that the model wrote, and that was not allowed.
+        UserError: scoring the task runs code that the model wrote, and that was not allowed, or this system cannot
+            run it.
     """
-    if TASKS[name].runs_code and not allowed:
+    if not TASKS[name].runs_code:
+        return
+    if not allowed:
         raise UserError(
             f"Task {name!r} runs code that the model wrote; allow it with --allow-code-execution, in a recipe with "
             "evaluation.allow_code_execution: true."
         )
+    describe_isolation()

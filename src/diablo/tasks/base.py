@@ -79,6 +79,10 @@ class Task(ABC):
         parsed = self.parse(text)
         return parsed is not None and problem.answer is not None and self.is_right(parsed, problem.answer)
 
+    def score_all(self, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
+        """Whether each completion solves the problem at its place; tasks that can score several at once do."""
+        return [self.score(text, problem) for text, problem in zip(texts, problems, strict=True)]
+
     def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
         """The figures of an evaluation, the headline figure first.
 
