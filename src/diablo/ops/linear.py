@@ -111,7 +111,7 @@ class _Accumulate(torch.autograd.Function):
         x, blocks = ctx.saved_tensors
         grad_x = grad_blocks = None
         if ctx.needs_input_grad[1]:
-            grad_x = _Accumulate.apply(x.new_zeros(x.shape), grad_y, blocks.transpose(1, 2), ctx.layout.transposed)
+            grad_x = _product(grad_y, blocks.transpose(1, 2), ctx.layout.transposed)
         if ctx.needs_input_grad[2]:
             grad_blocks = outer_product(x, grad_y, ctx.layout, blocks.dtype)
         return grad_y, grad_x, grad_blocks, None
@@ -130,17 +130,35 @@ class _OuterProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (cotangent,) = grads
         x, grad_y = ctx.saved_tensors
-        grad_x = _Accumulate.apply(x.new_zeros(x.shape), grad_y, cotangent.transpose(1, 2), ctx.layout.transposed)
-        grad_grad_y = _Accumulate.apply(grad_y.new_zeros(grad_y.shape), x, cotangent, ctx.layout)
-        return grad_x, grad_grad_y, None, None
+        grad_x = _product(grad_y, cotangent.transpose(1, 2), ctx.layout.transposed)
+        return grad_x, _product(x, cotangent, ctx.layout), None, None
 
 
-def _accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> None:
-    """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views."""
+def _product(x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """``x * blockdiag(blocks)``, ``(..., out_features)``, of which derivatives are made where they are asked for."""
+    shape = (*x.shape[:-1], layout.out_features)
+    if torch.is_grad_enabled():
+        return _Accumulate.apply(x.new_zeros(shape), x, blocks, layout)
+    # What is overwritten need not be filled with zeros first.
+    last = layout.tiles[-1]
+    is_covered = last.out_start + last.out_size == layout.out_features
+    y = x.new_empty(shape) if is_covered else x.new_zeros(shape)
+    _accumulate(y, x, blocks, layout, overwrite=True)
+    return y
+
+
+def _accumulate(
+    y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout, overwrite: bool = False
+) -> None:
+    """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views.
+
+    With ``overwrite`` what stood in the columns of the blocks is not added to, nor read.
+    """
     rows, target = as_rows(x), as_rows(y)
     blocks = blocks.to(x.dtype)
     for tile in layout.tiles:
-        tile.of_output(target).baddbmm_(tile.of_input(rows), tile.of_blocks(blocks))
+        product = tile.of_output(target)
+        product.baddbmm_(tile.of_input(rows), tile.of_blocks(blocks), beta=0 if overwrite else 1)
 
 
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
