@@ -33,7 +33,7 @@ def describe_versions() -> dict[str, str | None]:
     """Versions of diablo and of what it stands on, and the commit where the code is a git checkout."""
     from diablo._version import __version__
 
-    versions: dict[str, str | None] = {"diablo": __version__, "commit": _commit()}
+    versions: dict[str, str | None] = {"diablo": __version__, "commit": commit_of(Path(__file__))}
     for name in VERSIONED:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -92,15 +92,20 @@ def _processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that this code lies in, with ``-dirty`` where it has changes."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def commit_of(file: Path) -> str | None:
+    """The commit of the checkout that a file belongs to, with ``-dirty`` where anything but its ``docs`` has changed.
+
+    Records of runs are kept in ``docs``: one that has just been written is no change of what is measured next.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, check=False)
+
     try:
-        tracked = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
-        )
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if git("ls-files", "--error-unmatch", str(file)).returncode != 0:
+            return None
+        commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        is_dirty = git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)docs").returncode != 0
     except OSError:
         return None
-    return result.stdout.strip() or None if tracked.returncode == 0 else None
+    return commit + "-dirty" * is_dirty if commit else None
