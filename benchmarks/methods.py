@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import C3AConfig, LoraConfig, MissConfig, OFTConfig, ShiraConfig, get_peft_model
+from peft import C3AConfig, LoraConfig, MissConfig, OFTConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
 
 import diablo
+from diablo.methods import nearest_size
 
 IN_PLACE, BESIDE, FROZEN = "DiaBlo in place", "DiaBlo beside", "frozen"
 
@@ -40,7 +42,7 @@ def _plain(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module:
 def _loralib(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module:
     import loralib
 
-    rank = nearest(model, targets, num_blocks, lambda i, o, r: r * (i + o))
+    rank = equal_size(lambda r: LoraConfig(r=r), model, targets, num_blocks)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
@@ -53,40 +55,36 @@ def _loralib(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module
     return model
 
 
-def _shapes(model: nn.Module, targets: list[str]) -> list[tuple[int, int]]:
-    return [
+def target_shapes(model: nn.Module, targets: list[str]) -> Counter[tuple[int, int]]:
+    """How many linear layers there are of each shape among the targets."""
+    return Counter(
         (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
-    ]
+    )
 
 
-def wanted_parameters(model: nn.Module, targets: list[str], num_blocks: int) -> int:
-    """Trained parameters of DiaBlo on these targets."""
-    return sum(diablo.BlockLayout(*shape, num_blocks).num_parameters for shape in _shapes(model, targets))
-
-
-def nearest(
+def equal_size(
+    config: Callable[[int], PeftConfig],
     model: nn.Module,
     targets: list[str],
     num_blocks: int,
-    parameters: Callable[[int, int, int], int],
     allowed: Callable[[int, int, int], bool] = lambda i, o, size: True,
 ) -> int:
     """The size of a method at which its trained parameters come closest to DiaBlo's.
 
     Args:
+        config: PEFT's configuration of the method at a size.
         model: the model, without an adapter.
         targets: names of the linear layers.
         num_blocks: DiaBlo's N.
-        parameters: of a layer, given its input's length, its output's and the size.
-        allowed: whether a layer takes the size.
+        allowed: whether a layer, given its input's length and its output's, takes a size.
     """
-    shapes = _shapes(model, targets)
-    wanted = wanted_parameters(model, targets, num_blocks)
-    most = min(min(shape) for shape in shapes)
+    shapes = target_shapes(model, targets)
+    wanted = sum(diablo.BlockLayout(*shape, num_blocks).num_parameters * count for shape, count in shapes.items())
+    most = min(map(min, shapes))
     sizes = [size for size in range(1, most + 1) if all(allowed(*shape, size) for shape in shapes)]
-    return min(sizes, key=lambda size: abs(sum(parameters(*shape, size) for shape in shapes) - wanted))
+    return nearest_size(config, shapes, wanted, sizes)
 
 
 def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> Any:
@@ -99,8 +97,8 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
         num_blocks: DiaBlo's N, which sets the number of parameters for all methods.
     """
 
-    def size(*arguments: Any) -> int:
-        return nearest(model, targets, num_blocks, *arguments)
+    def config(make: Callable[..., PeftConfig], *allowed: Callable[[int, int, int], bool]) -> PeftConfig:
+        return make(equal_size(make, model, targets, num_blocks, *allowed), target_modules=targets)
 
     if name == FROZEN:
         return model.requires_grad_(False).train()
@@ -108,21 +106,21 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
         return _plain(model, targets, num_blocks).train()
     if name == "loralib":
         return _loralib(model, targets, num_blocks).train()
-    common: dict[str, Any] = {"target_modules": targets}
-    configs: dict[str, Callable[[], Any]] = {
-        IN_PLACE: lambda: diablo.DiabloConfig(num_blocks=num_blocks, in_place=True, **common),
-        BESIDE: lambda: diablo.DiabloConfig(num_blocks=num_blocks, in_place=False, **common),
-        "LoRA": lambda: LoraConfig(r=size(lambda i, o, r: r * (i + o)), **common),
-        "DoRA": lambda: LoraConfig(r=size(lambda i, o, r: r * (i + o) + o), use_dora=True, **common),
-        "MiSS": lambda: MissConfig(r=size(lambda i, o, r: r * o), **common),
-        "SHiRA": lambda: ShiraConfig(r=size(lambda i, o, r: r * (i + o)), **common),
-        "C3A": lambda: C3AConfig(
-            block_size=size(lambda i, o, b: i * o // b, lambda i, o, b: i % b == 0 and o % b == 0), **common
+    configs: dict[str, Callable[[], PeftConfig]] = {
+        IN_PLACE: lambda: diablo.DiabloConfig(num_blocks=num_blocks, in_place=True, target_modules=targets),
+        BESIDE: lambda: diablo.DiabloConfig(num_blocks=num_blocks, in_place=False, target_modules=targets),
+        "LoRA": lambda: config(lambda r, **common: LoraConfig(r=r, **common)),
+        "DoRA": lambda: config(lambda r, **common: LoraConfig(r=r, use_dora=True, **common)),
+        "MiSS": lambda: config(lambda r, **common: MissConfig(r=r, **common)),
+        # It trains as many values as LoRA of its rank, and picks them in a way that the meta device has not.
+        "SHiRA": lambda: ShiraConfig(
+            r=equal_size(lambda r: LoraConfig(r=r), model, targets, num_blocks), target_modules=targets
         ),
-        "OFT": lambda: OFTConfig(
-            r=0,
-            oft_block_size=size(lambda i, o, b: i // b * (b * (b - 1) // 2), lambda i, o, b: i % b == 0 and b > 1),
-            **common,
+        "C3A": lambda: config(
+            lambda b, **common: C3AConfig(block_size=b, **common), lambda i, o, b: i % b == 0 and o % b == 0
+        ),
+        "OFT": lambda: config(
+            lambda b, **common: OFTConfig(r=0, oft_block_size=b, **common), lambda i, o, b: i % b == 0 and b > 1
         ),
     }
     return get_peft_model(model, configs[name]()).train()

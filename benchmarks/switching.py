@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
 from benchmarks.layer import OneLayer
-from benchmarks.methods import nearest
+from benchmarks.methods import equal_size
 from diablo import DiabloConfig
 
 QUESTION = "switching the adapter that stands in the weight of one layer"
@@ -42,7 +42,7 @@ def main(
         return adapted
 
     plain = OneLayer(in_features, out_features)
-    rank = nearest(plain, ["layer"], num_blocks, lambda i, o, r: r * (i + o))
+    rank = equal_size(lambda r: LoraConfig(r=r), plain, ["layer"], num_blocks)
     diablo = model(DiabloConfig(num_blocks=num_blocks, target_modules=["layer"]))
     lora = model(LoraConfig(r=rank, target_modules=["layer"]))
 

@@ -24,7 +24,7 @@ from rich.progress import track
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.harness import DTYPES, Device, Dtype, keep_freed_memory, print_table, write_record
-from benchmarks.methods import nearest
+from benchmarks.methods import equal_size
 from diablo import DiabloConfig
 from diablo.models import load_model, load_tokenizer, resolve_model
 from diablo.recipe import Recipe
@@ -133,7 +133,8 @@ def main(
         {"prompt": problem.row.prompt, "completion": problem.row.completion or ""}
         for problem in get_task("mawps").problems("train")
     ]
-    rank = nearest(load_model(resolve_model(model), DTYPES[dtype]), TARGETS, num_blocks, lambda i, o, r: r * (i + o))
+    base = load_model(resolve_model(model), DTYPES[dtype])
+    rank = equal_size(lambda r: LoraConfig(r=r), base, TARGETS, num_blocks)
     configs = {
         "DiaBlo": DiabloConfig(num_blocks=num_blocks, target_modules=TARGETS, task_type="CAUSAL_LM"),
         "LoRA": LoraConfig(r=rank, target_modules=TARGETS, task_type="CAUSAL_LM"),

@@ -52,16 +52,40 @@ class MergeReport:
     largest_logit: float
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_start(model: Any, folder: Path) -> Path | None:
+    """Save what an adapter starts from, where its saved form depends on that, as PiSSA's does.
+
+    Args:
+        model: the model, before its first step.
+        folder: where to write.
+
+    Returns:
+        The folder, for :func:`save_adapter`; None where the method needs none.
+    """
+    if not (isinstance(model, PeftModel) and _is_pissa(model)):
+        return None
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, *, start: Path | None = None) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
-    The files are written to a folder beside and renamed, so that ``folder`` is never half written.
+    PiSSA has taken its start out of the frozen weights. PEFT saves the difference to that start as plain LoRA of twice
+    the rank, so that the adapter fits the base model as it is published. The files are written to a folder beside and
+    renamed, so that ``folder`` is never half written.
+
+    Args:
+        model: the trained model.
+        tokenizer: saved with a whole model.
+        folder: where to write.
+        start: what :func:`save_start` returned.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "saved"
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(target))
+            model.save_pretrained(str(target), path_initial_model_for_weight_conversion=str(start) if start else None)
             if not isinstance(model.active_peft_config, DiabloConfig):
                 _describe(model, target)
         else:
@@ -284,12 +308,16 @@ def _replace(source: Path, folder: Path) -> None:
     source.rename(folder)
 
 
+def _is_pissa(model: PeftModel) -> bool:
+    return str(getattr(model.active_peft_config, "init_lora_weights", "")).startswith("pissa")
+
+
 def _describe(model: PeftModel, folder: Path) -> None:
     """Write the card of an adapter of a method that does not write its own."""
     config: Any = model.active_peft_config
     trainable, total = count_parameters(model)
     rows = {
-        "rank": str(config.r),
+        "rank": f"{config.r}, written as LoRA of {2 * config.r}" if _is_pissa(model) else str(config.r),
         "target modules": ", ".join(sorted(config.target_modules)),
         "trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
     }

@@ -131,6 +131,7 @@ class Score:
         return {
             "task": self.task,
             "protocol": self.protocol,
+            "headline": next(iter(self.metrics)),
             **self.metrics,
             "right": self.right,
             "total": len(self.answers),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import copy
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+import torch
+from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diablo.errors import UserError
-from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
+from diablo.recipe import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.targets import default_target_modules, linear_kinds, matches_any
 
@@ -35,8 +39,12 @@ class TargetKind:
     parameters: int
 
 
-def peft_config(method: DiabloMethod | LoraMethod, model: nn.Module) -> PeftConfig:
-    """PEFT's configuration for a method; LoRA's targets default to DiaBlo's, so that the two can be compared."""
+Shapes = Mapping[tuple[int, int], int]
+"""How many target layers there are of each ``(in_features, out_features)``."""
+
+
+def peft_config(method: DiabloMethod | LoraMethod | MissMethod, model: nn.Module) -> PeftConfig:
+    """PEFT's configuration for a method; every method's targets default to DiaBlo's, so that they can be compared."""
     targets = method.target_modules
     if targets is None:
         targets = default_target_modules(model, getattr(model.config, "model_type", None))
@@ -53,17 +61,22 @@ def peft_config(method: DiabloMethod | LoraMethod, model: nn.Module) -> PeftConf
             diablo_dropout=method.dropout,
             **common,
         )
+    if isinstance(method, MissMethod):
+        return MissConfig(r=method.r, miss_dropout=method.dropout, **common)
+    # There are no singular values to find without weights; the shapes are the same.
+    if method.name == "pissa" and not any(parameter.is_meta for parameter in model.parameters()):
+        common["init_lora_weights"] = "pissa_niter_16"
     return LoraConfig(
         r=method.r,
-        lora_alpha=method.lora_alpha,
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
-        use_rslora=method.use_rslora,
+        use_rslora=method.name == "rslora",
         use_dora=method.name == "dora",
         **common,
     )
 
 
-def apply_method(model: Any, method: DiabloMethod | LoraMethod | FullMethod) -> Any:
+def apply_method(model: Any, method: AnyMethod) -> Any:
     """Make a model trainable by a method. The model may lie on the meta device.
 
     Returns:
@@ -107,8 +120,53 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
+def shapes_of(kinds: Iterable[TargetKind]) -> Shapes:
+    """The shapes of what a method adapts, with how many modules have each."""
+    shapes: dict[tuple[int, int], int] = defaultdict(int)
+    for kind in kinds:
+        shapes[kind.shape] += kind.count
+    return shapes
+
+
+def nearest_size(
+    config: Callable[[int], PeftConfig], shapes: Shapes, wanted: int, sizes: Iterable[int] | None = None
+) -> int:
+    """The size of a method at which its trained parameters come closest to a number.
+
+    Parameters are counted, not computed: one layer of each shape is adapted on the meta device.
+
+    Args:
+        config: PEFT's configuration of the method at a size, such as LoRA's at a rank; its targets are not used.
+        shapes: the layers that are to be adapted.
+        wanted: the number of parameters.
+        sizes: the sizes that may be chosen; 1 to the smallest dimension of a layer where None. The number of
+            parameters must grow with them, or shrink.
+
+    Returns:
+        The size; of two that are equally close, the one with fewer parameters.
+    """
+
+    def parameters(size: int) -> int:
+        return sum(count * _trained_in_layer(config(size), shape) for shape, count in shapes.items())
+
+    ordered = sorted(range(1, min(map(min, shapes)) + 1) if sizes is None else sizes)
+    if parameters(ordered[0]) > parameters(ordered[-1]):
+        ordered.reverse()
+    above = bisect.bisect_left(ordered, wanted, key=parameters)
+    return min(ordered[max(above - 1, 0) : above + 1], key=lambda size: abs(parameters(size) - wanted))
+
+
+def _trained_in_layer(config: PeftConfig, shape: tuple[int, int]) -> int:
+    holder = nn.ModuleDict({"layer": nn.Linear(*shape, bias=False, device="meta")})
+    config = copy.copy(config)
+    config.target_modules = {"layer"}  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        return count_parameters(get_peft_model(holder, config))[0]
+
+
 def _describe(layer: Any) -> str:
     if isinstance(layer, DiabloLayer):
         layout = layer.diablo_layout[layer.active_adapters[0]]
         return f"{layout.num_stored_blocks} blocks of {layout.block_in} x {layout.block_out}"
-    return f"rank {layer.r[layer.active_adapters[0]]}"
+    ranks = layer.miss_r if hasattr(layer, "miss_r") else layer.r
+    return f"rank {ranks[layer.active_adapters[0]]}"

@@ -14,8 +14,10 @@ from diablo import preflight
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row, RowFault, read_rows
+from diablo.data.splits import cut_validation
 from diablo.errors import UserError
 from diablo.evaluation import Decoding, decoding_for
+from diablo.general_text import encode_general_text
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
 from diablo.models import (
     choose_device,
@@ -26,7 +28,7 @@ from diablo.models import (
     resolve_model,
     stop_token_ids,
 )
-from diablo.recipe import DiabloMethod, LoraMethod, Recipe
+from diablo.recipe import AdapterMethod, AnyMethod, Recipe
 from diablo.tasks import Task, get_task, without_tested
 
 
@@ -45,6 +47,8 @@ class Plan:
         faults: malformed rows that were left out.
         too_long: numbers of the rows left out because they exceed ``training.max_length``.
         tested: how many training rows were left out because their prompt is one that is tested on.
+        validation: how many rows were kept out of training for validation.
+        general: encoded general text, whose loss is measured before and after training; empty where there is none.
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
         sampler: the order of training.
@@ -63,6 +67,8 @@ class Plan:
     faults: list[RowFault]
     too_long: list[int]
     tested: int
+    validation: int
+    general: list[EncodedRow]
     targets: list[TargetKind]
     parameters: tuple[int, int]
     sampler: LengthGroupedSampler
@@ -100,16 +106,16 @@ def make_plan(recipe: Recipe) -> Plan:
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
     scored = _scored(recipe)
-    train_rows, held_out_rows, faults, tested = _rows(recipe, [task for task, _ in scored])
+    rows = _rows(recipe, [task for task, _ in scored])
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
-    targets, parameters = _adapt_on_meta(recipe, config)
+    targets, parameters = adapt_on_meta(recipe.method, config)
     encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=stop_token_ids(config))
-    train, too_long = _encode(recipe, encoder, train_rows)
-    held_out, _ = _encode(recipe, encoder, held_out_rows)
+    train, too_long = _encode(recipe, encoder, rows.train)
+    held_out, _ = _encode(recipe, encoder, rows.held_out)
     preflight.check_supervision(train, "training")
     preflight.check_supervision(held_out, "held-out")
-    training = recipe.training
+    training, general = recipe.training, recipe.evaluation.general
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = training.batch_size * training.gradient_accumulation * world
     sampler = LengthGroupedSampler([len(row.input_ids) for row in train], batch, recipe.seed)
@@ -122,9 +128,11 @@ def make_plan(recipe: Recipe) -> Plan:
         scored=scored,
         train=train,
         held_out=held_out,
-        faults=faults,
+        faults=rows.faults,
         too_long=too_long,
-        tested=tested,
+        tested=rows.tested,
+        validation=rows.validation,
+        general=encode_general_text(general, encoder.tokenizer, training.max_length) if general else [],
         targets=targets,
         parameters=parameters,
         sampler=sampler,
@@ -141,8 +149,18 @@ def _scored(recipe: Recipe) -> list[tuple[Task, Decoding]]:
     return [(task, decoding_for(task, **options)) for task in tasks]
 
 
-def _rows(recipe: Recipe, scored: list[Task]) -> tuple[list[Row], list[Row], list[RowFault], int]:
-    """Training rows, held-out rows, the malformed ones, and how many are left out because they are tested on."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows by what they are for, and how many were left out of training because they are tested on or validated on."""
+
+    train: list[Row]
+    held_out: list[Row]
+    faults: list[RowFault]
+    tested: int
+    validation: int
+
+
+def _rows(recipe: Recipe, scored: list[Task]) -> _Rows:
     data = recipe.data
     tested = [problem for task in scored for problem in task.problems("test")]
     faults: list[RowFault] = []
@@ -163,7 +181,12 @@ def _rows(recipe: Recipe, scored: list[Task]) -> tuple[list[Row], list[Row], lis
     train, left_out = without_tested(train, tested)
     if not train:
         raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
-    return train[: data.limit], held_out, faults, left_out
+    validation: list[Row] = []
+    if data.validation_rows is not None:
+        train, validation = cut_validation(train, data.validation_rows, data.validation_seed)
+    if data.held_out == "validation":
+        held_out = validation
+    return _Rows(train[: data.limit], held_out, faults, left_out, len(validation))
 
 
 def _encode(recipe: Recipe, encoder: RowEncoder, rows: list[Row]) -> tuple[list[EncodedRow], list[int]]:
@@ -180,8 +203,13 @@ def _encode(recipe: Recipe, encoder: RowEncoder, rows: list[Row]) -> tuple[list[
     return kept, too_long
 
 
-def _adapt_on_meta(recipe: Recipe, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:
-    adapted = apply_method(meta_model(config), recipe.method)
-    chosen = isinstance(recipe.method, (DiabloMethod, LoraMethod)) and isinstance(recipe.method.target_modules, str)
+def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:
+    """What a method adapts, by kind, and the trainable and all parameters, from a model's config alone.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
+    adapted = apply_method(meta_model(config), method)
+    chosen = isinstance(method, AdapterMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
     return target_kinds(adapted), count_parameters(adapted)

@@ -41,29 +41,50 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DiabloMethod(Section):
+class AdapterMethod(Section):
+    """What the methods that adapt some modules have in common."""
+
+    name: str
+    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
+    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
+    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+
+
+class DiabloMethod(AdapterMethod):
     """DiaBlo: train the diagonal blocks of the target matrices."""
 
     name: Literal["diablo"] = "diablo"
     num_blocks: int = Field(64, ge=1, description="an integer from 1 to the smaller dimension of every target")
     block_pattern: dict[str, int] = Field({}, description="module names or expressions to num_blocks")
-    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
-    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
-    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
 
 
-class LoraMethod(Section):
-    """LoRA (or DoRA), from PEFT, on the same target modules as DiaBlo where none are given."""
+class LoraMethod(AdapterMethod):
+    """LoRA and its kin, from PEFT, on the same target modules as DiaBlo where none are given.
 
-    name: Literal["lora", "dora"]
+    rsLoRA divides alpha by the root of the rank, DoRA trains the columns' norms apart from their directions, and PiSSA
+    starts from the weight's largest singular values, which it takes out of the frozen weight.
+    """
+
+    name: Literal["lora", "rslora", "dora", "pissa"]
     r: int = Field(16, ge=1, description="an integer of at least 1")
-    lora_alpha: int = Field(32, ge=1, description="an integer of at least 1")
-    use_rslora: bool = Field(False, description="true or false")
-    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
-    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
-    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+    lora_alpha: int | None = Field(None, ge=1, description="an integer of at least 1")
+
+    @property
+    def alpha(self) -> int:
+        """The alpha that is used: where none is given, the one that makes the method's usual scale.
+
+        The scale is 2 for LoRA and DoRA (alpha 2r), and 1 for PiSSA, whose factors are the weight's own (alpha r, as
+        in its paper, arXiv 2404.02948). rsLoRA's alpha does not depend on the rank (arXiv 2312.03732): 16.
+        """
+        return self.lora_alpha or {"rslora": 16, "pissa": self.r}.get(self.name, 2 * self.r)
+
+
+class MissMethod(AdapterMethod):
+    """MiSS, from PEFT: one trained matrix that shards of the weight share, on the same targets as DiaBlo's."""
+
+    name: Literal["miss"]
+    r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target")
 
 
 class FullMethod(Section):
@@ -72,10 +93,13 @@ class FullMethod(Section):
     name: Literal["full"]
 
 
-_METHODS: dict[str, type[Section]] = {
+METHODS: dict[str, type[Section]] = {
     "diablo": DiabloMethod,
     "lora": LoraMethod,
+    "rslora": LoraMethod,
     "dora": LoraMethod,
+    "pissa": LoraMethod,
+    "miss": MissMethod,
     "full": FullMethod,
 }
 
@@ -86,9 +110,8 @@ def _method_by_name(value: Any) -> Any:
     return {"name": "diablo", **value} if isinstance(value, dict) else value
 
 
-Method = Annotated[
-    DiabloMethod | LoraMethod | FullMethod, Field(discriminator="name"), BeforeValidator(_method_by_name)
-]
+AnyMethod = DiabloMethod | LoraMethod | MissMethod | FullMethod
+Method = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_method_by_name)]
 
 
 class Data(Section):
@@ -100,6 +123,13 @@ class Data(Section):
     on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
     on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
+    validation_rows: int | None = Field(
+        None, ge=1, description="an integer of at least 1: so many of the training rows are kept out of training"
+    )
+    validation_seed: int = Field(0, ge=0, description="an integer of at least 0: chooses the validation rows")
+    held_out: Literal["test", "validation"] = Field(
+        "test", description="test or validation: the rows that the held-out loss is of"
+    )
 
 
 class Training(Section):
@@ -142,6 +172,9 @@ class Evaluation(Section):
     batch_size: int = Field(48, ge=1, description="an integer of at least 1")
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many test problems")
     examples: int = Field(3, ge=0, description="an integer of at least 0: answers printed before and after")
+    general: str | None = Field(
+        None, description="builtin, or a .txt or .jsonl file of general text whose loss before and after is recorded"
+    )
 
 
 class Recipe(Section):
@@ -152,7 +185,7 @@ class Recipe(Section):
     data: Data = Field(default=Data(), description="a section")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
-        default=DiabloMethod(), description=f"one of {', '.join(_METHODS)}, or a section with that as its name"
+        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
     )
     training: Training = Field(default=Training(), description="a section")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section")
@@ -173,6 +206,15 @@ class Recipe(Section):
             return self.evaluation.tasks
         return [self.task] if self.task is not None and "test" in TASKS[self.task].splits else []
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are rows that the held-out loss can be of."""
+        from diablo.tasks import TASKS
+
+        if self.data.held_out == "validation":
+            return True
+        return self.data.eval is not None or (self.task is not None and "test" in TASKS[self.task].splits)
+
     @model_validator(mode="after")
     def _source_of_rows(self) -> Recipe:
         if self.task is None and self.data.train is None:
@@ -183,13 +225,16 @@ class Recipe(Section):
             path: Path | None = getattr(self.data, key)
             if path is not None and not path.is_file():
                 raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
+        general = self.evaluation.general
+        if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
+            raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
         return self
 
     @model_validator(mode="after")
     def _tasks(self) -> Recipe:
-        from diablo.tasks import TASKS, check_code_execution, check_folder, check_split
+        from diablo.tasks import check_code_execution, check_folder, check_split
 
         tasks, settings = self.evaluation.tasks or [], self.evaluation
         try:
@@ -205,8 +250,9 @@ class Recipe(Section):
             raise ValueError(str(error)) from None
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks: found {_shortened(tasks)}; name each task once.")
-        has_held_out = self.data.eval is not None or (self.task is not None and "test" in TASKS[self.task].splits)
-        if self.training.eval_steps and not has_held_out:
+        if self.data.held_out == "validation" and self.data.validation_rows is None:
+            raise ValueError("data.held_out: found validation; say how many rows with data.validation_rows.")
+        if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         return self
 
@@ -317,7 +363,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         inner = _SECTIONS.get(part)
         if part == "method":
             # pydantic names the kind of method next, which is no key.
-            inner = _METHODS.get(str(next(parts, None)))
+            inner = METHODS.get(str(next(parts, None)))
     return owner, path
 
 

@@ -27,6 +27,10 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
     out.print(f"held-out rows       {len(plan.held_out):,}")
+    if plan.validation:
+        out.print(f"validation rows     {plan.validation:,} kept out of training")
+    if plan.general:
+        out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
     if plan.faults:
         out.print(
             f"malformed rows      {len(plan.faults)} left out: {', '.join(str(f.number) for f in plan.faults[:8])}"
@@ -103,6 +107,9 @@ def print_result(out: Console, result: RunResult) -> None:
     if training["held_out_loss"]:
         losses = [loss for _, loss in training["held_out_loss"]]
         out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
+    if record["general_loss"]:
+        before, after = record["general_loss"]["before"], record["general_loss"]["after"]
+        out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")
     out.print(
         f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
         f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "

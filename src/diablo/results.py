@@ -65,6 +65,18 @@ def recipe_of_run(model: str | Path) -> dict[str, Any]:
     return {}
 
 
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings that are not what they were, those of a section as ``section.key``."""
+    changed = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed += [f"{key}.{name}" for name in changed_settings(old, value)]
+        elif old != value:
+            changed.append(key)
+    return changed
+
+
 def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str) -> None:
     """Draw the loss per supervised token (nats) over steps, as a PNG."""
     import matplotlib

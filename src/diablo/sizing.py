@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
+from diablo.methods import TargetKind, apply_method, count_parameters, nearest_size, shapes_of, target_kinds
 from diablo.models import load_config, meta_model, resolve_model
 from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
 from diablo.tuner import DiabloLayer
@@ -103,7 +104,7 @@ def plan_sizes(
     total = sum(parameter.numel() for parameter in meta_model(config).parameters())
     trained, _ = count_parameters(adapted)
     targets = target_kinds(adapted)
-    rank = _equal_rank(targets, trained)
+    rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained)
     lora = LoraMethod(name="lora", r=rank, target_modules=target_modules)
     memory = [
         _memory(f"DiaBlo, N = {method.num_blocks}", adapted, batch_size, length),
@@ -136,12 +137,6 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
         f"--budget: found {budget:.3%}; the smallest share of this model that blocks on these targets can be is "
         f"{blocks / total:.3%}, with N = {most}. Raise it, or name fewer --target-modules."
     )
-
-
-def _equal_rank(targets: list[TargetKind], trained: int) -> int:
-    """LoRA's rank with the number of trained parameters that comes closest."""
-    per_rank = sum(sum(kind.shape) * kind.count for kind in targets)
-    return max(1, round(trained / per_rank))
 
 
 def _memory(name: str, model: nn.Module, batch_size: int, length: int, *, full: bool = False) -> Memory:

@@ -18,8 +18,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from diablo import preflight
-from diablo.checkpoints import merge_adapter, save_adapter
+from diablo.checkpoints import merge_adapter, save_adapter, save_start
 from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.evaluation import Score, evaluate_tasks, held_out_loss, write_answers
 from diablo.losses import summed_completion_loss
@@ -28,7 +29,14 @@ from diablo.models import load_model
 from diablo.planning import Plan, make_plan
 from diablo.progress import TokenMeter, TrainingProgress
 from diablo.recipe import FullMethod, Recipe
-from diablo.results import describe_machine, describe_versions, peak_memory_bytes, plot_losses, write_json
+from diablo.results import (
+    changed_settings,
+    describe_machine,
+    describe_versions,
+    peak_memory_bytes,
+    plot_losses,
+    write_json,
+)
 
 
 @dataclass
@@ -84,12 +92,15 @@ def train(
     timings["load_seconds"] = time.perf_counter() - start
 
     _open_output(recipe, resume=resume)
+    adapter_start = save_start(model, recipe.output / "start")
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     if recipe.evaluation.before:
         result.before = _score(model, plan, console, "before")
     losses = Losses()
     if plan.held_out:
         losses.held_out.append((0, _held_out(model, plan)))
+    if plan.general:
+        losses.general.append(_loss_of(model, plan, plan.general))
 
     meter = TokenMeter()
     trainer = _make_trainer(model, plan, console, meter, losses)
@@ -100,17 +111,22 @@ def train(
     finally:
         trainer.progress.close()
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
+    training_peak = peak_memory_bytes()
     if plan.held_out and losses.held_out[-1][0] != trainer.state.global_step:
         losses.held_out.append((trainer.state.global_step, _held_out(model, plan)))
+    if plan.general:
+        losses.general.append(_loss_of(model, plan, plan.general))
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
-    save_adapter(model, plan.encoder.tokenizer, result.adapter)
+    save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
+    if adapter_start is not None:
+        shutil.rmtree(adapter_start)
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after")
     if recipe.merge and not is_full:
         result.merged = recipe.output / "merged"
         merge_adapter(result.adapter, result.merged)
-    result.record = _record(plan, model, result, losses, meter, timings, trainer.state.global_step)
+    result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer.state.global_step)
     write_json(recipe.output / "run.json", result.record)
     plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, f"{recipe.method.name} on {recipe.model}")
     return result
@@ -118,10 +134,11 @@ def train(
 
 @dataclass
 class Losses:
-    """Loss per supervised token in nats, by step."""
+    """Loss per supervised token in nats, by step; of general text before and after training."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    general: list[float] = field(default_factory=list)
 
 
 class CompletionTrainer(SFTTrainer):
@@ -281,7 +298,11 @@ def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Sco
 
 
 def _held_out(model: Any, plan: Plan) -> float:
-    return held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)
+    return _loss_of(model, plan, plan.held_out)
+
+
+def _loss_of(model: Any, plan: Plan, rows: Sequence[EncodedRow]) -> float:
+    return held_out_loss(model, rows, plan.encoder.tokenizer.pad_token_id)
 
 
 def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
@@ -310,17 +331,9 @@ def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | Non
 def _check_same_run(recipe: Recipe, path: Path) -> None:
     """A resumed run must be told what the interrupted one was told, reporting aside."""
     started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    resumed = recipe.model_dump(mode="json")
     free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
-    changed = []
-    for key, value in resumed.items():
-        before = started.get(key)
-        pairs = (
-            {f"{key}.{k}": (before.get(k), v) for k, v in value.items()}
-            if (isinstance(value, dict) and isinstance(before, dict))
-            else {key: (before, value)}
-        )
-        changed += [name for name, (old, new) in pairs.items() if old != new and not free & set(name.split("."))]
+    names = changed_settings(started, recipe.model_dump(mode="json"))
+    changed = [name for name in names if not free & set(name.split("."))]
     # What is scored says which rows are left out of training.
     if (started.get("evaluation") or {}).get("tasks") != recipe.evaluation.tasks:
         changed.append("evaluation.tasks")
@@ -335,7 +348,7 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
     """Make the output folder and clear it of an earlier run."""
     folder = recipe.output
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter", "model", "merged", *([] if resume else ["checkpoints"])):
+    for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
         (folder / name).unlink(missing_ok=True)
@@ -350,6 +363,7 @@ def _record(
     losses: Losses,
     meter: TokenMeter,
     timings: dict[str, float],
+    training_peak: int,
     steps: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
@@ -366,6 +380,7 @@ def _record(
             "tokens": tokens,
             "supervised_tokens": supervised,
             "held_out_rows": len(plan.held_out),
+            "validation_rows": plan.validation,
             "malformed_rows_skipped": [fault.number for fault in plan.faults],
             "long_rows_dropped": plan.too_long,
             "tested_rows_left_out": plan.tested,
@@ -377,7 +392,9 @@ def _record(
             "tokens_per_second": meter.tokens / timings["train_seconds"],
             "loss": losses.train,
             "held_out_loss": losses.held_out,
+            "peak_memory_bytes": training_peak,
         },
+        "general_loss": dict(zip(("before", "after"), losses.general, strict=False)),
         "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_bytes": adapter_bytes,

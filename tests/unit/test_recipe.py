@@ -46,7 +46,7 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"method": {"num_block": 3}}, ["method.num_block: unknown key", "Did you mean num_blocks?"]),
         (
             {"method": {"name": "lora", "num_blocks": 3}},
-            ["method.num_blocks: unknown key", "allowed: name, r, lora_alpha"],
+            ["method.num_blocks: unknown key", "allowed: name, target_modules"],
         ),
         ({"method": {"name": "full", "r": 3}}, ["method.r: unknown key", "allowed: name."]),
         ({"seed": "many"}, ["seed: found 'many'", "allowed: an integer of at least 0"]),
@@ -67,9 +67,9 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate: found inf"]),
         ({"evaluation": {"examples": -1}}, ["evaluation.examples: found -1", "an integer of at least 0"]),
         ({"data": {"on_long": "cut"}}, ["data.on_long: found 'cut'", "allowed: error or drop"]),
-        ({"method": "lorra"}, ["method: found", "'lorra'", "diablo, lora, dora, full"]),
-        ({"method": {"name": None}}, ["method: found", "diablo, lora, dora, full"]),
-        ({"method": 3}, ["method: found 3", "diablo, lora, dora, full"]),
+        ({"method": "lorra"}, ["method: found", "'lorra'", "diablo, lora, rslora, dora, pissa, miss, full"]),
+        ({"method": {"name": None}}, ["method: found", "diablo, lora, rslora, dora, pissa, miss, full"]),
+        ({"method": 3}, ["method: found 3", "diablo, lora, rslora, dora, pissa, miss, full"]),
         ({"method": {"dropout": 1}}, ["method.dropout: found 1", "from 0 to below 1"]),
         ({"method": {"num_blocks": 0}}, ["method.num_blocks: found 0", "an integer from 1"]),
         ({"method": {"block_pattern": {"v_proj": "x"}}}, ["method.block_pattern: found 'x'", "to num_blocks"]),
@@ -99,7 +99,7 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({1: 2}, ["1: unknown key", "allowed: model"]),
         ({None: 2}, ["None: unknown key", "allowed: model"]),
         ({"training": {1.5: 2}}, ["training.1.5: unknown key", "allowed: learning_rate"]),
-        ({"method": {3: 2}}, ["method.3: unknown key", "allowed: name, num_blocks"]),
+        ({"method": {3: 2}}, ["method.3: unknown key", "allowed: name, target_modules"]),
     ],
 )
 def test_fault_is_one_line_with_key_found_and_allowed(tmp_path: Path, change: Any, parts: list[str]) -> None:
