@@ -78,6 +78,45 @@ def train(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped recipe, with DiaBlo as method.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names of methods, separated by commas; all of them if not given.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
+    lrs: Annotated[str, typer.Option(help="Learning rates of the sweep, separated by commas.")] = "2e-4,5e-4,1e-3,2e-3",
+    general: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="A folder to write to, or to go on in.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and stop.")] = False,
+) -> None:
+    """Compare methods at equal trained parameters, each at its best learning rate, over several seeds."""
+    from diablo.comparison import compare as run
+    from diablo.comparison import plan_comparison
+    from diablo.comparison.summary import notes
+    from diablo.recipe import METHODS, load_recipe
+    from diablo.reporting import comparison_table, print_comparison_plan
+
+    rates = _numbers("--lrs", lrs)
+    settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
+    _quiet()
+    names = tuple(METHODS) if methods is None else methods.split(",")
+    comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
+    print_comparison_plan(out, comparison)
+    if dry_run:
+        return
+    record = run(comparison, console=progress)
+    out.print(comparison_table(record))
+    for note in notes(record):
+        out.print(f"- {note}", markup=False)
+    out.print(f"record  {escape(str(comparison.folder))}/comparison.json, .md and .png")
+    if any(each["failure"] for each in record["runs"]):
+        sys.exit(1)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or builtin:NAME; only its config is read.")],
     num_blocks: Annotated[int | None, typer.Option(min=1, help="N; 64 where neither size is given.")] = None,
@@ -405,6 +444,15 @@ def _tasks_to_score(
     own_folder = data.get("folder")
     folder = folder or (Path(own_folder) if own_folder else None)
     return [get_task(name, folder=folder, protocol=protocol) for name in dict.fromkeys(chosen)]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    from diablo.errors import UserError
+
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: found {text!r}; give numbers, separated by commas.") from None
 
 
 def _check_file(path: Path | None) -> None:

@@ -159,7 +159,8 @@ def nearest_size(
 def _trained_in_layer(config: PeftConfig, shape: tuple[int, int]) -> int:
     holder = nn.ModuleDict({"layer": nn.Linear(*shape, bias=False, device="meta")})
     config = copy.copy(config)
-    config.target_modules = {"layer"}  # type: ignore[attr-defined]
+    alone = {"target_modules": {"layer"}, "exclude_modules": None, "layers_to_transform": None, "task_type": None}
+    vars(config).update(alone)
     with torch.device("meta"):
         return count_parameters(get_peft_model(holder, config))[0]
 

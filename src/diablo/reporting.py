@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from diablo.comparison import Comparison
     from diablo.evaluation import Score
     from diablo.harness import HarnessFigure
     from diablo.methods import TargetKind
@@ -157,6 +158,37 @@ def harness_table(figures: list[HarnessFigure], title: str) -> Table:
         counts = ("" if count is None else str(count) for count in (figure.shots, figure.problems))
         error = "" if figure.error is None else f"{figure.error:.4f}"
         table.add_row(figure.task, *counts, figure.metric, f"{figure.value:.4f}", error)
+    return table
+
+
+def print_comparison_plan(out: Console, comparison: Comparison) -> None:
+    """What a comparison will do."""
+    table = Table("method", "size", "trained parameters", "of the model", "deviation", title="methods")
+    for contender in comparison.contenders:
+        deviation = "-" if contender.deviation is None else f"{contender.deviation:+.2%}"
+        share = f"{contender.trained / comparison.total:.2%}"
+        table.add_row(contender.name, contender.size, f"{contender.trained:,}", share, deviation)
+    out.print(table)
+    runs, data = comparison.planned_runs, comparison.recipe.data
+    out.print(f"learning rates      {', '.join(f'{rate:g}' for rate in comparison.rates)}, extended at an edge")
+    out.print(f"validation rows     {data.validation_rows} of the training rows, chosen by seed {data.validation_seed}")
+    out.print(f"seeds               {', '.join(map(str, comparison.seeds))}")
+    out.print(f"scored              {', '.join(comparison.recipe.scored) or 'held-out loss only'}")
+    out.print(f"forgetting          loss on general text ({escape(str(comparison.recipe.evaluation.general))})")
+    out.print(
+        f"runs                {runs} of {comparison.steps} steps, {runs * comparison.steps:,} steps in all; up to 2 "
+        "runs a method more where its best rate is at an edge of the grid"
+    )
+    out.print(f"folder              {escape(str(comparison.folder))}")
+
+
+def comparison_table(record: dict[str, Any]) -> Table:
+    """The outcome of a comparison, the best method first."""
+    from diablo.comparison.summary import HEADERS, table_rows
+
+    table = Table(*(Column(header, overflow="fold") for header in HEADERS))
+    for cells in table_rows(record):
+        table.add_row(*cells)
     return table
 
 

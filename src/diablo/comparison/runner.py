@@ -1,0 +1,173 @@
+"""The runs of a comparison, each in a process of its own, one after the other; what is finished is not run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from diablo.comparison.plan import Comparison, Contender, Run
+from diablo.comparison.summary import describe_run, summarize, write_comparison
+from diablo.comparison.sweep import Sweep, sweep
+from diablo.errors import UserError
+from diablo.recipe import Recipe
+from diablo.results import changed_settings, write_json
+
+Runner = Callable[[Recipe], str | None]
+"""Carries out a recipe, and says why it could not; None where it could."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        run: the run.
+        record: what its ``run.json`` holds; empty where it failed.
+        failure: why it failed; None where it did not.
+    """
+
+    run: Run
+    record: dict[str, Any]
+    failure: str | None = None
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The loss per token on the rows that the run is judged by, after training."""
+        losses = self.record.get("training", {}).get("held_out_loss")
+        return losses[-1][1] if losses else None
+
+
+def compare(comparison: Comparison, *, console: Console | None = None, runner: Runner | None = None) -> dict[str, Any]:
+    """Carry out a comparison, or go on with one that was interrupted.
+
+    For each method the learning rate is chosen on the validation rows, and then every seed is run and judged on the
+    test rows. The folder then holds ``comparison.json``, ``comparison.md``, ``comparison.png`` and ``runs/``: for each
+    run its recipe, its log and its output folder. The adapters of the sweep are deleted once their losses are taken.
+
+    Args:
+        comparison: the comparison.
+        console: where progress is written; standard error where None.
+        runner: carries out a run; a process of its own for each where None, so that peak memory is the run's and a
+            crash ends nothing else.
+
+    Returns:
+        What ``comparison.json`` holds.
+
+    Raises:
+        UserError: the folder holds something else, or a comparison with other settings.
+    """
+    console = console or Console(stderr=True)
+    runner = runner or run_in_subprocess
+    open_folder(comparison)
+    sweeps: dict[str, Sweep] = {}
+    outcomes: list[Outcome] = []
+    record: dict[str, Any] = {}
+
+    def carry_out(run: Run) -> Outcome:
+        outcomes.append(_carry_out(run, runner, console))
+        return outcomes[-1]
+
+    for contender in comparison.contenders:
+        found = _sweep(comparison, contender, carry_out)
+        sweeps[contender.name] = found
+        if found.best is not None:
+            for seed in comparison.seeds:
+                carry_out(comparison.run(contender, "test", found.best, seed))
+        described = [describe_run(each.run, each.record, each.failure) for each in outcomes]
+        record = summarize(comparison, sweeps, described, [each.record for each in outcomes if each.record])
+        write_comparison(comparison.folder, record)
+    return record
+
+
+def _sweep(comparison: Comparison, contender: Contender, carry_out: Callable[[Run], Outcome]) -> Sweep:
+    seed = comparison.seeds[0]
+    return sweep(
+        comparison.rates,
+        lambda rate: carry_out(comparison.run(contender, "validation", rate, seed)).held_out_loss,
+    )
+
+
+def open_folder(comparison: Comparison) -> None:
+    """Make the folder, or check that it holds this very comparison.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    folder, path = comparison.folder, comparison.folder / "settings.json"
+    if path.is_file():
+        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), comparison.settings)
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)}: changed since the comparison in {str(folder)!r} was started; set them back as "
+                f"{path} has them, or give another folder with --out."
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out: {str(folder)!r} has files of something else; give a new or empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, comparison.settings)
+
+
+def finished_record(run: Run) -> dict[str, Any]:
+    """The record of a run that is finished; empty where it is not, or was told something else."""
+    path = run.recipe.output / "run.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    changed = changed_settings(record["recipe"], run.recipe.model_dump(mode="json"))
+    return record if set(changed) <= {"output"} else {}
+
+
+def run_in_subprocess(recipe: Recipe) -> str | None:
+    """Carry out a recipe with ``diablo train`` in a process of its own, which writes to a log beside its folder.
+
+    Returns:
+        Why it failed: its error message, or the last line of its log; None where it did not fail.
+    """
+    settings, log = (recipe.output.with_name(f"{recipe.output.name}.{ending}") for ending in ("yaml", "log"))
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    with log.open("w", encoding="utf-8") as lines:
+        command = [sys.executable, "-m", "diablo", "train", str(settings)]
+        status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
+    return None if status == 0 else f"{_reason(log)} (exit status {status}; {log})"
+
+
+def _reason(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it wrote nothing"])[-1]
+
+
+def _carry_out(run: Run, runner: Runner, console: Console) -> Outcome:
+    record, failure = finished_record(run), None
+    if not record:
+        failure = runner(run.recipe)
+        record = finished_record(run) if failure is None else {}
+        if failure is None and not record:
+            failure = "it left no record"
+        _say(console, run, record, failure)
+    if run.stage == "validation":
+        for name in ("adapter", "model"):
+            shutil.rmtree(run.recipe.output / name, ignore_errors=True)
+    return Outcome(run, record, failure)
+
+
+def _say(console: Console, run: Run, record: dict[str, Any], failure: str | None) -> None:
+    what = f"{run.method}, learning rate {run.rate:g}, seed {run.seed}"
+    if failure is not None:
+        console.print(f"failed  {what}: {escape(failure)}", highlight=False, soft_wrap=True)
+        return
+    losses, seconds = record["training"]["held_out_loss"], record["timings"]["train_seconds"]
+    loss = f"{run.stage} loss {losses[-1][1]:.4f}, " if losses else ""
+    console.print(f"done    {what}: {loss}trained in {seconds:.0f} s", highlight=False, soft_wrap=True)

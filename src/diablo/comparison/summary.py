@@ -1,0 +1,259 @@
+"""The figures of a comparison: means and deviations over seeds, the table and the figure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diablo.comparison.plan import Comparison, Run
+from diablo.comparison.sweep import Sweep
+from diablo.results import write_json
+
+HEADERS = (
+    "method",
+    "size",
+    "trained parameters",
+    "learning rate",
+    "test score",
+    "test loss",
+    "training, s",
+    "peak memory, MB",
+    "file, MB",
+    "forgetting",
+)
+
+_FIGURES = (
+    "score",
+    "test_loss",
+    "training_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "adapter_bytes",
+    "forgetting",
+)
+
+
+def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> dict[str, Any]:
+    """The figures of a run, from what its ``run.json`` holds."""
+    described: dict[str, Any] = {
+        "method": run.method,
+        "stage": run.stage,
+        "learning_rate": run.rate,
+        "seed": run.seed,
+        "folder": f"runs/{run.recipe.output.name}",
+        "failure": failure,
+    }
+    if failure is not None:
+        return described
+    training, general = record["training"], record["general_loss"]
+    scores = {task: score[score["headline"]] for task, score in record["scores"].get("after", {}).items()}
+    return described | {
+        "trained_parameters": record["parameters"]["trainable"],
+        f"{run.stage}_loss": training["held_out_loss"][-1][1] if training["held_out_loss"] else None,
+        "score": statistics.fmean(scores.values()) if scores else None,
+        "scores": scores,
+        "training_seconds": record["timings"]["train_seconds"],
+        "tokens_per_second": training["tokens_per_second"],
+        "peak_memory_bytes": training["peak_memory_bytes"],
+        "adapter_bytes": record["adapter_bytes"],
+        "forgetting": general["after"] - general["before"] if general else None,
+    }
+
+
+def summarize(
+    comparison: Comparison,
+    sweeps: Mapping[str, Sweep],
+    runs: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What ``comparison.json`` holds.
+
+    Args:
+        comparison: the comparison.
+        sweeps: what came of the sweeps, by method; methods that are not among them have not been run yet.
+        runs: every run, as :func:`describe_run` has it.
+        records: what the runs' ``run.json`` hold, for where and with what they were run.
+    """
+    methods = []
+    for contender in comparison.contenders:
+        if contender.name not in sweeps:
+            continue
+        found = sweeps[contender.name]
+        tested = [run for run in runs if run["method"] == contender.name and run["stage"] == "test"]
+        methods.append(
+            {
+                "method": contender.name,
+                "settings": contender.method.model_dump(mode="json"),
+                "size": contender.size,
+                "trained_parameters": contender.trained,
+                "deviation_from_budget": contender.deviation,
+                "learning_rate": found.best,
+                "sweep": [{"learning_rate": rate, "validation_loss": loss} for rate, loss in found.losses.items()],
+                "extended_by": found.extended,
+                "at_edge": found.edge,
+                "seeds": sum(run["failure"] is None for run in tested),
+                **{name: _spread([run.get(name) for run in tested]) for name in _FIGURES},
+            }
+        )
+    return {
+        "settings": comparison.settings,
+        "budget": comparison.budget,
+        "total_parameters": comparison.total,
+        "steps": comparison.steps,
+        "machines": _distinct([record["machine"] for record in records]),
+        "versions": _distinct([record["versions"] for record in records]),
+        "methods": sorted(methods, key=_rank),
+        "runs": list(runs),
+    }
+
+
+def write_comparison(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``comparison.json``, ``comparison.md`` and ``comparison.png``."""
+    write_json(folder / "comparison.json", dict(record))
+    (folder / "comparison.md").write_text(markdown(record), encoding="utf-8")
+    plot_comparison(folder / "comparison.png", record)
+
+
+def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table, under :data:`HEADERS`, the best method first."""
+    return [_cells(method) for method in record["methods"]]
+
+
+def notes(record: Mapping[str, Any]) -> list[str]:
+    """What has to be said under the table."""
+    settings = record["settings"]
+    data, seeds = settings["data"], settings["seeds"]
+    scored = ", ".join(sorted({task for run in record["runs"] for task in run.get("scores", {})}))
+    said = [
+        f"{settings['model']}; {record['steps']} steps a run; seeds {', '.join(map(str, seeds))}; mean ± standard "
+        "deviation over the seeds. "
+        + (f"Score: headline metric of {scored} on the test problems. " if scored else "")
+        + "Losses are nats per token.",
+        f"Every method was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
+        f"{seeds[0]}, and the rate of the lowest loss on {data['validation_rows']} validation rows (cut from the "
+        f"training rows with seed {data['validation_seed']}, never trained or tested on) was taken for all seeds.",
+        f"{record['budget']:,} trained parameters are DiaBlo's; the others have the rank that comes closest. Full "
+        "fine-tuning trains all weights. PiSSA's file holds twice its trained parameters: the difference to its start.",
+        "Forgetting is the rise of the loss on general text; training time and peak memory leave out scoring.",
+    ]
+    for method in record["methods"]:
+        if method["extended_by"]:
+            rates = ", ".join(f"{rate:g}" for rate in method["extended_by"])
+            said.append(
+                f"{method['method']}: the best rate was at the edge of the grid, which was extended by {rates}."
+            )
+        if method["at_edge"]:
+            said.append(
+                f"* {method['method']}: the best rate is the {method['at_edge']} that was tried; a better one may lie "
+                "beyond it."
+            )
+        if method["learning_rate"] is None:
+            said.append(f"{method['method']}: no run of the sweep gave a finite loss.")
+    said += [
+        f"Failed: {run['method']}, {run['stage']}, learning rate {run['learning_rate']:g}, seed {run['seed']}: "
+        f"{run['failure']}"
+        for run in record["runs"]
+        if run["failure"] is not None
+    ]
+    return said
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The table as Markdown, with what has to be said under it."""
+    lines = [HEADERS, ["---"] * len(HEADERS), *table_rows(record)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes(record)) + "\n"
+
+
+def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
+    """Draw score and test loss by method, the best method on top, with the deviation over seeds, as a PNG.
+
+    Full fine-tuning is drawn hollow: it is no method of equal parameters.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        (name, title, factor)
+        for name, title, factor in (("score", "test score (%)", 100), ("test_loss", "test loss (nats per token)", 1))
+        if any(method[name] for method in record["methods"])
+    ]
+    if not panels:
+        path.unlink(missing_ok=True)
+        return
+    methods = list(reversed(record["methods"]))
+    height = 1.2 + 0.4 * len(methods)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(5 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (name, title, factor) in zip(grid[0], panels, strict=True):
+        for place, method in enumerate(methods):
+            if spread := method[name]:
+                axes.errorbar(
+                    spread["mean"] * factor,
+                    place,
+                    xerr=(spread["deviation"] or 0) * factor,
+                    fmt="o",
+                    capsize=4,
+                    color="tab:blue" if method["method"] == "diablo" else "tab:gray",
+                    markerfacecolor="none" if method["method"] == "full" else None,
+                )
+        axes.set_xlabel(title)
+        axes.grid(axis="x", alpha=0.3)
+    names = [f"{method['method']}, {method['trained_parameters'] / 1e6:.3g} M" for method in methods]
+    grid[0][0].set_yticks(range(len(methods)), names)
+    grid[0][0].set_ylim(-0.5, len(methods) - 0.5)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _cells(method: Mapping[str, Any]) -> list[str]:
+    trained, deviation, rate = (
+        method[name] for name in ("trained_parameters", "deviation_from_budget", "learning_rate")
+    )
+    return [
+        method["method"],
+        method["size"],
+        f"{trained:,} ({deviation:+.1%})" if deviation else f"{trained:,}",
+        "-" if rate is None else f"{rate:g}" + ("*" if method["at_edge"] else ""),
+        _cell(method["score"], "{:.1%}"),
+        _cell(method["test_loss"], "{:.4f}"),
+        _cell(method["training_seconds"], "{:.0f}", with_deviation=False),
+        _cell(method["peak_memory_bytes"], "{:,.0f}", 1e-6, with_deviation=False),
+        _cell(method["adapter_bytes"], "{:,.1f}", 1e-6, with_deviation=False),
+        _cell(method["forgetting"], "{:+.4f}"),
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and sample standard deviation over the seeds that have a figure; None where none has."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 and all(map(math.isfinite, known)) else None
+    return {"mean": statistics.fmean(known), "deviation": deviation, "values": known}
+
+
+def _rank(method: Mapping[str, Any]) -> tuple[float, float]:
+    """The best score first, then the lowest loss; what has neither comes last."""
+    figures = (method["score"] and -method["score"]["mean"], method["test_loss"] and method["test_loss"]["mean"])
+    score, loss = (math.inf if figure is None or math.isnan(figure) else figure for figure in figures)
+    return score, loss
+
+
+def _cell(spread: Mapping[str, Any] | None, pattern: str, factor: float = 1, *, with_deviation: bool = True) -> str:
+    if spread is None:
+        return "-"
+    text = pattern.format(spread["mean"] * factor)
+    if with_deviation and spread["deviation"] is not None:
+        text += f" ± {pattern.replace('+', '').format(spread['deviation'] * factor)}"
+    return text
+
+
+def _distinct(items: Sequence[Any]) -> list[Any]:
+    return [item for index, item in enumerate(items) if item not in items[:index]]
