@@ -142,9 +142,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     for method in record["methods"]:
         if method["extended_by"]:
             rates = ", ".join(f"{rate:g}" for rate in method["extended_by"])
-            said.append(
-                f"{method['method']}: the best rate was at the edge of the grid, which was extended by {rates}."
-            )
+            said.append(f"{method['method']}: the best rate was at the grid's edge; it was extended by {rates}.")
         if method["at_edge"]:
             said.append(
                 f"* {method['method']}: the best rate is the {method['at_edge']} that was tried; a better one may lie "

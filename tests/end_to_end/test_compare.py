@@ -1,0 +1,210 @@
+"""`diablo compare` on a tiny random Llama and real word problems."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from diablo.comparison import Comparison, compare, plan_comparison, runner
+from diablo.errors import UserError
+from diablo.recipe import Recipe
+from diablo.training import train
+
+QUIET = Console(quiet=True)
+RATES = (5e-3, 1e-2)
+
+
+def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
+    settings = {
+        "model": str(model),
+        "task": "mawps",
+        "method": {"num_blocks": 4},
+        "data": {"limit": 32, "validation_rows": 12},
+        "training": {"max_steps": 3, "batch_size": 8},
+        "evaluation": {"limit": 4},
+        "precision": "fp32",
+        "output": str(output),
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+def plan_in(folder: Path, model: Path, methods: tuple[str, ...] = ("diablo", "lora"), **changes: Any) -> Comparison:
+    recipe = recipe_on(model, folder / "run", **changes)
+    return plan_comparison(recipe, methods=methods, seeds=2, rates=RATES, folder=folder / "comparison")
+
+
+class InThisProcess:
+    """Trains as `diablo train` does, without the seconds that a process of its own takes to start.
+
+    Args:
+        stop_after: raise as an interrupted process would, instead of one run more.
+        fail: say of the runs of this method that they failed.
+    """
+
+    def __init__(self, *, stop_after: int | None = None, fail: str | None = None) -> None:
+        self.stop_after, self.fail = stop_after, fail
+        self.done: list[str] = []
+
+    def __call__(self, recipe: Recipe) -> str | None:
+        if len(self.done) == self.stop_after:
+            raise KeyboardInterrupt
+        if recipe.method.name == self.fail:
+            return "out of memory"
+        train(recipe, console=QUIET)
+        self.done.append(recipe.output.name)
+        return None
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_model, tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
+    """A comparison: its folder, its record and the runs that were carried out."""
+    comparison = plan_in(tmp_path_factory.mktemp("compared"), tiny_model)
+    carry_out = InThisProcess()
+    return comparison.folder, compare(comparison, console=QUIET, runner=carry_out), carry_out.done
+
+
+def without_timings(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of each run that do not depend on the machine's mood."""
+    kept = ("failure", "trained_parameters", "validation_loss", "test_loss", "scores", "adapter_bytes", "forgetting")
+    return {run["folder"]: {name: run[name] for name in kept if name in run} for run in record["runs"]}
+
+
+def test_each_method_is_swept_and_then_run_with_each_seed_at_its_best_rate(compared):
+    _, record, done = compared
+    assert len(record["runs"]) == len(done) == len(set(done))
+    for method in record["methods"]:
+        runs = [run for run in record["runs"] if run["method"] == method["method"]]
+        swept = {run["learning_rate"]: run["validation_loss"] for run in runs if run["stage"] == "validation"}
+        tested = [run for run in runs if run["stage"] == "test"]
+        assert set(swept) >= set(RATES)
+        assert method["learning_rate"] == min(swept, key=swept.__getitem__)
+        assert [(run["learning_rate"], run["seed"]) for run in tested] == [(method["learning_rate"], s) for s in (0, 1)]
+        assert tested[0]["test_loss"] != tested[1]["test_loss"]
+        assert {run["trained_parameters"] for run in runs} == {method["trained_parameters"]}
+        assert method["test_loss"]["values"] == [run["test_loss"] for run in tested]
+        assert all(run["forgetting"] != 0 for run in tested)
+        assert all(run["peak_memory_bytes"] > 10**7 and run["tokens_per_second"] > 0 for run in tested)
+
+
+def test_the_folder_holds_the_figures_and_the_adapters_of_the_last_runs_alone(compared):
+    folder, record, _ = compared
+    assert json.loads((folder / "comparison.json").read_text()) == json.loads(json.dumps(record))
+    assert "| diablo | N = 4 | 3,072 |" in (folder / "comparison.md").read_text()
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for run in record["runs"]:
+        has_adapter = (folder / run["folder"] / "adapter" / "adapter_config.json").is_file()
+        assert has_adapter == (run["stage"] == "test")
+
+
+def test_a_finished_comparison_is_not_run_again(compared, tiny_model, tmp_path):
+    folder, record, _ = compared
+    shutil.copytree(folder, tmp_path / "comparison")
+    carry_out = InThisProcess()
+    again = compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=carry_out)
+    assert carry_out.done == []
+    assert again["methods"] == record["methods"]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped_and_ends_the_same(compared, tiny_model, tmp_path):
+    _, undisturbed, done = compared
+    first, second = InThisProcess(stop_after=2), InThisProcess()
+    with pytest.raises(KeyboardInterrupt):
+        compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=first)
+    # As a run that was killed half way leaves its folder.
+    (tmp_path / "comparison" / "runs" / first.done[1] / "run.json").unlink()
+    record = compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=second)
+    assert [first.done[0], *second.done] == done
+    assert without_timings(record) == without_timings(undisturbed)
+
+
+def test_another_setting_is_an_error_that_names_it(compared, tiny_model, tmp_path):
+    folder, *_ = compared
+    shutil.copytree(folder, tmp_path / "comparison")
+    for comparison, name in (
+        (plan_in(tmp_path, tiny_model, training={"max_steps": 4, "batch_size": 8}), "training.max_steps"),
+        (plan_in(tmp_path, tiny_model, methods=("diablo",)), "methods"),
+        (plan_in(tmp_path, tiny_model, seed=5), "seeds, seed"),
+    ):
+        with pytest.raises(UserError, match=rf"^{name}: changed since the comparison in .*--out"):
+            compare(comparison, console=QUIET, runner=InThisProcess(stop_after=0))
+
+
+def test_a_folder_of_others_is_not_written_to(tiny_model, tmp_path):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--out: .* has files of something else"):
+        compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=InThisProcess(stop_after=0))
+    assert [path.name for path in (tmp_path / "comparison").iterdir()] == ["thesis.txt"]
+
+
+def command(model: Path, output: Path, *arguments: object) -> list[object]:
+    overrides = ["method.num_blocks=4", "data.limit=16", "evaluation.limit=2", "training.max_steps=2", "precision=fp32"]
+    return ["compare", "quickstart", f"model={model}", f"output={output}", *overrides, *arguments]
+
+
+def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_in_subprocess", InThisProcess(fail="lora"))
+    arguments = command(tiny_model, tmp_path / "run", "--methods", "lora,diablo", "--lrs", "1e-2", "--seeds", 1)
+    status, out, _ = diablo(*arguments)
+    assert status == 1
+    assert "Failed: lora, validation, learning rate 0.01, seed 0: out of memory" in out
+    record = json.loads((tmp_path / "run-comparison" / "comparison.json").read_text())
+    assert [(method["method"], method["seeds"]) for method in record["methods"]] == [("diablo", 1), ("lora", 0)]
+    # What has failed is tried again, and what has not is not.
+    second = InThisProcess()
+    monkeypatch.setattr(runner, "run_in_subprocess", second)
+    status, out, _ = diablo(*arguments)
+    assert status == 0
+    assert "Failed" not in out
+    assert {name.partition("-")[0] for name in second.done} == {"lora"}
+
+
+def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_path):
+    arguments = command(tiny_model, tmp_path / "run", "--lrs", "1e-3,1e-2", "--seeds", 2)
+    status, out, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    for expected in ("r = 4, alpha 8", "-8.33%", "all weights", "28 of 2 steps, 56 steps in all", "0.001, 0.01"):
+        assert expected in out
+    assert not (tmp_path / "run-comparison").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods", "diablo,lorra"], "--methods: found 'lorra'"),
+        (["--lrs", "1e-3,fast"], "--lrs: found '1e-3,fast'"),
+        (["--lrs", "-1"], "--lrs: found -1"),
+        (["--seeds", "0"], "--seeds: found 0"),
+        (["--general", "none.txt"], "evaluation.general: there is no file 'none.txt'"),
+    ],
+)
+def test_a_fault_is_one_line_with_status_2_and_leaves_nothing(diablo, tiny_model, tmp_path, arguments, expected):
+    status, _, err = diablo(*command(tiny_model, tmp_path / "run", *arguments))
+    assert status == 2
+    assert expected in err
+    assert len(err.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_in_a_process_of_its_own(tiny_model, tmp_path):
+    comparison = plan_in(tmp_path, tiny_model)
+    run = comparison.run(comparison.contenders[0], "validation", 1e-2, 0)
+    assert runner.run_in_subprocess(run.recipe) is None
+    assert runner.finished_record(run)["training"]["steps"] == 3
+
+
+def test_the_reason_of_a_run_that_fails_in_its_process_is_its_message(tiny_model, tmp_path):
+    without_weights = tmp_path / "model"
+    shutil.copytree(tiny_model, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    comparison = plan_in(tmp_path, without_weights)
+    run = comparison.run(comparison.contenders[0], "validation", 1e-2, 0)
+    reason = runner.run_in_subprocess(run.recipe)
+    assert reason is not None
+    assert reason.startswith("model: the weights in the folder")
+    assert "exit status 2" in reason
+    assert runner.finished_record(run) == {}

@@ -1,0 +1,324 @@
+"""The parts of a comparison: its plan, the sweep, the rows that choose the rate, the figures, the general text."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from diablo.comparison import Comparison, plan_comparison
+from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
+from diablo.comparison.sweep import Sweep, beyond_edge, sweep
+from diablo.data.encoding import IGNORED, EncodedRow
+from diablo.data.rows import Row
+from diablo.data.splits import cut_validation
+from diablo.errors import UserError
+from diablo.evaluation import held_out_loss
+from diablo.general_text import encode_general_text
+from diablo.methods import apply_method
+from diablo.planning import make_plan
+from diablo.recipe import DiabloMethod, Recipe
+
+
+def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "task": "mawps",
+        "method": {"num_blocks": 4},
+        "data": {"limit": 60},
+        "training": {"max_steps": 3, "batch_size": 8},
+        "precision": "fp32",
+        "output": str(output),
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+def plan_on(model: Path, folder: Path, **options: Any) -> Comparison:
+    return plan_comparison(recipe_on(model, folder / "run"), folder=folder / "comparison", **options)
+
+
+def prompt_of(row: EncodedRow) -> tuple[int, ...]:
+    return tuple(token for token, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORED)
+
+
+# The plan
+
+
+def test_every_method_comes_as_close_to_diablos_parameters_as_its_ranks_do(tiny_model, tmp_path):
+    comparison = plan_on(tiny_model, tmp_path)
+    by_name = {contender.name: contender for contender in comparison.contenders}
+    assert list(by_name) == ["diablo", "lora", "rslora", "dora", "pissa", "miss", "full"]
+    assert (
+        by_name["full"].trained == comparison.total == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
+    )
+    assert by_name["full"].deviation is None
+    for name, contender in by_name.items():
+        if name not in ("diablo", "full"):
+            assert contender.deviation == contender.trained / comparison.budget - 1
+            # A rank more or less of the coarsest of them is 700 parameters.
+            assert abs(contender.trained - comparison.budget) <= 350
+    assert comparison.planned_runs == 7 * (4 + 3)
+
+
+def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(tiny_model, tmp_path):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo"])
+    assert comparison.recipe.data.validation_rows == 6
+    by_stage = {
+        stage: make_plan(comparison.run(comparison.contenders[0], stage, 1e-3, 0).recipe)
+        for stage in ("validation", "test")
+    }
+    assert by_stage["validation"].train == by_stage["test"].train
+    assert len(by_stage["validation"].train) == 60
+    judged = by_stage["test"].held_out, by_stage["validation"].held_out
+    train, test, validation = ({prompt_of(row) for row in rows} for rows in (by_stage["test"].train, *judged))
+    assert len(by_stage["validation"].held_out) == 6
+    assert train.isdisjoint(validation)
+    assert train.isdisjoint(test)
+    assert validation.isdisjoint(test)
+    assert not by_stage["validation"].recipe.evaluation.after
+    assert by_stage["test"].recipe.evaluation.general == "builtin"
+    assert not by_stage["validation"].general
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "parts"),
+    [
+        (
+            {"methods": ["diablo", "lorra"]},
+            {},
+            ["--methods: found 'lorra'", "allowed: diablo, lora", "mean lora?"],
+        ),
+        ({"methods": ["lora", "lora"]}, {}, ["--methods: found lora, lora", "once"]),
+        ({"methods": []}, {}, ["--methods: found none"]),
+        ({"seeds": 0}, {}, ["--seeds: found 0", "at least 1"]),
+        ({"rates": [1e-3, 0.0]}, {}, ["--lrs: found 0.001, 0", "above 0"]),
+        ({"rates": [math.inf]}, {}, ["--lrs: found inf"]),
+        ({"rates": [1e-3, 1e-3]}, {}, ["--lrs: found 0.001, 0.001", "different"]),
+        ({}, {"method": "lora"}, ["method: found lora", "method=diablo"]),
+        ({}, {"task": "math10k"}, ["nothing to score", "data.eval", "evaluation.tasks"]),
+    ],
+)
+def test_a_fault_is_found_before_anything_is_read(tmp_path, options, changes, parts):
+    with pytest.raises(UserError) as caught:
+        plan_comparison(recipe_on(Path("no/such/model"), tmp_path / "run", **changes), **options)
+    assert len(str(caught.value).splitlines()) == 1
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# The validation rows
+
+
+@given(
+    prompts=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=30),
+    count=st.integers(1, 10),
+    seed=st.integers(0, 5),
+)
+def test_no_prompt_lies_on_both_sides_of_the_cut(prompts, count, seed):
+    rows = [Row(number, prompt, "x") for number, prompt in enumerate(prompts)]
+    try:
+        train, validation = cut_validation(rows, count, seed)
+    except UserError:
+        assert len(set(prompts)) <= count
+        return
+    assert train
+    assert len(validation) == min(count, len(rows))
+    assert not {row.prompt for row in train} & {row.prompt for row in validation}
+    lost = [row for row in rows if row not in train and row not in validation]
+    assert {row.prompt for row in lost} <= {row.prompt for row in validation}
+    assert (train, validation) == cut_validation(rows, count, seed)
+
+
+def test_conversations_are_told_apart_by_what_precedes_the_answer():
+    def conversation(number: int, question: str) -> Row:
+        turns = ({"role": "user", "content": question}, {"role": "assistant", "content": "yes"})
+        return Row(number, messages=turns)
+
+    rows = [conversation(number, f"question {number % 5}") for number in range(10)]
+    train, validation = cut_validation(rows, 2, 0)
+    asked = [{row.messages[0]["content"] for row in side} for side in (train, validation)]
+    assert asked[0].isdisjoint(asked[1])
+    assert len(asked[0] | asked[1]) == 5
+
+
+def test_another_seed_cuts_other_rows():
+    rows = [Row(number, str(number), "x") for number in range(100)]
+    assert cut_validation(rows, 10, 0)[1] != cut_validation(rows, 10, 1)[1]
+
+
+def test_a_cut_that_leaves_nothing_to_train_on(tiny_model, tmp_path):
+    data = {"validation_rows": 10**6}
+    with pytest.raises(UserError, match=r"data.validation_rows: found 1000000; .* Lower it"):
+        make_plan(recipe_on(tiny_model, tmp_path / "run", data=data))
+
+
+# The sweep
+
+
+@pytest.mark.parametrize(
+    ("rates", "optimum", "tried", "best", "edge"),
+    [
+        ([1e-3, 2e-3, 4e-3], 2e-3, [1e-3, 2e-3, 4e-3], 2e-3, None),
+        # One step is enough to see that the edge was the best.
+        ([1e-3, 2e-3, 4e-3], 4e-3, [1e-3, 2e-3, 4e-3, 8e-3], 4e-3, None),
+        # The steps of an uneven grid are those at the edge.
+        ([2e-4, 1e-3, 2e-3], 8e-6, [8e-6, 4e-5, 2e-4, 1e-3, 2e-3], 8e-6, "lowest"),
+        ([2e-4, 1e-3, 2e-3], 1.0, [2e-4, 1e-3, 2e-3, 4e-3, 8e-3], 8e-3, "highest"),
+        ([1e-3], 1e-3, [5e-4, 1e-3, 2e-3], 1e-3, None),
+    ],
+)
+def test_the_grid_is_extended_where_the_best_rate_is_at_its_edge(rates, optimum, tried, best, edge):
+    asked: list[float] = []
+
+    def measure(rate: float) -> float:
+        asked.append(rate)
+        return abs(math.log(rate / optimum))
+
+    found = sweep(rates, measure)
+    assert list(found.losses) == pytest.approx(tried)
+    assert sorted(asked) == list(found.losses)
+    assert sorted(found.extended) == sorted(set(asked) - set(rates))
+    assert found.best == pytest.approx(best)
+    assert found.edge == edge
+
+
+def test_a_rate_that_diverges_or_fails_is_never_the_best_and_bounds_the_grid():
+    losses = {1e-3: 2.0, 2e-3: 1.0, 4e-3: math.nan, 8e-3: None}
+    found = sweep(list(losses), losses.__getitem__)
+    assert (found.best, found.edge, found.extended) == (2e-3, None, [])
+    assert sweep([1e-3], lambda rate: None) == Sweep({1e-3: None}, [], None, None)
+    assert beyond_edge({1e-3: math.inf}) is None
+
+
+# The figures
+
+
+def figures_of(score: float, loss: float, seconds: float = 10.0) -> dict[str, Any]:
+    """What `run.json` holds of a run on the test rows, as far as a comparison reads it."""
+    return {
+        "machine": {"processor": "one"},
+        "versions": {"diablo": "1"},
+        "parameters": {"trainable": 3072},
+        "scores": {"after": {"mawps": {"headline": "accuracy", "accuracy": score, "right": 1, "total": 2}}},
+        "training": {
+            "held_out_loss": [[0, 9.0], [3, loss]],
+            "tokens_per_second": 100.0,
+            "peak_memory_bytes": 5_000_000,
+        },
+        "timings": {"train_seconds": seconds},
+        "adapter_bytes": 1_500_000,
+        "general_loss": {"before": 3.0, "after": 3.25},
+    }
+
+
+@pytest.fixture
+def summary(tiny_model, tmp_path) -> dict[str, Any]:
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo", "lora", "full"])
+    diablo, lora, _ = comparison.contenders
+    runs = [
+        describe_run(comparison.run(contender, "test", 1e-3, seed), figures, failure)
+        for contender, seed, figures, failure in (
+            (diablo, 0, figures_of(0.50, 1.0, 10), None),
+            (diablo, 1, figures_of(0.60, 1.5, 20), None),
+            (lora, 0, figures_of(0.70, 0.9), None),
+            (lora, 1, {}, "out of memory"),
+        )
+    ]
+    sweeps = {
+        "diablo": Sweep({1e-3: 1.0, 2e-3: math.inf}, [2e-3], 1e-3, "lowest"),
+        "lora": Sweep({1e-3: 1.0}, [], 1e-3, None),
+        "full": Sweep({1e-3: None}, [], None, None),
+    }
+    return summarize(comparison, sweeps, runs, [figures_of(0, 0)] * 2)
+
+
+def test_means_and_deviations_are_those_over_the_seeds(summary):
+    assert [method["method"] for method in summary["methods"]] == ["lora", "diablo", "full"]
+    lora, diablo, full = summary["methods"]
+    assert diablo["score"]["mean"] == pytest.approx(0.55)
+    assert diablo["score"]["deviation"] == pytest.approx(math.sqrt(0.005))
+    assert diablo["test_loss"]["deviation"] == pytest.approx(statistics.stdev([1.0, 1.5]))
+    assert diablo["forgetting"]["mean"] == 0.25
+    assert diablo["training_seconds"]["mean"] == 15
+    assert (lora["seeds"], lora["score"]) == (1, {"mean": 0.7, "deviation": None, "values": [0.7]})
+    assert (full["seeds"], full["score"], full["learning_rate"]) == (0, None, None)
+    assert summary["machines"] == [{"processor": "one"}]
+
+
+def test_the_table_says_what_the_figures_say(summary):
+    rows = [dict(zip(HEADERS, cells, strict=True)) for cells in table_rows(summary)]
+    assert rows[1]["test score"] == "55.0% ± 7.1%"
+    assert rows[1]["test loss"] == "1.2500 ± 0.3536"
+    assert rows[1]["learning rate"] == "0.001*"
+    assert rows[1]["forgetting"] == "+0.2500 ± 0.0000"
+    assert rows[1]["peak memory, MB"] == "5"
+    assert rows[1]["file, MB"] == "1.5"
+    assert rows[0]["test score"] == "70.0%"
+    assert rows[0]["size"] == "r = 4, alpha 8"
+    assert rows[0]["trained parameters"] == "2,816 (-8.3%)"
+    assert rows[2]["test score"] == rows[2]["learning rate"] == "-"
+    lines = markdown(summary).splitlines()
+    assert lines[0] == f"| {' | '.join(HEADERS)} |"
+    assert lines[3].startswith("| diablo | N = 4 | 3,072 | 0.001* | 55.0% ± 7.1% | 1.2500 ± 0.3536 |")
+
+
+def test_the_notes_name_edges_extensions_and_failures(summary):
+    said = "\n".join(notes(summary))
+    assert "diablo: the best rate was at the grid's edge; it was extended by 0.002." in said
+    assert "* diablo: the best rate is the lowest that was tried" in said
+    assert "full: no run of the sweep gave a finite loss." in said
+    assert "Failed: lora, test, learning rate 0.001, seed 1: out of memory" in said
+    assert "6 validation rows" in said
+
+
+# The general text
+
+
+def test_forgetting_of_an_adapter_that_was_not_trained_is_zero(tiny_model):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    rows = encode_general_text("builtin", tokenizer, 128)
+    before = held_out_loss(model, rows, tokenizer.pad_token_id)
+    adapted = apply_method(model, DiabloMethod(num_blocks=4))
+    assert held_out_loss(adapted, rows, tokenizer.pad_token_id) == before
+
+
+def test_general_text_is_prose_whose_every_token_but_the_first_carries_loss(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = encode_general_text("builtin", tokenizer, 100)
+    assert len(rows) == 40
+    for row in rows:
+        assert row.supervised == len(row.input_ids) - 1 <= 99
+        assert tokenizer.eos_token_id not in row.input_ids
+
+
+def test_own_general_text(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text, lines = tmp_path / "own.txt", tmp_path / "own.jsonl"
+    text.write_text("One paragraph\nof two lines.\n\n\n\nAnother one.\n")
+    lines.write_text("\n".join(json.dumps({"text": each}) for each in ("One paragraph of two lines.", "Another one.")))
+    from_text, from_lines = (encode_general_text(str(path), tokenizer, 100) for path in (text, lines))
+    assert from_text == from_lines
+    assert [tokenizer.decode(row.input_ids) for row in from_text] == ["One paragraph of two lines.", "Another one."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("own.txt", "\n\n", "holds no text"),
+        ("own.txt", "\xe8".encode("latin-1"), "not a text file in UTF-8"),
+        ("own.jsonl", '{"texts": "a"}', "row 1 is no object with a text"),
+        ("own.jsonl", '{"text": "a b c"}\n{', "row 2 is no object with a text"),
+    ],
+)
+def test_general_text_that_cannot_be_used(tiny_model, tmp_path, name, content, part):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=part):
+        encode_general_text(str(path), AutoTokenizer.from_pretrained(tiny_model), 100)
