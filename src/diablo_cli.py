@@ -85,7 +85,9 @@ def compare(
         str | None, typer.Option(help="Names of methods, separated by commas; all of them if not given.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
-    lrs: Annotated[str, typer.Option(help="Learning rates of the sweep, separated by commas.")] = "2e-4,5e-4,1e-3,2e-3",
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates of the sweep; 2e-4,5e-4,1e-3,2e-3 if not given.")
+    ] = None,
     general: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
     ] = None,
@@ -93,25 +95,21 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and stop.")] = False,
 ) -> None:
     """Compare methods at equal trained parameters, each at its best learning rate, over several seeds."""
+    from diablo.comparison import DEFAULT_METHODS, DEFAULT_RATES, parse_rates, plan_comparison
     from diablo.comparison import compare as run
-    from diablo.comparison import plan_comparison
-    from diablo.comparison.summary import notes
-    from diablo.recipe import METHODS, load_recipe
-    from diablo.reporting import comparison_table, print_comparison_plan
+    from diablo.recipe import load_recipe
+    from diablo.reporting import print_comparison, print_comparison_plan
 
-    rates = _numbers("--lrs", lrs)
+    rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
+    names = DEFAULT_METHODS if methods is None else methods.split(",")
     settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
     _quiet()
-    names = tuple(METHODS) if methods is None else methods.split(",")
     comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
     print_comparison_plan(out, comparison)
     if dry_run:
         return
     record = run(comparison, console=progress)
-    out.print(comparison_table(record))
-    for note in notes(record):
-        out.print(f"- {note}", markup=False)
-    out.print(f"record  {escape(str(comparison.folder))}/comparison.json, .md and .png")
+    print_comparison(out, record, comparison.folder)
     if any(each["failure"] for each in record["runs"]):
         sys.exit(1)
 
@@ -190,6 +188,7 @@ def evaluate(
     from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
     from diablo.reporting import print_examples
     from diablo.results import recipe_of_run
+    from diablo.tasks import chosen_tasks
 
     of_generation = {
         "--samples": samples,
@@ -213,7 +212,7 @@ def evaluate(
         return
     _refuse("these are settings of --harness, which is missing", of_harness)
     _quiet()
-    tasks = _tasks_to_score(recipe_of_run(model), task, data_folder, protocol, allow=allow_code_execution)
+    tasks = chosen_tasks(recipe_of_run(model), task, data_folder, protocol, allow=allow_code_execution)
     if likelihood:
         _refuse("--likelihood generates nothing", of_generation)
         _evaluate_by_likelihood(model, base, chat, tasks, batch_size, limit, out_file)
@@ -418,41 +417,6 @@ def _refuse(reason: str, options: dict[str, Any]) -> None:
 
     if given := [name for name, value in options.items() if value is not None]:
         raise UserError(f"{', '.join(given)}: {reason}; leave out the one or the other.")
-
-
-def _tasks_to_score(
-    trained_as: dict[str, Any], names: str | None, folder: Path | None, protocol: str | None, *, allow: bool
-) -> list[Task]:
-    """The tasks that are asked for, or that a run is scored on; a run's own settings where none are given."""
-    from diablo.errors import UserError
-    from diablo.tasks import PROTOCOLS, TASKS, check_code_execution, check_folder, check_split, get_task
-
-    data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
-    own = evaluation.get("tasks") or [trained_as.get("task")]
-    chosen = [name for name in (names.split(",") if names is not None else own) if name]
-    if not chosen:
-        scorable = [name for name, task in TASKS.items() if "test" in task.splits]
-        raise UserError(f"--task: missing; allowed: {', '.join(scorable)}.")
-    protocol = protocol or evaluation.get("protocol", "strict")
-    if protocol not in PROTOCOLS:
-        raise UserError(f"--protocol: found {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
-    for name in chosen:
-        check_split("--task", name, "test")
-        check_code_execution(name, allow)
-    if folder is not None:
-        check_folder("--data-folder", folder, chosen)
-    own_folder = data.get("folder")
-    folder = folder or (Path(own_folder) if own_folder else None)
-    return [get_task(name, folder=folder, protocol=protocol) for name in dict.fromkeys(chosen)]
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    from diablo.errors import UserError
-
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option}: found {text!r}; give numbers, separated by commas.") from None
 
 
 def _check_file(path: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -182,14 +183,17 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(f"folder              {escape(str(comparison.folder))}")
 
 
-def comparison_table(record: dict[str, Any]) -> Table:
-    """The outcome of a comparison, the best method first."""
-    from diablo.comparison.summary import HEADERS, table_rows
+def print_comparison(out: Console, record: dict[str, Any], folder: Path) -> None:
+    """The outcome of a comparison, the best method first, and what has to be said about it."""
+    from diablo.comparison.summary import HEADERS, notes, table_rows
 
     table = Table(*(Column(header, overflow="fold") for header in HEADERS))
     for cells in table_rows(record):
         table.add_row(*cells)
-    return table
+    out.print(table)
+    for note in notes(record):
+        out.print(f"- {note}", markup=False)
+    out.print(f"record  {escape(str(folder))}/comparison.json, .md and .png")
 
 
 def tasks_table(tasks: Iterable[type[Task]]) -> Table:

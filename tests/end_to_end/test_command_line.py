@@ -23,6 +23,9 @@ SHORT = [
 ]
 
 
+RUN_FILES = ("run.json", "recipe.yaml", "loss.png", "checkpoints")
+
+
 def quickstart_on(model: Path, output: Path, *overrides: str) -> list[str]:
     return ["train", "quickstart", f"model={model}", f"output={output}", "method.num_blocks=4", *SHORT, *overrides]
 
@@ -72,7 +75,10 @@ def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path
 
 
 @pytest.mark.parametrize(
-    "method", ["{name: lora, r: 2}", "{name: dora, r: 2}", "full"], ids=["lora", "dora", "full fine-tuning"]
+    "method",
+    # 10 does not divide the inputs, as MiSS would rather have it.
+    [*(f"{{name: {name}, r: 2}}" for name in ("lora", "rslora", "dora", "pissa")), "{name: miss, r: 10}", "full"],
+    ids=["lora", "rslora", "dora", "pissa", "miss", "full fine-tuning"],
 )
 def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, method):
     run = tmp_path / "run"
@@ -83,6 +89,9 @@ def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, met
     held_out = [loss for _, loss in record["training"]["held_out_loss"]]
     assert held_out[-1] < held_out[0]
     assert (record["parameters"]["share"] == 1) == (method == "full")
+    # Nothing else is left, and what is left can be loaded.
+    assert {path.name for path in run.iterdir()} <= {*RUN_FILES, "model" if method == "full" else "adapter"}
+    assert diablo("generate", run, "Problem: 2 and 3 ?", "--max-new-tokens", 4)[0] == 0
 
 
 def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(diablo, tiny_model, tmp_path):
@@ -130,6 +139,24 @@ def test_gradient_accumulation_and_checkpointing_change_memory_not_the_result(di
     for name, values in blocks["plain"].items():
         torch.testing.assert_close(blocks["checkpointed"][name], values)
         torch.testing.assert_close(blocks["accumulated"][name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_validation_rows_and_the_loss_of_general_text_are_recorded(diablo, tiny_model, tmp_path):
+    run, text = tmp_path / "run", tmp_path / "general.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n\nAnd the dog sleeps on.")
+    settings = ["data.validation_rows=10", "data.held_out=validation", f"evaluation.general={text}"]
+    no_scores = ["evaluation.before=false", "evaluation.after=false"]
+    status, out, _ = diablo(*quickstart_on(tiny_model, run, *no_scores, *settings, "training.learning_rate=1e-2"))
+    assert status == 0
+    record = json.loads((run / "run.json").read_text())
+    assert (record["data"]["held_out_rows"], record["data"]["validation_rows"]) == (10, 10)
+    general = record["general_loss"]
+    assert general["before"] != general["after"]
+    assert f"forgetting {general['after'] - general['before']:+.3f}" in out
+    assert 0 < record["training"]["peak_memory_bytes"] <= record["peak_memory_bytes"]
+    status, out, _ = diablo(*quickstart_on(tiny_model, tmp_path / "other", *settings), "--dry-run")
+    assert "validation rows     10 kept out of training" in out
+    assert "general text        2 rows" in out
 
 
 def test_a_dry_run_reads_no_weights_and_marks_tokens(diablo, tiny_model, tmp_path):

@@ -176,6 +176,18 @@ def plan_comparison(
     )
 
 
+def parse_rates(text: str) -> list[float]:
+    """Learning rates as they are written on the command line, separated by commas.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--lrs: found {text!r}; give numbers, separated by commas.") from None
+
+
 def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[float]) -> None:
     for name in methods:
         if name not in METHODS:

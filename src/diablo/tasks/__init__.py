@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from diablo.errors import UserError, did_you_mean
 from diablo.execution import describe_isolation
@@ -21,6 +22,7 @@ __all__ = [
     "Task",
     "check_code_execution",
     "check_split",
+    "chosen_tasks",
     "get_task",
     "without_tested",
 ]
@@ -125,3 +127,37 @@ def check_code_execution(name: str, allowed: bool) -> None:
             "evaluation.allow_code_execution: true."
         )
     describe_isolation()
+
+
+def chosen_tasks(
+    trained_as: dict[str, Any], names: str | None, folder: Path | None, protocol: str | None, *, allow: bool
+) -> list[Task]:
+    """The tasks that are asked for on the command line, or that a run is scored on.
+
+    Args:
+        trained_as: the run's recipe, whose settings are used where none are given; empty where there is no run.
+        names: names of tasks, separated by commas.
+        folder: a local folder of datasets to read in place of the hub.
+        protocol: how answers are read.
+        allow: whether tasks may run code that the model wrote.
+
+    Raises:
+        UserError: there are no such tasks, or they cannot be scored so.
+    """
+    data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
+    own = evaluation.get("tasks") or [trained_as.get("task")]
+    chosen = [name for name in (names.split(",") if names is not None else own) if name]
+    if not chosen:
+        scorable = [name for name, task in TASKS.items() if "test" in task.splits]
+        raise UserError(f"--task: missing; allowed: {', '.join(scorable)}.")
+    protocol = protocol or evaluation.get("protocol", "strict")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol: found {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
+    for name in chosen:
+        check_split("--task", name, "test")
+        check_code_execution(name, allow)
+    if folder is not None:
+        check_folder("--data-folder", folder, chosen)
+    own_folder = data.get("folder")
+    folder = folder or (Path(own_folder) if own_folder else None)
+    return [get_task(name, folder=folder, protocol=protocol) for name in dict.fromkeys(chosen)]
