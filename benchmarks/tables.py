@@ -61,7 +61,28 @@ def _scaling(record: dict[str, Any]) -> None:
     )
 
 
-_TABLES = {"layer": _layer, "step": _step, "switching": _switching, "memory": _memory, "scaling": _scaling}
+def _training(record: dict[str, Any]) -> None:
+    rows = [
+        [
+            row["trainer"],
+            row["method"],
+            round(row["tokens_per_second"]),
+            row["ratio_to_lora_in_trl"],
+            f"{row['padding_share']:.1%}",
+        ]
+        for row in record["results"]
+    ]
+    print_table(["trainer", "method", "tokens/s", "ratio", "padding"], rows)
+
+
+_TABLES = {
+    "layer": _layer,
+    "step": _step,
+    "switching": _switching,
+    "memory": _memory,
+    "scaling": _scaling,
+    "training": _training,
+}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftConfig
 from rich.progress import track
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.harness import DTYPES, Device, Dtype, keep_freed_memory, print_table, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, print_table, write_record
 from benchmarks.methods import equal_size
 from diablo import DiabloConfig
 from diablo.models import load_model, load_tokenizer, resolve_model
@@ -149,7 +149,6 @@ def main(
         for trainer in ("diablo train", "TRL")
         for name in methods
     }
-    keep_freed_memory()
     measured: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in runs}
     for round_ in track(range(-1, rounds), description="rounds", transient=True):
         turn = round_ % len(runs)
