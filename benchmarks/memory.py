@@ -52,8 +52,9 @@ def one(method: str, model: str, dtype: str, device: str, length: int, num_block
     print(json.dumps({"saved": saved, "peak": peak, "parameters": count_parameters(adapted)[0]}))
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def every(
+    context: typer.Context,
     model: str = "builtin:smollm2-135m",
     dtype: Dtype = "bf16",
     device: Device = "cpu",
@@ -62,6 +63,8 @@ def every(
     out: Path | None = None,
 ) -> None:
     """Measure every method at three lengths of one row."""
+    if context.invoked_subcommand is not None:
+        return
     results: list[dict[str, Any]] = []
     for length in LENGTHS:
         for name in methods.split(","):
