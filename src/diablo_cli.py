@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from diablo.evaluation import Decoding
     from diablo.tasks import Task
 
 app = typer.Typer(
@@ -175,8 +176,11 @@ def evaluate(
     ] = False,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
     likelihood: Annotated[
-        bool, typer.Option("--likelihood", help="Score multiple-choice tasks by the likelihood of their choices.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--likelihood/--no-likelihood", help="Score choices by their likelihood; as the run was if not given."
+        ),
+    ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
     ] = None,
@@ -185,23 +189,25 @@ def evaluate(
 ) -> None:
     """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
     from diablo.checkpoints import load_for_generation
-    from diablo.evaluation import decoding_for, evaluate_tasks, write_answers
+    from diablo.evaluation import decoding_for
+    from diablo.likelihood import as_multiple_choice
     from diablo.reporting import print_examples
     from diablo.results import recipe_of_run
+    from diablo.scoring import score_tasks, write_answers
     from diablo.tasks import chosen_tasks
 
     of_generation = {
         "--samples": samples,
         "--temperature": temperature,
         "--seed": seed,
-        "--examples": examples,
         "--allow-code-execution": allow_code_execution or None,
     }
     of_tasks = {
         "--task": task,
         "--data-folder": data_folder,
         "--protocol": protocol,
-        "--likelihood": likelihood or None,
+        "--likelihood": likelihood,
+        "--examples": examples,
     }
     of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
     _check_file(out_file)
@@ -212,17 +218,22 @@ def evaluate(
         return
     _refuse("these are settings of --harness, which is missing", of_harness)
     _quiet()
-    tasks = chosen_tasks(recipe_of_run(model), task, data_folder, protocol, allow=allow_code_execution)
+    trained_as = recipe_of_run(model)
+    tasks = chosen_tasks(trained_as, task, data_folder, protocol, allow=allow_code_execution)
+    if likelihood is None:
+        likelihood = task is None and trained_as.get("evaluation", {}).get("likelihood", False)
+    scored: list[tuple[Task, Decoding | None]]
+    # A fault in the data shows before the model is loaded.
     if likelihood:
         _refuse("--likelihood generates nothing", of_generation)
-        _evaluate_by_likelihood(model, base, chat, tasks, batch_size, limit, out_file)
-        return
-    sampling: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed or 0}
-    scored = [(each, decoding_for(each, **sampling)) for each in tasks]
-    for each in tasks:
-        each.problems("test")  # a fault in the data shows before the model is loaded
+        scored = [(as_multiple_choice(each, limit=limit), None) for each in tasks]
+    else:
+        sampling: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed or 0}
+        scored = [(each, decoding_for(each, **sampling)) for each in tasks]
+        for each in tasks:
+            each.problems("test")
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
-    scores = evaluate_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
+    scores = score_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
     if out_file is not None:
         write_answers(out_file, scores.values())
     for name, score in scores.items():
@@ -359,33 +370,6 @@ def chat(
         encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
     conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     conversation.run(lambda: read_line(out))
-
-
-def _evaluate_by_likelihood(
-    model: str,
-    base: str | None,
-    chat: bool | None,
-    tasks: list[Task],
-    batch_size: int,
-    limit: int | None,
-    path: Path | None,
-) -> None:
-    from diablo.checkpoints import load_for_generation
-    from diablo.likelihood import as_multiple_choice, evaluate_tasks_by_likelihood, write_choices
-
-    chosen = [as_multiple_choice(task) for task in tasks]
-    for task in chosen:
-        # A fault in the data shows before the model is loaded.
-        for problem in task.problems("test")[:limit]:
-            task.choices(problem)
-    loaded, encoder = load_for_generation(model, base=base, chat=chat)
-    scores = evaluate_tasks_by_likelihood(loaded, encoder, chosen, console=progress, batch_size=batch_size, limit=limit)
-    for score in scores:
-        figures = f"acc {score.acc:.1%}, acc_norm {score.acc_norm:.1%}"
-        out.print(f"{score.task}: {figures} by likelihood ({len(score.choices)} problems) in {score.seconds:.0f} s")
-    if path is not None:
-        write_choices(path, scores)
-        out.print(f"answers  {escape(str(path))}")
 
 
 def _evaluate_by_harness(

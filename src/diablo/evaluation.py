@@ -1,23 +1,19 @@
-"""Batched generation, and the scoring of tasks with it."""
+"""Batched generation, and the scoring of a task with it."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from diablo.data.batching import collate
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.errors import UserError
 from diablo.losses import summed_completion_loss
-from diablo.progress import ProgressReport
 from diablo.tasks import Problem, Protocol, Task
 
 Progress = Callable[[int, int], None]
@@ -52,6 +48,12 @@ class Decoding:
     temperature: float = 0.0
     beams: int = 1
     seed: int = 0
+
+    def describe(self) -> str:
+        """In words."""
+        if self.temperature:
+            return f"{self.samples} samples at temperature {self.temperature}"
+        return f"{self.beams} beams" if self.beams > 1 else "greedy"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,6 +104,17 @@ class Answer:
     right: bool
     sample: int = 0
 
+    def line(self) -> dict[str, Any]:
+        """What is written of it to a file of answers."""
+        return {
+            "number": self.problem.row.number,
+            "sample": self.sample,
+            "prompt": self.problem.row.prompt,
+            "text": self.text,
+            "answer": self.problem.answer,
+            "right": self.right,
+        }
+
 
 @dataclass(frozen=True)
 class Score:
@@ -112,14 +125,14 @@ class Score:
         answers: one for each completion, in the task's order; a problem's samples follow one another.
         seconds: wall time.
         metrics: the task's figures, the headline figure first.
-        protocol: how the answers were read.
+        protocol: how the answers were read, or ``"likelihood"`` where none was written.
     """
 
     task: str
-    answers: list[Answer]
+    answers: Sequence[Answer]
     seconds: float
     metrics: dict[str, float]
-    protocol: Protocol
+    protocol: Protocol | Literal["likelihood"]
 
     @property
     def right(self) -> int:
@@ -187,63 +200,6 @@ def evaluate_task(
     starts = range(0, len(answers), decoding.samples)
     rights = [[answer.right for answer in answers[first : first + decoding.samples]] for first in starts]
     return Score(task.name, answers, time.perf_counter() - start, task.metrics(problems, rights), task.protocol)
-
-
-def evaluate_tasks(
-    model: Any,
-    encoder: RowEncoder,
-    tasks: Iterable[tuple[Task, Decoding]],
-    *,
-    console: Console,
-    batch_size: int = 48,
-    limit: int | None = None,
-    when: str = "",
-) -> dict[str, Score]:
-    """Score a model on several tasks, with a bar for each.
-
-    Args:
-        model: a causal language model or ``PeftModel``.
-        encoder: turns problems into prompts as in training.
-        tasks: the tasks, each with how its completions are generated.
-        console: where progress is written.
-        batch_size: prompts generated together.
-        limit: score only the first so many problems of each task.
-        when: said beside the bar, such as ``before``.
-
-    Returns:
-        The scores by the tasks' names.
-    """
-    scores = {}
-    for task, decoding in tasks:
-        total = len(task.problems("test")[:limit]) * decoding.samples
-        with ProgressReport(console, f"scoring {task.name} {when}".rstrip(), total) as report:
-            scores[task.name] = evaluate_task(
-                model,
-                encoder,
-                task,
-                decoding=decoding,
-                batch_size=batch_size,
-                limit=limit,
-                progress=lambda done, _, report=report: report.update(done),  # type: ignore[misc]
-            )
-    return scores
-
-
-def write_answers(path: Path, scores: Iterable[Score]) -> None:
-    """Write each answer of some evaluations as a line of a JSONL file."""
-    with path.open("w", encoding="utf-8") as lines:
-        for score in scores:
-            for answer in score.answers:
-                line = {
-                    "task": score.task,
-                    "number": answer.problem.row.number,
-                    "sample": answer.sample,
-                    "prompt": answer.problem.row.prompt,
-                    "text": answer.text,
-                    "answer": answer.problem.answer,
-                    "right": answer.right,
-                }
-                lines.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
 @torch.no_grad()

@@ -7,23 +7,19 @@ is scored on what it knows. The two accuracies are those of the lm-evaluation-ha
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.evaluation import Progress, evaluating
+from diablo.evaluation import Answer, Progress, Score, evaluating
 from diablo.losses import completion_log_likelihoods
-from diablo.progress import ProgressReport
 from diablo.tasks import TASKS, MultipleChoice, Problem, Task
 
 
@@ -54,51 +50,40 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A problem and its candidates.
+class Choice(Answer):
+    """The answer to a problem of multiple choice: the first of the candidates with the largest log-likelihood.
 
     Attributes:
-        problem: the problem.
         candidates: in the task's order.
-        right: index of the right one.
+        target: index of the right one.
     """
 
-    problem: Problem
-    candidates: list[Candidate]
-    right: int
+    candidates: Sequence[Candidate] = ()
+    target: int = 0
+
+    @classmethod
+    def among(cls, problem: Problem, candidates: Sequence[Candidate], target: int) -> Choice:
+        """The choice of a model that finds the candidates as likely as they say."""
+        chosen = _favourite(candidates, _by_sum)
+        return cls(problem, candidates[chosen].text, chosen == target, candidates=candidates, target=target)
 
     def is_right(self, measure: Callable[[Candidate], float]) -> bool:
         """Whether the right candidate is the first one with the largest measure."""
-        measures = [measure(candidate) for candidate in self.candidates]
-        return measures.index(max(measures)) == self.right
+        return _favourite(self.candidates, measure) == self.target
+
+    def line(self) -> dict[str, Any]:
+        """What is written of it to a file of answers."""
+        candidates = [asdict(candidate) for candidate in self.candidates]
+        return super().line() | {"candidates": candidates, "target": self.target}
 
 
-@dataclass(frozen=True)
-class ChoiceScore:
-    """The outcome of scoring a task by likelihood.
+def _favourite(candidates: Sequence[Candidate], measure: Callable[[Candidate], float]) -> int:
+    measures = [measure(candidate) for candidate in candidates]
+    return measures.index(max(measures))
 
-    Attributes:
-        task: name of the task.
-        choices: one for each problem, in the task's order.
-        seconds: wall time.
-    """
 
-    task: str
-    choices: list[Choice]
-    seconds: float
-
-    @property
-    def acc(self) -> float:
-        """The share of problems whose right candidate has the largest log-likelihood, from 0 to 1."""
-        return self._share(lambda candidate: candidate.log_likelihood)
-
-    @property
-    def acc_norm(self) -> float:
-        """The same by log-likelihood for each character."""
-        return self._share(lambda candidate: candidate.per_character)
-
-    def _share(self, measure: Callable[[Candidate], float]) -> float:
-        return sum(choice.is_right(measure) for choice in self.choices) / len(self.choices)
+def _by_sum(candidate: Candidate) -> float:
+    return candidate.log_likelihood
 
 
 def evaluate_choices(
@@ -109,14 +94,14 @@ def evaluate_choices(
     batch_size: int = 48,
     limit: int | None = None,
     progress: Progress | None = None,
-) -> ChoiceScore:
+) -> Score:
     """Score a model on a multiple-choice task's test problems by likelihood.
 
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: turns problems into tokens as in training.
         task: the task.
-        batch_size: candidates of a forward.
+        batch_size: sequences of a forward.
         limit: score only the first so many problems.
         progress: told of every finished batch, in candidates.
 
@@ -128,62 +113,34 @@ def evaluate_choices(
     start = time.perf_counter()
     rows = [task.choices(problem) for problem in problems]
     scored = score_candidates(model, encoder, rows, batch_size=batch_size, progress=progress)
-    choices = [Choice(*parts, _right(task, *parts)) for parts in zip(problems, scored, strict=True)]
-    return ChoiceScore(task.name, choices, time.perf_counter() - start)
+    choices = [
+        Choice.among(problem, candidates, _target(task, problem, candidates))
+        for problem, candidates in zip(problems, scored, strict=True)
+    ]
+    metrics = {
+        "acc": sum(choice.right for choice in choices) / len(choices),
+        "acc_norm": sum(choice.is_right(lambda each: each.per_character) for choice in choices) / len(choices),
+    }
+    return Score(task.name, choices, time.perf_counter() - start, metrics, "likelihood")
 
 
-def write_choices(path: Path, scores: Iterable[ChoiceScore]) -> None:
-    """Write each problem's candidates as a line of a JSONL file."""
-    with path.open("w", encoding="utf-8") as lines:
-        for score in scores:
-            for choice in score.choices:
-                line = {
-                    "task": score.task,
-                    "number": choice.problem.row.number,
-                    "prompt": choice.problem.row.prompt,
-                    "candidates": [asdict(candidate) for candidate in choice.candidates],
-                    "right": choice.right,
-                }
-                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+def as_multiple_choice(task: Task, *, key: str = "--likelihood", limit: int | None = None) -> MultipleChoice:
+    """The task as one that can be scored by likelihood, with the choices of its problems checked.
 
-
-def as_multiple_choice(task: Task) -> MultipleChoice:
-    """The task as one that can be scored by likelihood.
+    Args:
+        task: the task.
+        key: what the user asked for scoring by likelihood with, for the message.
+        limit: how many problems will be scored; all where None.
 
     Raises:
-        UserError: its answers are written freely.
+        UserError: its answers are written freely, or a problem does not list its choices.
     """
     if not isinstance(task, MultipleChoice):
         allowed = [name for name, kind in TASKS.items() if issubclass(kind, MultipleChoice) and "test" in kind.splits]
-        raise UserError(f"--likelihood: task {task.name!r} has no choices; allowed: {', '.join(allowed)}.")
+        raise UserError(f"{key}: task {task.name!r} has no choices; allowed: {', '.join(allowed)}.")
+    for problem in task.problems("test")[:limit]:
+        task.choices(problem)
     return task
-
-
-def evaluate_tasks_by_likelihood(
-    model: Any,
-    encoder: RowEncoder,
-    tasks: Iterable[MultipleChoice],
-    *,
-    console: Console,
-    batch_size: int = 48,
-    limit: int | None = None,
-) -> list[ChoiceScore]:
-    """Score a model on several multiple-choice tasks, with a bar for each; see :func:`evaluate_choices`."""
-    scores = []
-    for task in tasks:
-        total = sum(len(task.choices(problem)) for problem in task.problems("test")[:limit])
-        with ProgressReport(console, f"scoring {task.name}", total) as report:
-            scores.append(
-                evaluate_choices(
-                    model,
-                    encoder,
-                    task,
-                    batch_size=batch_size,
-                    limit=limit,
-                    progress=lambda done, _, report=report: report.update(done),  # type: ignore[misc]
-                )
-            )
-    return scores
 
 
 @torch.no_grad()
@@ -197,11 +154,13 @@ def score_candidates(
 ) -> list[list[Candidate]]:
     """The log-likelihood of each problem's candidates, batched by length so that little is padded.
 
+    Candidates that differ in their last token only, as ``answer1`` and ``answer2`` may, share a forward.
+
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: turns rows into tokens as in training.
         problems: for each problem its prompt with each candidate as the completion.
-        batch_size: candidates of a forward.
+        batch_size: sequences of a forward.
         progress: told of every finished batch, in candidates.
 
     Returns:
@@ -212,18 +171,26 @@ def score_candidates(
     """
     rows = [row for candidates in problems for row in candidates]
     encoded = [_encode(encoder, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: -len(encoded[index].input_ids))
-    likelihoods = [0.0] * len(rows)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, tokens in enumerate(encoded):
+        # Where the supervised tokens start is part of what is alike.
+        alike.setdefault((tokens.supervised, *tokens.input_ids[:-1]), []).append(index)
+    groups = sorted(alike.values(), key=lambda group: -len(encoded[group[0]].input_ids))
+    likelihoods, done = [0.0] * len(rows), 0
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
+        for first in range(0, len(groups), batch_size):
+            together = groups[first : first + batch_size]
             # Padding on the right lies behind every token that is scored, so that a causal model never sees it.
-            batch = collate([encoded[index].features for index in indices], encoder.tokenizer.pad_token_id)
+            batch = collate([encoded[group[0]].features for group in together], encoder.tokenizer.pad_token_id)
             moved = {name: values.to(model.device) for name, values in batch.items()}
-            for index, value in zip(indices, completion_log_likelihoods(model, moved).tolist(), strict=True):
-                likelihoods[index] = value
+            before, of_last = completion_log_likelihoods(model, moved)
+            for group, sum_before, log_probabilities in zip(together, before.tolist(), of_last, strict=True):
+                lasts = [encoded[index].input_ids[-1] for index in group]
+                for index, value in zip(group, log_probabilities[lasts].tolist(), strict=True):
+                    likelihoods[index] = sum_before + value
+            done += sum(map(len, together))
             if progress is not None:
-                progress(first + len(indices), len(order))
+                progress(done, len(rows))
     scored = iter(
         Candidate(_text(row), likelihood, tokens.supervised)
         for row, likelihood, tokens in zip(rows, likelihoods, encoded, strict=True)
@@ -231,7 +198,7 @@ def score_candidates(
     return [[next(scored) for _ in candidates] for candidates in problems]
 
 
-def _right(task: Task, problem: Problem, candidates: Sequence[Candidate]) -> int:
+def _target(task: Task, problem: Problem, candidates: Sequence[Candidate]) -> int:
     right = [index for index, candidate in enumerate(candidates) if task.score(candidate.text, problem)]
     if len(right) != 1:
         raise ValueError(f"{task.name}: row {problem.row.number} has {len(right)} right candidates, not one.")
@@ -239,7 +206,7 @@ def _right(task: Task, problem: Problem, candidates: Sequence[Candidate]) -> int
 
 
 def _encode(encoder: RowEncoder, row: Row) -> EncodedRow:
-    """A row with its last completion supervised, and of that all but the stop token."""
+    """A row with its last completion supervised, which ends before the stop token."""
     encoded = encoder.encode(row)
     start = len(encoder.prompt(row))
     stop = max(index for index, label in enumerate(encoded.labels) if label != IGNORED)
@@ -247,8 +214,7 @@ def _encode(encoder: RowEncoder, row: Row) -> EncodedRow:
         raise UserError(f"Row {row.number}: the prompt has no tokens, so that nothing predicts the candidate's first.")
     if stop == start or not _text(row).strip():
         raise UserError(f"Row {row.number}: the candidate {_text(row)!r} has no text to score.")
-    labels = [IGNORED] * start + encoded.labels[start:stop] + [IGNORED] * (len(encoded.labels) - stop)
-    return EncodedRow(encoded.number, encoded.input_ids, labels)
+    return EncodedRow(encoded.number, encoded.input_ids[:stop], [IGNORED] * start + encoded.labels[start:stop])
 
 
 def _text(row: Row) -> str:

@@ -36,20 +36,25 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
     return torch.stack(losses).sum()
 
 
-def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Log-likelihood of each row's supervised tokens, given the tokens before them.
+def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihoods of completions that differ in their last token only, from one forward of one of them.
 
     Args:
         model: as for :func:`summed_completion_loss`.
-        batch: as for :func:`summed_completion_loss`.
+        batch: as for :func:`summed_completion_loss`; every row has a supervised token.
 
     Returns:
-        ``(rows,)`` in fp32, in nats; 0 for a row without supervised tokens.
+        In fp32, in nats: ``(rows,)``, the log-likelihood of each row's supervised tokens but the last, given the tokens
+        before them, and ``(rows, vocabulary)``, that of every token in the place of the last.
     """
     logits, targets = _supervised_logits(model, batch)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    rows, tokens = batch["labels"].shape
-    return losses.new_zeros(rows).index_add(0, batch["predicting"] // tokens, -losses)
+    rows = batch["predicting"] // batch["labels"].shape[1]
+    last = torch.ones_like(rows, dtype=torch.bool)
+    last[:-1] = rows[1:] != rows[:-1]
+    log_probabilities = logits.float().log_softmax(-1)
+    of_targets = log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1).masked_fill(last, 0)
+    before = of_targets.new_zeros(len(batch["labels"])).index_add(0, rows, of_targets)
+    return before, log_probabilities[last]
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,11 @@ from diablo import preflight
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row, RowFault, read_rows
-from diablo.data.splits import cut_validation
+from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
 from diablo.evaluation import Decoding, decoding_for
 from diablo.general_text import encode_general_text
+from diablo.likelihood import as_multiple_choice
 from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
 from diablo.models import (
     choose_device,
@@ -41,7 +42,8 @@ class Plan:
         model_name: folder or hub id that transformers understands.
         config: the model's config.
         encoder: rows to tokens.
-        scored: the tasks that are scored before and after, each with how its completions are generated.
+        scored: the tasks that are scored before and after, each with how its completions are generated; None where its
+            choices are scored by likelihood.
         train: encoded training rows.
         held_out: encoded held-out rows; empty where there are none.
         faults: malformed rows that were left out.
@@ -61,7 +63,7 @@ class Plan:
     model_name: str
     config: PretrainedConfig
     encoder: RowEncoder
-    scored: list[tuple[Task, Decoding]]
+    scored: list[tuple[Task, Decoding | None]]
     train: list[EncodedRow]
     held_out: list[EncodedRow]
     faults: list[RowFault]
@@ -142,9 +144,11 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _scored(recipe: Recipe) -> list[tuple[Task, Decoding]]:
+def _scored(recipe: Recipe) -> list[tuple[Task, Decoding | None]]:
     settings = recipe.evaluation
     tasks = [get_task(name, folder=recipe.data.folder, protocol=settings.protocol) for name in recipe.scored]
+    if settings.likelihood:
+        return [(as_multiple_choice(task, key="evaluation.likelihood", limit=settings.limit), None) for task in tasks]
     options: dict[str, Any] = {"samples": settings.samples, "temperature": settings.temperature, "seed": recipe.seed}
     return [(task, decoding_for(task, **options)) for task in tasks]
 
@@ -165,12 +169,12 @@ def _rows(recipe: Recipe, scored: list[Task]) -> _Rows:
     tested = [problem for task in scored for problem in task.problems("test")]
     faults: list[RowFault] = []
     held_out: list[Row] = []
-    if recipe.task is not None:
-        task = get_task(recipe.task, folder=data.folder, protocol=recipe.evaluation.protocol)
-        train = [problem.row for problem in task.problems("train")]
-        if "test" in task.splits:
-            own = task.problems("test")
-            held_out = [problem.row for problem in own][: recipe.evaluation.limit]
+    tasks = [get_task(name, folder=data.folder) for name in recipe.task]
+    if tasks:
+        train = take_turns([[problem.row for problem in task.problems("train")] for task in tasks])
+        for task in tasks:
+            own = task.problems("test") if "test" in task.splits else []
+            held_out += [problem.row for problem in own[: recipe.evaluation.limit]]
             tested += own
     else:
         assert data.train is not None  # the recipe sees to it
@@ -183,6 +187,8 @@ def _rows(recipe: Recipe, scored: list[Task]) -> _Rows:
         raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
     validation: list[Row] = []
     if data.validation_rows is not None:
+        if data.limit is not None:
+            train = train[: data.limit + data.validation_rows]
         train, validation = cut_validation(train, data.validation_rows, data.validation_seed)
     if data.held_out == "validation":
         held_out = validation

@@ -35,6 +35,16 @@ ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression)]
 LayerIndices = Annotated[Any, BeforeValidator(_layer_indices)]
 
 
+def _task_names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    raise ValueError("not names")
+
+
+TaskNames = Annotated[Any, BeforeValidator(_task_names)]
+
+
 class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
@@ -155,12 +165,15 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Scoring of tasks by generation, before and after training."""
+    """Scoring of tasks before and after training, by generation or by likelihood."""
 
     tasks: list[str] | None = Field(
         None, min_length=1, description="a list of task names, scored in place of the one that is trained on"
     )
     protocol: Literal["strict", "paper"] = Field("strict", description="strict or paper: how answers are read")
+    likelihood: bool = Field(
+        False, description="true or false: whether the likeliest choice is the answer, and nothing is generated"
+    )
     samples: int | None = Field(None, ge=1, description="an integer of at least 1: completions of each problem")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
     allow_code_execution: bool = Field(
@@ -181,7 +194,9 @@ class Recipe(Section):
     """A training run. See docs/recipes.md for every key."""
 
     model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
-    task: str | None = Field(None, description="the name of a task; leave it out to train on data.train")
+    task: TaskNames = Field(
+        [], description="the name of a task, or a list of names; leave it out to train on data.train"
+    )
     data: Data = Field(default=Data(), description="a section")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
@@ -199,12 +214,12 @@ class Recipe(Section):
 
     @property
     def scored(self) -> list[str]:
-        """Names of the tasks that are scored: those that are asked for, or else the one that is trained on."""
+        """Names of the tasks that are scored: those that are asked for, or else those that are trained on."""
         from diablo.tasks import TASKS
 
         if self.evaluation.tasks is not None:
             return self.evaluation.tasks
-        return [self.task] if self.task is not None and "test" in TASKS[self.task].splits else []
+        return [name for name in self.task if "test" in TASKS[name].splits]
 
     @property
     def has_held_out(self) -> bool:
@@ -213,14 +228,15 @@ class Recipe(Section):
 
         if self.data.held_out == "validation":
             return True
-        return self.data.eval is not None or (self.task is not None and "test" in TASKS[self.task].splits)
+        return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
 
     @model_validator(mode="after")
     def _source_of_rows(self) -> Recipe:
-        if self.task is None and self.data.train is None:
+        if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
-        if self.task is not None and (self.data.train or self.data.eval):
-            raise ValueError(f"data: task {self.task!r} brings its own rows; give either task or data.train, not both.")
+        if self.task and (self.data.train or self.data.eval):
+            name = ", ".join(self.task)
+            raise ValueError(f"data: task {name!r} brings its own rows; give either task or data.train, not both.")
         for key in ("train", "eval"):
             path: Path | None = getattr(self.data, key)
             if path is not None and not path.is_file():
@@ -238,18 +254,24 @@ class Recipe(Section):
 
         tasks, settings = self.evaluation.tasks or [], self.evaluation
         try:
-            if self.task is not None:
-                check_split("task", self.task, "train")
+            for name in self.task:
+                check_split("task", name, "train")
             for name in tasks:
                 check_split("evaluation.tasks", name, "test")
             for name in self.scored if settings.before or settings.after else []:
                 check_code_execution(name, settings.allow_code_execution)
             if self.data.folder is not None:
-                check_folder("data.folder", self.data.folder, [*([self.task] if self.task else []), *self.scored])
+                check_folder("data.folder", self.data.folder, [*self.task, *self.scored])
         except UserError as error:
             raise ValueError(str(error)) from None
-        if len(set(tasks)) < len(tasks):
-            raise ValueError(f"evaluation.tasks: found {_shortened(tasks)}; name each task once.")
+        for key, names in (("task", self.task), ("evaluation.tasks", tasks)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: found {_shortened(names)}; name each task once.")
+        if settings.likelihood and (settings.samples is not None or settings.temperature is not None):
+            raise ValueError(
+                "evaluation.likelihood: found true, where nothing is generated; leave out evaluation.samples and "
+                "evaluation.temperature."
+            )
         if self.data.held_out == "validation" and self.data.validation_rows is None:
             raise ValueError("data.held_out: found validation; say how many rows with data.validation_rows.")
         if self.training.eval_steps and not self.has_held_out:

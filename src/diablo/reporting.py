@@ -42,9 +42,8 @@ def print_plan(out: Console, plan: Plan) -> None:
     if plan.tested:
         out.print(f"tested rows         {plan.tested} left out of training")
     for task, decoding in plan.scored:
-        how = f"{decoding.samples} samples at temperature {decoding.temperature}" if decoding.temperature else "greedy"
-        how = f"{decoding.beams} beams" if decoding.beams > 1 else how
-        out.print(f"scored              {task.name} ({task.measure}), {task.protocol} protocol, {how}")
+        how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
+        out.print(f"scored              {task.name} ({task.measure}), {how}")
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
     out.print(f"effective batch     {plan.effective_batch} rows")
     out.print(f"steps               {plan.steps}")
@@ -174,7 +173,8 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(f"learning rates      {', '.join(f'{rate:g}' for rate in comparison.rates)}, extended at an edge")
     out.print(f"validation rows     {data.validation_rows} of the training rows, chosen by seed {data.validation_seed}")
     out.print(f"seeds               {', '.join(map(str, comparison.seeds))}")
-    out.print(f"scored              {', '.join(comparison.recipe.scored) or 'held-out loss only'}")
+    scored = comparison.recipe.scored if comparison.recipe.evaluation.after else []
+    out.print(f"scored              {', '.join(scored) or 'held-out loss only'}")
     out.print(f"forgetting          loss on general text ({escape(str(comparison.recipe.evaluation.general))})")
     out.print(
         f"runs                {runs} of {comparison.steps} steps, {runs * comparison.steps:,} steps in all; up to 2 "

@@ -22,7 +22,7 @@ from diablo.checkpoints import merge_adapter, save_adapter, save_start
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
-from diablo.evaluation import Score, evaluate_tasks, held_out_loss, write_answers
+from diablo.evaluation import Score, held_out_loss
 from diablo.losses import summed_completion_loss
 from diablo.methods import apply_method, count_parameters
 from diablo.models import load_model
@@ -37,6 +37,7 @@ from diablo.results import (
     plot_losses,
     write_json,
 )
+from diablo.scoring import score_tasks, write_answers
 
 
 @dataclass
@@ -284,7 +285,7 @@ def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Sco
     if not plan.scored:
         return {}
     settings = plan.recipe.evaluation
-    scores = evaluate_tasks(
+    scores = score_tasks(
         model,
         plan.encoder,
         plan.scored,

@@ -266,11 +266,17 @@ def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_
     status, out, _ = diablo("evaluate", tiny_model, "--task", "boolq", *settings)
     assert status == 0
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [(line["task"], line["right"], len(line["candidates"])) for line in lines] == [
+    assert [(line["task"], line["target"], len(line["candidates"])) for line in lines] == [
         ("boolq", 1, 2),
         ("boolq", 0, 2),
     ]
     favoured = [max(range(2), key=lambda n: line["candidates"][n]["log_likelihood"]) for line in lines]
-    right = sum(index == line["right"] for index, line in zip(favoured, lines, strict=True))
-    assert f"boolq: acc {right / 2:.1%}" in out
-    assert "(2 problems)" in out
+    assert [line["right"] for line in lines] == [
+        index == line["target"] for index, line in zip(favoured, lines, strict=True)
+    ]
+    assert [line["text"] for line in lines] == [
+        line["candidates"][index]["text"] for index, line in zip(favoured, lines, strict=True)
+    ]
+    right = sum(line["right"] for line in lines)
+    assert f"boolq: acc {right / 2:.1%}, acc_norm" in out
+    assert f"({right} of 2)" in out

@@ -76,7 +76,7 @@ def ours(model: Any, encoder: RowEncoder, include: Path, count: int) -> tuple[fl
     records = [json.loads(line) for line in (include / "fruit.jsonl").read_text().splitlines()][:count]
     problems = [[Row(n, f"{r['question']}:", f" {word}") for word in WORDS] for n, r in enumerate(records)]
     choices = [
-        Choice(Problem(rows[0], None), candidates, record["answer"])
+        Choice.among(Problem(rows[0], None), candidates, record["answer"])
         for rows, record, candidates in zip(problems, records, score_candidates(model, encoder, problems), strict=True)
     ]
     by_sum = sum(choice.is_right(lambda candidate: candidate.log_likelihood) for choice in choices)

@@ -105,6 +105,53 @@ def test_other_tasks_are_scored_in_its_place_and_left_out_of_training(diablo, ti
     assert not (tmp_path / "run" / "answers-after.jsonl").exists()
 
 
+def test_several_tasks_are_trained_on_in_turns_and_scored_by_likelihood(diablo, tiny_model, tmp_path, data):
+    claims = [
+        {
+            "instruction": f"Is {number} odd?\n\nAnswer format: true/false",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
+        for number, answer in enumerate(["false", "true"] * 4)
+    ]
+    for split, rows in (("train", claims[:5]), ("test", claims[4:])):
+        (data / "commonsense" / f"boolq.{split}.json").write_text(json.dumps(rows))
+    command = recipe(tmp_path, tiny_model, data, "evaluation: {likelihood: true, tasks: [boolq]}\n")
+    mixed = [*command, "task=[gsm8k, boolq]", "data.limit=6"]
+    status, out, _ = diablo(*mixed, "--dry-run")
+    assert status == 0
+    assert "boolq (share of right choices), by the likelihood of its choices" in out
+    status, out, _ = diablo(*mixed)
+    assert status == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    # One row of each is tested on too; the limit takes three of either.
+    assert (record["data"]["rows"], record["data"]["tested_rows_left_out"]) == (6, 2)
+    assert record["data"]["held_out_rows"] == 1 + 4
+    answers = lines_of(tmp_path / "run" / "answers-after.jsonl")
+    score = record["scores"]["after"]["boolq"]
+    assert (score["protocol"], score["headline"], score["total"]) == ("likelihood", "acc", 4)
+    assert score["acc"] == sum(answer["right"] for answer in answers) / 4
+    assert [[each["text"] for each in answer["candidates"]] for answer in answers] == [
+        ["the correct answer is true", "the correct answer is false"]
+    ] * 4
+    assert "boolq acc after" in out
+
+    # A run's folder is scored as the run was.
+    status, out, _ = diablo("evaluate", tmp_path / "run", "--out", tmp_path / "again.jsonl")
+    assert status == 0
+    assert f"boolq: acc {score['acc']:.1%}" in out
+    again = lines_of(tmp_path / "again.jsonl")
+    assert [answer["text"] for answer in again] == [answer["text"] for answer in answers]
+    status, out, _ = diablo("evaluate", tmp_path / "run", "--no-likelihood")
+    assert "boolq: accuracy" in out
+
+    (data / "commonsense" / "boolq.test.json").write_text(json.dumps([claims[0] | {"instruction": "Is 0 odd?"}]))
+    for key, arguments in (("evaluation.likelihood", ["evaluation.tasks=[gsm8k]"]), ("row 1 must end with", [])):
+        status, _, err = diablo(*command, *arguments)
+        assert status == 2
+        assert key in err
+
+
 def test_what_is_scored_cannot_change_when_a_run_is_resumed(diablo, tiny_model, tmp_path, data):
     # It says which rows are left out of training, and so the batches would not be the same.
     command = [*recipe(tmp_path, tiny_model, data), "training.save_steps=1", "evaluation.limit=1"]

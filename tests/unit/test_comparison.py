@@ -18,7 +18,7 @@ from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, su
 from diablo.comparison.sweep import Sweep, beyond_edge, sweep
 from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.rows import Row
-from diablo.data.splits import cut_validation
+from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
 from diablo.evaluation import held_out_loss
 from diablo.general_text import encode_general_text
@@ -134,6 +134,13 @@ def test_no_prompt_lies_on_both_sides_of_the_cut(prompts, count, seed):
     lost = [row for row in rows if row not in train and row not in validation]
     assert {row.prompt for row in lost} <= {row.prompt for row in validation}
     assert (train, validation) == cut_validation(rows, count, seed)
+
+
+def test_sources_take_turns_until_each_is_used_up():
+    sources = [[Row(number, name, "x") for number in range(count)] for name, count in (("a", 3), ("b", 1), ("c", 2))]
+    assert "".join(row.prompt for row in take_turns(sources)) == "abcaca"
+    assert [row.number for row in take_turns(sources)] == [0, 0, 0, 1, 1, 2]
+    assert take_turns(sources[:1]) == sources[0]
 
 
 def test_conversations_are_told_apart_by_what_precedes_the_answer():

@@ -70,6 +70,25 @@ def test_likelihoods_are_those_of_one_candidate_at_a_time(model: Any, tiny_model
     assert len(token_counts) > 3
 
 
+def test_candidates_that_differ_in_their_last_token_share_a_forward(model: Any, tiny_model: Path) -> None:
+    words = [" the quick x", " the quick y", " the quick", " the lazy fox"]
+    problems = [[Row(n, prompt, word) for word in words] for n, prompt in enumerate(["the fox", "over the dog"])]
+    shapes = []
+    handle = model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    scored = score_candidates(model, encoder(tiny_model), problems)
+    handle.remove()
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokens = [[tokenizer(text).input_ids for text in (row.prompt, row.completion)] for rows in problems for row in rows]
+    sequences = {(len(completion), *prompt, *completion[:-1]) for prompt, completion in tokens}
+    assert len(sequences) == 6
+    assert shapes == [(6, max(map(len, sequences)))]
+    for (prompt, completion), candidate in zip(tokens, (each for several in scored for each in several), strict=True):
+        expected = plain_log_likelihood(model, prompt, completion)
+        assert candidate.log_likelihood == pytest.approx(expected, abs=1e-5, rel=1e-5)
+
+
 def test_in_a_conversation_the_last_turn_is_scored_without_its_end(model: Any, tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
     earlier = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "the dog"})
@@ -104,11 +123,12 @@ def test_what_cannot_be_scored_is_an_error(model: Any, tiny_model: Path, row: Ro
 def test_the_measures_may_prefer_different_candidates() -> None:
     problem = Problem(Row(1, "?", "long answer"), None)
     short, long = Candidate(" no", -3.0, 1), Candidate(" long answer", -6.0, 3)
-    choice = Choice(problem, [short, long], right=1)
+    choice = Choice.among(problem, [short, long], 1)
+    assert (choice.text, choice.right) == (" no", False)
     assert not choice.is_right(lambda candidate: candidate.log_likelihood)
     assert choice.is_right(lambda candidate: candidate.per_character)  # -1.5 against -0.55
     # Of equals the first counts, as numpy's argmax has it.
-    assert not Choice(problem, [short, short], right=1).is_right(lambda candidate: candidate.per_token)
+    assert not Choice.among(problem, [short, short], 1).is_right(lambda candidate: candidate.per_token)
 
 
 class Colours(MultipleChoice):
@@ -147,10 +167,10 @@ def test_a_task_is_scored_by_sum_and_by_length(model: Any, tiny_model: Path) -> 
         right = task.words.index(problem.answer)
         expected_acc += sums.index(max(sums)) == right
         expected_norm += norms.index(max(norms)) == right
-    assert score.acc == expected_acc / 6
-    assert score.acc_norm == expected_norm / 6
-    assert score.acc != score.acc_norm
-    assert [choice.right for choice in score.choices] == [0, 1, 2, 1, 2, 2]
+    assert score.metrics == {"acc": expected_acc / 6, "acc_norm": expected_norm / 6}
+    assert expected_acc != expected_norm
+    assert score.right == expected_acc
+    assert [choice.target for choice in score.answers] == [0, 1, 2, 1, 2, 2]
     assert done == [(5, 18), (10, 18), (15, 18), (18, 18)]
 
 
@@ -188,16 +208,16 @@ def test_a_commonsense_problems_choices_are_those_of_its_answer_format(
         assert [row.completion for row in choices] == [f"the correct answer is answer{n + 1}" for n in range(count)]
         assert choices.count(problem.row) == 1
     score = evaluate_choices(model, encoder(tiny_model), task)
-    assert [(len(choice.candidates), choice.right) for choice in score.choices] == [(3, 1), (2, 0)]
+    assert [(len(choice.candidates), choice.target) for choice in score.answers] == [(3, 1), (2, 0)]
 
 
 @pytest.mark.parametrize(
     "ending", ["Choose.", "Answer format: answer1/answer2", "Answer format: answer1/answer3 or so"]
 )
 def test_a_commonsense_problem_without_its_choices_is_an_error(tmp_path: Path, ending: str) -> None:
-    task = as_multiple_choice(get_task("arc_easy", folder=commonsense_file(tmp_path, (ending, "answer3"))))
+    task = get_task("arc_easy", folder=commonsense_file(tmp_path, (ending, "answer3")))
     with pytest.raises(UserError, match=r"task arc_easy: row 1 must end with 'Answer format:'.*'answer3' among them"):
-        task.choices(task.problems("test")[0])
+        as_multiple_choice(task)
 
 
 def test_a_task_with_free_answers_has_no_choices() -> None:

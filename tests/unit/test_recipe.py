@@ -79,6 +79,15 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"method": {"layers_to_transform": True}}, ["method.layers_to_transform: found True", "integers"]),
         ({"task": "gsm"}, ["task: found 'gsm'", "allowed: mawps"]),
         ({"task": None}, ["task: nothing to train on", "data.train"]),
+        ({"task": []}, ["task: nothing to train on", "data.train"]),
+        ({"task": 3}, ["task: found 3", "a list of names"]),
+        ({"task": ["mawps", 3]}, ["task: found ['mawps', 3]", "a list of names"]),
+        ({"task": ["mawps", "mawps"]}, ["task: found ['mawps', 'mawps']", "name each task once"]),
+        ({"task": ["mawps", "aqua"]}, ["task: found 'aqua', which has no train split"]),
+        (
+            {"evaluation": {"likelihood": True, "samples": 2, "temperature": 1}},
+            ["evaluation.likelihood: found true", "leave out evaluation.samples"],
+        ),
         ({"data": {"train": "a.jsonl"}}, ["data: task 'mawps' brings its own rows"]),
         ({"task": None, "data": {"train": "no/such.jsonl"}}, ["data.train: there is no file 'no/such.jsonl'"]),
         ({"task": "aqua"}, ["task: found 'aqua', which has no train split", "allowed: mawps, gsm8k, metamathqa"]),
@@ -158,6 +167,12 @@ def test_what_is_scored(tmp_path: Path) -> None:
         (own | asked, ["gsm8k", "boolq"]),
     ):
         assert load_recipe(write(tmp_path, GOOD | change)).scored == scored
+
+
+def test_one_task_is_short_for_a_list_of_one(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, GOOD)) == load_recipe(write(tmp_path, GOOD | {"task": ["mawps"]}))
+    several = load_recipe(write(tmp_path, GOOD | {"task": ["mawps", "math10k", "gsm8k"]}))
+    assert several.scored == ["mawps", "gsm8k"]
 
 
 def test_held_out_loss_of_a_task_without_a_test_split(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Comparison:
         settings["method"] = contender.method.model_dump()
         settings["data"]["held_out"] = stage
         settings["training"] |= {"learning_rate": rate, "eval_steps": None, "save_steps": None}
-        settings["evaluation"] |= {"before": False, "after": is_test}
+        settings["evaluation"] |= {"before": False, "after": is_test and self.recipe.evaluation.after}
         if not is_test:
             settings["evaluation"]["general"] = None
         settings |= {"seed": seed, "merge": False, "output": self.folder / "runs" / name}
@@ -139,8 +139,9 @@ def plan_comparison(
 
     Args:
         recipe: a recipe whose method is DiaBlo; its size sets the number of trained parameters of the other methods.
-            Where it asks for no validation rows, a tenth of the training rows is cut off, at most 512. Forgetting is
-            measured on its ``evaluation.general``, or else on the builtin text.
+            Where it asks for no validation rows, a tenth of the training rows is cut off, at most 512. Where its
+            ``evaluation.after`` is false, nothing but losses is compared. Forgetting is measured on its
+            ``evaluation.general``, or else on the builtin text.
         methods: names of methods.
         seeds: how many seeds the runs on the test rows have, from the recipe's on.
         rates: the grid of learning rates.

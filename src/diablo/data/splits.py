@@ -1,12 +1,21 @@
-"""Rows that are kept out of training, to choose settings by."""
+"""Which rows are trained on, in which order, and which are kept out to choose settings by."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from diablo.data.rows import Row
 from diablo.errors import UserError
+
+
+def take_turns(sources: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of several sources, one of each in turn, so that the first so many are as many of each.
+
+    A source that is used up drops out. Row numbers stay those of the sources.
+    """
+    return [row for several in zip_longest(*sources) for row in several if row is not None]
 
 
 def cut_validation(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:

@@ -145,7 +145,7 @@ def chosen_tasks(
         UserError: there are no such tasks, or they cannot be scored so.
     """
     data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
-    own = evaluation.get("tasks") or [trained_as.get("task")]
+    own = evaluation.get("tasks") or trained_as.get("task", [])
     chosen = [name for name in (names.split(",") if names is not None else own) if name]
     if not chosen:
         scorable = [name for name, task in TASKS.items() if "test" in task.splits]

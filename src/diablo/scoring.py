@@ -1,0 +1,73 @@
+"""The scoring of several tasks, each by generation or by the likelihood of its choices, and the files of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from diablo.data.encoding import RowEncoder
+from diablo.evaluation import Decoding, Score, evaluate_task
+from diablo.likelihood import as_multiple_choice, evaluate_choices
+from diablo.progress import ProgressReport
+from diablo.tasks import Task
+
+
+def score_tasks(
+    model: Any,
+    encoder: RowEncoder,
+    tasks: Iterable[tuple[Task, Decoding | None]],
+    *,
+    console: Console,
+    batch_size: int = 48,
+    limit: int | None = None,
+    when: str = "",
+) -> dict[str, Score]:
+    """Score a model on several tasks, with a bar for each.
+
+    Args:
+        model: a causal language model or ``PeftModel``.
+        encoder: turns problems into tokens as in training.
+        tasks: the tasks, each with how its completions are generated, or None to score its choices by likelihood.
+        console: where progress is written.
+        batch_size: sequences of a forward.
+        limit: score only the first so many problems of each task.
+        when: said beside the bar, such as ``before``.
+
+    Returns:
+        The scores by the tasks' names.
+
+    Raises:
+        UserError: a task that is to be scored by likelihood has no choices.
+    """
+    scores = {}
+    for task, decoding in tasks:
+        problems = task.problems("test")[:limit]
+        if decoding is None:
+            multiple_choice = as_multiple_choice(task)
+            total = sum(len(multiple_choice.choices(problem)) for problem in problems)
+        else:
+            total = len(problems) * decoding.samples
+        with ProgressReport(console, f"scoring {task.name} {when}".rstrip(), total) as report:
+
+            def progress(done: int, _: int, report: ProgressReport = report) -> None:
+                report.update(done)
+
+            shared: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
+            if decoding is None:
+                scores[task.name] = evaluate_choices(model, encoder, multiple_choice, **shared)
+            else:
+                scores[task.name] = evaluate_task(model, encoder, task, decoding=decoding, **shared)
+    return scores
+
+
+def write_answers(path: Path, scores: Iterable[Score]) -> None:
+    """Write each answer of some evaluations as a line of a JSONL file."""
+    with path.open("w", encoding="utf-8") as lines:
+        for score in scores:
+            for answer in score.answers:
+                line = {"task": score.task, **answer.line()}
+                lines.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
