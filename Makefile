@@ -32,7 +32,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,harness,quantized,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,harness,quantized,gptq,dev]"
 	touch $@
 
 clean:

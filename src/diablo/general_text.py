@@ -27,18 +27,26 @@ def encode_general_text(source: str, tokenizer: Any, max_length: int) -> list[En
     Raises:
         UserError: the file cannot be read, or holds no text.
     """
-    if source == BUILTIN_TEXT:
-        source = str(resources.files("diablo") / "data" / "general" / "paragraphs.txt")
-    path = Path(source)
-    texts = _texts_of_jsonl(path) if path.suffix == ".jsonl" else _paragraphs(path)
     rows = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in enumerate(read_texts(source), start=1):
         tokens = [token for token in tokenizer(text)["input_ids"] if token != tokenizer.eos_token_id][:max_length]
         if len(tokens) > 1:
             rows.append(EncodedRow(number, tokens, tokens))
     if not rows:
         raise UserError(f"evaluation.general: {source} holds no text of two tokens or more.")
     return rows
+
+
+def read_texts(source: str) -> list[str]:
+    """The texts of a source, see :func:`encode_general_text`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if source == BUILTIN_TEXT:
+        source = str(resources.files("diablo") / "data" / "general" / "paragraphs.txt")
+    path = Path(source)
+    return _texts_of_jsonl(path) if path.suffix == ".jsonl" else _paragraphs(path)
 
 
 def _paragraphs(path: Path) -> list[str]:

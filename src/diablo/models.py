@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PretrainedConfig
 
 from diablo.builtin import PREFIX, builtin_model
 from diablo.errors import UserError
@@ -63,9 +64,18 @@ def load_model(name: str, dtype: torch.dtype, attention: str = "auto") -> Any:
     Raises:
         UserError: the weights cannot be loaded, or the attention is not available.
     """
-    options = {} if attention == "auto" else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    stored: Any = getattr(load_config(name), "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") == "gptq":
+        # Left to itself, gptqmodel may take a kernel without a backward, which is no error there.
+        trainable = "auto_trainable" if torch.cuda.is_available() else "gptq_torch"
+        options["quantization_config"] = GPTQConfig(bits=stored["bits"], backend=trainable)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        with warnings.catch_warnings():
+            # That nothing but the kernel is taken from the settings which are given here.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
 

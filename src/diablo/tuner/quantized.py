@@ -45,15 +45,17 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
 
 
 def keep_backward(model: nn.Module) -> None:
-    """Keep bitsandbytes from rearranging 4-bit weights in the first evaluation, as it does on CPUs with AVX-512 bf16.
+    """Keep bitsandbytes and gptqmodel from rearranging 4-bit weights in the first evaluation, as they do on CPUs.
 
     The rearranged weight has no backward and cannot be dequantized, neither of which is an error there: training or
-    merging after an evaluation would silently be wrong, and what it offers for the way back is not exact.
+    merging after an evaluation would silently be wrong, and what is offered for the way back is not exact.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if _chooses_kernel_once(module) and module.linear_mode is None:
+            module.linear_mode = "train"
 
 
 def check_backward(model: nn.Module, doing: str) -> None:
@@ -64,12 +66,20 @@ def check_backward(model: nn.Module, doing: str) -> None:
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        library = "bitsandbytes" if getattr(state, "packing_format_for_cpu", False) else None
+        if _chooses_kernel_once(module) and "inference" in str(getattr(module, "linear_mode", "")).lower():
+            library = "gptqmodel"
+        if library is not None:
             raise RuntimeError(
-                f"{doing} needs the 4-bit weight of {name or type(module).__name__}, which bitsandbytes rearranged "
+                f"{doing} needs the 4-bit weight of {name or type(module).__name__}, which {library} rearranged "
                 "when the model was evaluated before it had an adapter: load the model again, and add the adapter "
                 "before the first evaluation."
             )
+
+
+def _chooses_kernel_once(module: nn.Module) -> bool:
+    """Whether a layer is one of gptqmodel's whose first call decides for good whether it can be trained through."""
+    return hasattr(module, "linear_mode") and hasattr(module, "dequantize_weight")
 
 
 class DiabloQuantizedLinear(DiabloLinear):

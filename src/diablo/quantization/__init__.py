@@ -1,0 +1,7 @@
+"""Quantizing a model to few bits, so that adapters can be trained over it: rounding, GPTQ, and MagR before GPTQ."""
+
+from diablo.quantization.calibration import calibration_rows
+from diablo.quantization.model import QuantizationReport, quantize_model
+from diablo.quantization.scheme import METHODS, Scheme
+
+__all__ = ["METHODS", "QuantizationReport", "Scheme", "calibration_rows", "quantize_model"]

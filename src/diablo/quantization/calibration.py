@@ -1,0 +1,61 @@
+"""Text whose activations say which directions of a weight matter."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diablo.errors import UserError, did_you_mean
+from diablo.general_text import BUILTIN_TEXT, read_texts
+from diablo.tasks import TASKS, check_split, get_task
+
+
+def calibration_rows(
+    source: str, tokenizer: Any, *, rows: int = 128, length: int = 512, seed: int = 0, folder: Path | None = None
+) -> torch.Tensor:
+    """Rows of tokens, cut from texts that are shuffled and put one behind the other.
+
+    Args:
+        source: a ``.txt`` file of paragraphs between empty lines, a ``.jsonl`` file of objects with a ``text``, the
+            name of a task, whose training rows are taken, or ``"builtin"``.
+        tokenizer: a transformers tokenizer.
+        rows: how many rows at most.
+        length: tokens of a row.
+        seed: of the shuffling.
+        folder: a local folder of the tasks' datasets to read in place of the hub.
+
+    Returns:
+        ``(rows, length)`` integers; fewer rows where there is less text.
+
+    Raises:
+        UserError: there is no such text, or less than a row of it.
+    """
+    texts = _texts(source, folder)
+    random.Random(f"calibration-{seed}").shuffle(texts)
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= rows * length:
+            break
+        tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    count = min(rows, len(tokens) // length)
+    if not count:
+        raise UserError(
+            f"--calibration: {source} holds {len(tokens)} tokens, less than one row of {length}; give more text, or "
+            "lower --length."
+        )
+    return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+def _texts(source: str, folder: Path | None) -> list[str]:
+    if source in TASKS:
+        check_split("--calibration", source, "train")
+        return [f"{each.row.prompt}{each.row.completion}" for each in get_task(source, folder=folder).problems("train")]
+    if source != BUILTIN_TEXT and not Path(source).is_file():
+        raise UserError(
+            f"--calibration: found {source!r}; give a .txt or .jsonl file, the name of a task with a train split, or "
+            f"builtin.{did_you_mean(source, TASKS)}"
+        )
+    return read_texts(source)

@@ -1,0 +1,368 @@
+"""A whole model, block by block: the weights of one block are in memory at a time, and what is done is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from diablo.errors import UserError
+from diablo.models import choose_device, choose_dtype, load_config, load_tokenizer, resolve_model
+from diablo.progress import ProgressReport
+from diablo.quantization.scheme import Scheme, check_library, dequantize, quantize_weight
+from diablo.results import changed_settings, describe_versions, write_json
+
+_ROWS_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The outcome of quantizing a model.
+
+    Attributes:
+        folder: where the quantized model is.
+        errors: the relative error of each layer's outputs on the calibration text, by the layer's name.
+        bytes_before: size of the original weights.
+        bytes_after: size of the quantized ones.
+    """
+
+    folder: Path
+    errors: dict[str, float]
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_model(
+    model: str, folder: Path, scheme: Scheme, calibration: torch.Tensor, *, console: Console | None = None
+) -> QuantizationReport:
+    """Quantize the linear layers of a model's blocks, and write it in the GPTQ format.
+
+    Each block sees the calibration text as the quantized blocks before it leave it. Embeddings, norms and the output
+    layer stay as they are. Finished blocks are written to ``OUT.partial``, from which an interrupted call goes on.
+
+    Args:
+        model: a folder, a hub id or ``builtin:NAME``.
+        folder: where to write; it must not exist or be empty, and is never left half written.
+        scheme: what to quantize to.
+        calibration: ``(rows, length)`` tokens, from :func:`~diablo.quantization.calibration.calibration_rows`.
+        console: where progress is written; standard error where None.
+
+    Raises:
+        UserError: the model cannot be quantized so, the folder has files, or ``OUT.partial`` is of something else.
+    """
+    check_library()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the quantized model.")
+    source = _Source(model)
+    device = choose_device()
+    skeleton = _Skeleton(source, choose_dtype("auto", device), device)
+    skeleton.check(scheme)
+    partial = folder.with_name(f"{folder.name}.partial")
+    digest = hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+    _open_partial(partial, {"model": model, **asdict(scheme), "calibration": digest})
+
+    count = len(skeleton.blocks)
+    files = [f"model-{number:05}-of-{count + 1:05}.safetensors" for number in range(1, count + 2)]
+    hidden = skeleton.inputs_of_blocks(calibration)
+    with ProgressReport(console or Console(stderr=True), "quantizing blocks", count) as report:
+        for index in range(count):
+            path = partial / files[index]
+            with skeleton.block(index) as block:
+                if path.is_file():
+                    _load_quantized(block, path, skeleton.prefix(index), scheme)
+                else:
+                    _quantize_block(block, skeleton.prefix(index), hidden, scheme, path)
+                hidden = [skeleton.run(block, *inputs) for inputs in hidden]
+            report.update(index + 1)
+    _save(source.read(skeleton.outer), partial / files[-1], {})
+    errors = _write_index(partial, files)
+    _write_settings(partial, source, scheme, errors)
+    (partial / "settings.json").unlink()
+    if folder.is_dir():
+        folder.rmdir()
+    partial.rename(folder)
+    after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return QuantizationReport(folder, errors, source.bytes, after)
+
+
+class _Source:
+    """The files of a model, whose tensors are read by name."""
+
+    def __init__(self, model: str) -> None:
+        self.name = resolve_model(model)
+        self.config = load_config(self.name)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UserError(f"model: {model!r} is quantized already; give the model that it was made from.")
+        self.folder = Path(self.name) if Path(self.name).is_dir() else _download(self.name)
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                self.files |= dict.fromkeys(tensors.keys(), path)
+        if not self.files:
+            raise UserError(
+                f"model: {model!r} has no .safetensors files; other formats are not read, since they run code."
+            )
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors as they are stored."""
+        found: dict[str, torch.Tensor] = {}
+        for path in sorted({self.files[name] for name in names}):
+            with safe_open(path, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in names if self.files[name] == path}
+        return found
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # what a hub, a proxy or a cache can raise is open-ended
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"model: the weights of {name!r} cannot be had from the hub ({reason}).") from None
+
+
+class _Skeleton:
+    """The model without weights but for those outside of its blocks; a block gets its weights while it is worked on.
+
+    Args:
+        source: the model's files.
+        dtype: dtype of the activations.
+        device: where blocks are run.
+    """
+
+    def __init__(self, source: _Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = AutoModelForCausalLM.from_config(source.config, dtype=dtype).eval()
+        self.blocks = _blocks_of(self.model)
+        name = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self._stem = f"{name}."
+        self.outer = [name for name in source.files if not name.startswith(self._stem)]
+        self._put(self.model, source.read(self.outer), "")
+        self.model.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
+
+    def prefix(self, index: int) -> str:
+        """What the names of a block's tensors start with."""
+        return f"{self._stem}{index}."
+
+    def check(self, scheme: Scheme) -> None:
+        """Check that every layer can be quantized."""
+        for name, layer in linear_layers(self.blocks):
+            scheme.check(name, layer)
+
+    def block(self, index: int) -> _Loaded:
+        """A context in which a block has its weights."""
+        return _Loaded(self, index)
+
+    def _put(self, module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+        known = set(dict(module.named_parameters(remove_duplicate=False))) | set(dict(module.named_buffers()))
+        for full_name, tensor in tensors.items():
+            owner_name, _, leaf = full_name.removeprefix(prefix).rpartition(".")
+            if full_name.removeprefix(prefix) not in known:
+                raise UserError(f"model: {self.source.name!r} stores a tensor {full_name}, for which it has no module.")
+            owner = module.get_submodule(owner_name)
+            moved = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+            else:
+                owner._buffers[leaf] = moved
+
+    @torch.no_grad()
+    def inputs_of_blocks(self, calibration: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """What the first block is called with for each batch of calibration rows: hidden states and the rest."""
+        caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+            raise _Reached
+
+        handle = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            for rows in calibration.split(_ROWS_TOGETHER):
+                try:
+                    self.model(input_ids=rows.to(self.device), use_cache=False)
+                except _Reached:
+                    continue
+        finally:
+            handle.remove()
+        return caught
+
+    @torch.no_grad()
+    def run(
+        self, block: nn.Module, hidden: torch.Tensor, settings: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """A block's outputs, with what the next one is called with beside them."""
+        output = block(hidden, **settings)
+        return (output[0] if isinstance(output, tuple) else output), settings
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The first block was called."""
+
+
+class _Loaded:
+    """A block with its weights, which go again at the end."""
+
+    def __init__(self, skeleton: _Skeleton, index: int) -> None:
+        self.skeleton, self.index = skeleton, index
+
+    def __enter__(self) -> nn.Module:
+        prefix = self.skeleton.prefix(self.index)
+        names = [name for name in self.skeleton.source.files if name.startswith(prefix)]
+        block = self.skeleton.blocks[self.index]
+        self.skeleton._put(block, self.skeleton.source.read(names), prefix)
+        missing = [name for name, parameter in block.named_parameters() if parameter.is_meta]
+        if missing:
+            raise UserError(f"model: {self.skeleton.source.name!r} stores no tensor {prefix}{missing[0]}.")
+        return block
+
+    def __exit__(self, *exc: object) -> None:
+        self.skeleton.blocks[self.index].to("meta")
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of a module, by name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            yield name, layer
+
+
+def _blocks_of(model: Any) -> nn.ModuleList:
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in lists if len(child) == config.num_hidden_layers]
+    if len(lists) != 1 or not any(True for _ in linear_layers(lists[0])):
+        raise UserError(
+            f"model: the blocks of a {type(model).__name__} cannot be told from the rest, or have no linear layers; "
+            "models with a list of num_hidden_layers blocks of nn.Linear can be quantized."
+        )
+    return lists[0]
+
+
+@torch.no_grad()
+def _quantize_block(
+    block: nn.Module, prefix: str, hidden: list[tuple[torch.Tensor, dict[str, Any]]], scheme: Scheme, path: Path
+) -> None:
+    """Quantize a block's linear layers, give them the weights that are stored, and write the block's file."""
+    started = time.perf_counter()
+    grams = _grams(block, hidden)
+    tensors = {f"{prefix}{name}": value for name, value in block.state_dict().items()}
+    errors = {}
+    for name, layer in linear_layers(block):
+        if name not in grams:
+            raise UserError(f"{prefix}{name} is reached by no calibration text; give more of it.")
+        found = quantize_weight(layer.weight.float(), layer.bias, grams[name], scheme)
+        layer.weight.copy_(found.weight)
+        for kind in ("weight", "bias"):
+            tensors.pop(f"{prefix}{name}.{kind}", None)
+        tensors |= {f"{prefix}{name}.{kind}": value for kind, value in found.tensors.items()}
+        errors[f"{prefix}{name}"] = found.error
+    seconds = round(time.perf_counter() - started, 2)
+    _save(tensors, path, {"errors": json.dumps(errors), "seconds": str(seconds)})
+
+
+def _grams(block: nn.Module, hidden: list[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    """The sum of ``x x^T`` over the inputs of each linear layer; layers with the same input share one."""
+    grams: dict[str, torch.Tensor] = {}
+    latest: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        # Neighbours such as the query's, key's and value's projections are called with the same tensor.
+        if not (latest and latest[0][0] is inputs):
+            flat = inputs.flatten(0, -2).float()
+            latest[:] = [(inputs, flat.T @ flat)]
+        grams[name] = grams[name] + latest[0][1] if name in grams else latest[0][1]
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+        for name, layer in linear_layers(block)
+    ]
+    try:
+        for inputs, settings in hidden:
+            block(inputs, **settings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
+
+
+@torch.no_grad()
+def _load_quantized(block: nn.Module, path: Path, prefix: str, scheme: Scheme) -> None:
+    """Give a block's linear layers the weights that an earlier call stored."""
+    with safe_open(path, framework="pt") as stored:
+        names = list(stored.keys())
+        for name, layer in linear_layers(block):
+            stem = f"{prefix}{name}."
+            tensors = {each.removeprefix(stem): stored.get_tensor(each) for each in names if each.startswith(stem)}
+            layer.weight.copy_(dequantize(tensors, scheme))
+
+
+def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
+    path = partial / "settings.json"
+    if path.is_file():
+        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)}: changed since the quantization in {str(partial)!r} was started; set them back, "
+                "or delete that folder."
+            )
+        return
+    if partial.exists():
+        raise UserError(f"{str(partial)!r} has files of something else; delete it, or give another folder.")
+    partial.mkdir(parents=True)
+    write_json(path, settings)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file whole: it has its name only when nothing is missing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata}
+    )
+    temporary.replace(path)
+
+
+def _write_index(folder: Path, files: list[str]) -> dict[str, float]:
+    """Write which file holds which tensor, and collect the layers' errors."""
+    weight_map: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    for name in files:
+        with safe_open(folder / name, framework="pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), name)
+            errors |= json.loads((tensors.metadata() or {}).get("errors", "{}"))
+    size = sum((folder / name).stat().st_size for name in files)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+    return errors
+
+
+def _write_settings(folder: Path, source: _Source, scheme: Scheme, errors: dict[str, float]) -> None:
+    config = source.config
+    config.quantization_config = scheme.config()
+    config.save_pretrained(folder)
+    load_tokenizer(source.name).save_pretrained(folder)
+    if (source.folder / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+    record = {"model": source.name, **asdict(scheme), "versions": describe_versions(), "errors": errors}
+    write_json(folder / "quantization.json", record)

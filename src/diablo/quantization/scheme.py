@@ -1,0 +1,213 @@
+"""What a weight is quantized to, and how one weight is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diablo.errors import UserError
+from diablo.quantization.magr import ALPHA, reduce_magnitude
+
+METHODS = ("magr-gptq", "gptq", "rtn")
+BITS = (4, 3, 2)
+GROUP_SIZES = (128, 64, 32, 16)
+
+_DAMPING = 0.01
+"""Share of the mean diagonal that GPTQ adds to its Hessian's, as its authors do."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantized: asymmetric integers, a scale and a zero for each output and group of inputs.
+
+    Attributes:
+        bits: bits of a weight: 4, 3 or 2.
+        group_size: neighbouring inputs that share a scale: 128, 64, 32 or 16.
+        method: ``"rtn"`` rounds to the nearest; ``"gptq"`` (Frantar et al., ICLR 2023) lets later inputs make up for
+            the rounding of earlier ones; ``"magr-gptq"`` shrinks the largest weights first, see
+            :mod:`diablo.quantization.magr`.
+        alpha: weight of MagR's penalty.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    method: str = "magr-gptq"
+    alpha: float = ALPHA
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("bits", BITS), ("group_size", GROUP_SIZES), ("method", METHODS)):
+            found: Any = getattr(self, name)
+            if found not in allowed:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: found {found!r}; allowed: {', '.join(map(str, allowed))}.")
+        if not self.alpha > 0:
+            raise UserError(f"--alpha: found {self.alpha}; give a number above 0.")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration inputs are used."""
+        return self.method != "rtn"
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` of a model's config, as transformers and serving engines read it."""
+        return {
+            "quant_method": "gptq",
+            # The second form of the format stores zeros as they are; the first, one less, cannot store a zero of 0.
+            "checkpoint_format": "gptq_v2",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": False,
+            "desc_act": False,
+            "meta": {"quantizer": ["diablo"], **asdict(self)},
+        }
+
+    def check(self, name: str, layer: nn.Linear) -> None:
+        """Check that a layer can be quantized.
+
+        Raises:
+            UserError: the group size does not divide its inputs.
+        """
+        if layer.in_features % self.group_size:
+            fitting = [str(size) for size in GROUP_SIZES if layer.in_features % size == 0]
+            raise UserError(
+                f"--group-size: found {self.group_size}, which does not divide the {layer.in_features} inputs of "
+                f"{name}; sizes that do: {', '.join(fitting) or 'none'}."
+            )
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight after quantization.
+
+    Attributes:
+        tensors: what is stored, by the names that the GPTQ format gives them.
+        weight: ``(out_features, in_features)`` in fp32: what the stored integers stand for.
+        error: ``||X (weight - original)|| / ||X original||`` over the calibration inputs X.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    weight: torch.Tensor
+    error: float
+
+
+def quantize_weight(
+    weight: torch.Tensor, bias: torch.Tensor | None, gram: torch.Tensor, scheme: Scheme
+) -> QuantizedWeight:
+    """Quantize the weight of a linear layer.
+
+    GPTQ and packing are gptqmodel's.
+
+    Args:
+        weight: ``(out_features, in_features)`` in fp32.
+        bias: ``(out_features,)`` or None; it is stored as it is.
+        gram: ``(in_features, in_features)`` in fp32: the sum of ``x x^T`` over calibration inputs.
+        scheme: what to quantize to.
+
+    Raises:
+        UserError: gptqmodel is missing.
+    """
+    start = weight
+    if scheme.method == "magr-gptq":
+        start = reduce_magnitude(weight, gram, group_size=scheme.group_size, alpha=scheme.alpha)
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device)
+    layer.weight.data = start.clone()
+    if bias is not None:
+        layer.bias.data = bias.float()
+    with _library() as (gptq_class, config_class, _):
+        config = config_class(
+            bits=scheme.bits, group_size=scheme.group_size, sym=False, desc_act=False, offload_to_disk=False
+        )
+        task = gptq_class(layer, qcfg=config)
+        task.quantizer.configure(bits=scheme.bits, sym=False, perchannel=True)
+        # It takes inputs where we have their gram: any inputs with that gram do, and those of rounding to the nearest
+        # are the unit vectors, for which no weight can make up for another.
+        task.add_batch(_root(gram if scheme.needs_inputs else torch.eye(len(gram)).to(gram)).unsqueeze(0), None)
+        scales, zeros, groups, *_ = task.fasterquant(percdamp=_DAMPING, group_size=scheme.group_size)
+        packed = _packed_layer(layer, scheme)
+        packed.pack_original(layer.cpu(), scales.cpu(), zeros.cpu(), groups.cpu())
+        tensors = {name: tensor.contiguous() for name, tensor in packed.state_dict().items()}
+    stored = dequantize(tensors, scheme).to(weight.device)
+    return QuantizedWeight(tensors, stored, _relative_error(stored, weight, gram))
+
+
+def dequantize(tensors: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The weight that stored tensors stand for, ``(out_features, in_features)`` in fp32."""
+    with _library():
+        in_features, out_features = len(tensors["g_idx"]), tensors["scales"].shape[1]
+        layer = _packed_layer(nn.Linear(in_features, out_features, bias="bias" in tensors, device="meta"), scheme)
+        for name, tensor in tensors.items():
+            layer.register_buffer(name, tensor)
+        layer.post_init()
+        return layer.dequantize_weight().T.float().contiguous()
+
+
+def _packed_layer(layer: nn.Linear, scheme: Scheme) -> Any:
+    with _library() as (_, _, packed_class):
+        return packed_class(
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            sym=False,
+            desc_act=False,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=layer.bias is not None,
+        )
+
+
+def _root(gram: torch.Tensor) -> torch.Tensor:
+    """Inputs ``X`` with ``X^T X`` equal to the gram, up to a millionth of its mean diagonal."""
+    damping = 1e-6 * gram.diagonal().mean()
+    return torch.linalg.cholesky(gram + damping * torch.eye(len(gram)).to(gram), upper=True)
+
+
+def _relative_error(found: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
+    def size(matrix: torch.Tensor) -> float:
+        return float(((matrix @ gram) * matrix).sum().clamp(min=0))
+
+    return (size(found - weight) / max(size(weight), torch.finfo(torch.float32).tiny)) ** 0.5
+
+
+def check_library() -> None:
+    """Check that what quantizes and packs is installed.
+
+    Raises:
+        UserError: it is not; the message says how to install it.
+    """
+    with _library():
+        pass
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[tuple[Any, Any, Any]]:
+    """gptqmodel's GPTQ, its settings and its packed layer, with its log turned down."""
+    environment = dict(os.environ)
+    try:
+        from logbar import LogBar
+
+        log = LogBar.shared()
+        level = log.level
+        log.setLevel("ERROR")
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        from gptqmodel.quantization import GPTQ, QuantizeConfig
+    except ImportError as error:
+        raise UserError(
+            f"Quantization needs gptqmodel and optimum ({error}); install them with: pip install 'diablo-peft[gptq]'."
+        ) from None
+    finally:
+        # It sets variables of the whole process when it is imported.
+        os.environ.clear()
+        os.environ.update(environment)
+    try:
+        yield GPTQ, QuantizeConfig, TorchLinear
+    finally:
+        log.setLevel(level)

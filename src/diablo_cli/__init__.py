@@ -1,0 +1,38 @@
+"""The command line: each verb is one call of a public function.
+
+It lies beside the package ``diablo``, not in it: ``import diablo`` registers the method with PEFT and so takes seconds,
+which ``diablo --help`` should not. Everything heavy is imported by the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+# isort: off
+# Verbs are listed in the order in which their modules are imported.
+from diablo_cli import training, scoring, models
+from diablo_cli.shell import app
+
+# isort: on
+
+__all__ = ["app", "main", "models", "scoring", "training"]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is a message and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where quantization libraries are installed, PEFT imports them, and they report kernels for other machines.
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        from diablo.errors import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,5 @@
+"""``python -m diablo_cli``."""
+
+from diablo_cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""Verbs that make something of a model or an adapter, or talk to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from diablo_cli.shell import Base, app, out, progress, quiet
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or builtin:NAME.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the quantized model.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4, 3 or 2.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 128, 64, 32 or 16.")] = 64,
+    method: Annotated[str, typer.Option(help="magr-gptq, gptq or rtn.")] = "magr-gptq",
+    calibration: Annotated[
+        str, typer.Option(help="A .txt or .jsonl file, a task's name, or builtin: text like that the model will see.")
+    ] = "builtin",
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of calibration text, at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration text.")] = 0,
+    alpha: Annotated[float | None, typer.Option(help="Weight of MagR's penalty; 1e-4 if not given.")] = None,
+) -> None:
+    """Quantize a model to 4, 3 or 2 bits, to train adapters over; goes on where it was interrupted."""
+    from diablo.models import load_tokenizer, resolve_model
+    from diablo.quantization import Scheme, calibration_rows, quantize_model
+
+    scheme = Scheme(bits, group_size, method, **({} if alpha is None else {"alpha": alpha}))
+    quiet()
+    tokenizer = load_tokenizer(resolve_model(model))
+    tokens = calibration_rows(calibration, tokenizer, rows=rows, length=length, seed=seed, folder=data_folder)
+    report = quantize_model(model, folder, scheme, tokens, console=progress)
+    errors = report.errors
+    worst = max(errors, key=errors.__getitem__)
+    out.print(
+        f"Wrote {escape(str(report.folder))}: {len(errors)} layers in {bits} bits ({method}), "
+        f"{report.bytes_before / 1e6:,.1f} MB -> {report.bytes_after / 1e6:,.1f} MB. On {tokens.numel():,} tokens of "
+        f"{escape(calibration)} the layers' outputs differ by {sum(errors.values()) / len(errors):.1%} on average, "
+        f"most by {errors[worst]:.1%} in {worst}."
+    )
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the merged model.")],
+    base: Base = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base model's where left out.")] = None,
+) -> None:
+    """Merge an adapter into its base model: a plain model that any engine serves."""
+    from diablo.checkpoints import adapter_folder, merge_adapter
+    from diablo.models import parse_dtype
+
+    chosen = parse_dtype(dtype) if dtype else None
+    source = adapter_folder(adapter)
+    quiet()
+    report = merge_adapter(source, folder, base=base, dtype=chosen)
+    out.print(
+        f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}. Its logits differ from the "
+        f"adapted model's by at most {report.largest_difference:.1e} (largest logit {report.largest_logit:.1f})."
+    )
+
+
+@app.command("to-lora")
+def to_lora(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the LoRA adapter.")],
+    rank: Annotated[str, typer.Option(help="LoRA's rank, or a share of the update to keep, such as 0.99.")],
+    base: Base = None,
+) -> None:
+    """Turn an adapter into a LoRA adapter, for engines that serve LoRA alone, and say what that loses."""
+    from diablo.checkpoints import adapter_folder, write_as_lora
+    from diablo.errors import UserError
+
+    try:
+        chosen = float(rank) if "." in rank else int(rank)
+    except ValueError:
+        raise UserError(f"--rank: found {rank!r}; give an integer, or a share above 0 and up to 1.0.") from None
+    source = adapter_folder(adapter)
+    quiet()
+    report = write_as_lora(source, folder, chosen, base=base)
+    ranks = sorted(set(report.ranks.values()))
+    rank_range = " to ".join(map(str, ranks[:1] + ranks[1:][-1:]))
+    worst = max(report.relative_errors, key=report.relative_errors.__getitem__)
+    out.print(
+        f"Wrote {escape(str(folder))}: LoRA of rank {rank_range} on {len(report.ranks)} modules, "
+        f"{sum(tensor.numel() for tensor in report.state_dict.values()):,} parameters. The update differs by "
+        f"{report.relative_error:.1%} (Frobenius norm), most by {report.relative_errors[worst]:.1%} in {worst}."
+    )
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' adapter.chkpt.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the adapter.")],
+    base: Annotated[str, typer.Option(help="The model it was trained on: a folder, a hub id or builtin:NAME.")],
+) -> None:
+    """Turn a checkpoint of the paper's authors into a PEFT adapter."""
+    from diablo.authors import import_checkpoint
+
+    quiet()
+    report = import_checkpoint(checkpoint, folder, base=base)
+    out.print(
+        f"Wrote {escape(str(report.folder))}: {report.modules} modules, {report.parameters:,} parameters, "
+        f"num_blocks={report.num_blocks}. Try: diablo generate {escape(str(report.folder))} 'How are you?'"
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Complete a prompt with a model or an adapter."""
+    import transformers
+
+    from diablo.checkpoints import load_for_generation
+    from diablo.data.rows import Row
+    from diablo.evaluation import generate as complete
+
+    quiet()
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
+    transformers.set_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    tokens = encoder.prompt(Row(1, prompt, completion="?"))
+    (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
+    out.print(text.strip(), markup=False)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    use_template: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template; as a run did, or if there is one."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a model or an adapter; /base shows the base model's answer beside it."""
+    from diablo.chat import Chat, read_line
+    from diablo.checkpoints import load_for_generation
+    from diablo.data import RowEncoder
+    from diablo.results import recipe_of_run
+
+    quiet()
+    loaded, encoder = load_for_generation(model, base=base, chat=use_template)
+    if use_template is None and not recipe_of_run(model):
+        encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
+    conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversation.run(lambda: read_line(out))

@@ -1,0 +1,141 @@
+"""Verbs that score: evaluate, and the list of tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from diablo_cli.shell import Base, app, check_file, out, progress, quiet, refuse
+
+if TYPE_CHECKING:
+    from diablo.evaluation import Decoding
+    from diablo.tasks import Task
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    task: Annotated[
+        str | None, typer.Option(help="Names of tasks, separated by commas; a run's own if not given.")
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="How answers are read: strict (the default) or paper.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Completions of each problem.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; 0 if not given.")] = None,
+    base: Base = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many problems.")] = None,
+    examples: Annotated[int | None, typer.Option(min=0, help="Answers to print; 3 if not given.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="A file for every answer (JSONL), or for --harness's figures (JSON).")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let tasks run code that the model wrote.")
+    ] = False,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    likelihood: Annotated[
+        bool | None,
+        typer.Option(
+            "--likelihood/--no-likelihood", help="Score choices by their likelihood; as the run was if not given."
+        ),
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
+    ] = None,
+    harness_include: Annotated[Path | None, typer.Option(help="A folder with further task files for it.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
+) -> None:
+    """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
+    from diablo.checkpoints import load_for_generation
+    from diablo.evaluation import decoding_for
+    from diablo.likelihood import as_multiple_choice
+    from diablo.reporting import print_examples
+    from diablo.results import recipe_of_run
+    from diablo.scoring import score_tasks, write_answers
+    from diablo.tasks import chosen_tasks
+
+    of_generation = {
+        "--samples": samples,
+        "--temperature": temperature,
+        "--seed": seed,
+        "--allow-code-execution": allow_code_execution or None,
+    }
+    of_tasks = {
+        "--task": task,
+        "--data-folder": data_folder,
+        "--protocol": protocol,
+        "--likelihood": likelihood,
+        "--examples": examples,
+    }
+    of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
+    check_file(out_file)
+    if harness is not None:
+        refuse("--harness has tasks and settings of its own", of_tasks | of_generation)
+        settings = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+        _evaluate_by_harness(model, base, chat, harness, harness_include, settings, out_file)
+        return
+    refuse("these are settings of --harness, which is missing", of_harness)
+    quiet()
+    trained_as = recipe_of_run(model)
+    tasks = chosen_tasks(trained_as, task, data_folder, protocol, allow=allow_code_execution)
+    if likelihood is None:
+        likelihood = task is None and trained_as.get("evaluation", {}).get("likelihood", False)
+    scored: list[tuple[Task, Decoding | None]]
+    # A fault in the data shows before the model is loaded.
+    if likelihood:
+        refuse("--likelihood generates nothing", of_generation)
+        scored = [(as_multiple_choice(each, limit=limit), None) for each in tasks]
+    else:
+        sampling: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed or 0}
+        scored = [(each, decoding_for(each, **sampling)) for each in tasks]
+        for each in tasks:
+            each.problems("test")
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
+    scores = score_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
+    if out_file is not None:
+        write_answers(out_file, scores.values())
+    for name, score in scores.items():
+        print_examples(out, {"answer": score}, 3 if examples is None else examples)
+        figures = ", ".join(f"{metric} {value:.1%}" for metric, value in score.metrics.items())
+        out.print(f"{name}: {figures} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
+    if out_file is not None:
+        out.print(f"answers  {escape(str(out_file))}")
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks: what they are, where their data is, and what is scored."""
+    from diablo.reporting import tasks_table
+    from diablo.tasks import TASKS
+
+    out.print(tasks_table(TASKS.values()))
+    out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
+
+
+def _evaluate_by_harness(
+    model: str,
+    base: str | None,
+    chat: bool | None,
+    names: str,
+    include: Path | None,
+    settings: dict[str, Any],
+    path: Path | None,
+) -> None:
+    from diablo.checkpoints import load_for_generation
+    from diablo.harness import harness_record, load_harness_tasks, run_harness
+    from diablo.reporting import harness_table
+    from diablo.results import write_json
+
+    quiet()
+    tasks = load_harness_tasks(names.split(","), include)
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
+    figures = run_harness(loaded, encoder, tasks, **settings)
+    out.print(harness_table(figures, f"lm-eval on {model}"))
+    if path is not None:
+        write_json(path, harness_record(figures, {"model": model, "chat": encoder.chat, **settings}))

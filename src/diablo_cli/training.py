@@ -1,0 +1,113 @@
+"""Verbs around training: train, compare and plan."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diablo_cli.shell import app, out, progress, quiet
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run.")] = False,
+) -> None:
+    """Train by a recipe: check, train, save, score."""
+    from diablo.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    quiet()
+    if dry_run:
+        from diablo.planning import make_plan
+        from diablo.reporting import print_plan
+
+        print_plan(out, make_plan(settings))
+        return
+    from diablo.reporting import print_result
+    from diablo.training import train as run
+
+    print_result(out, run(settings, console=progress, resume=resume, overwrite=overwrite))
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped recipe, with DiaBlo as method.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names of methods, separated by commas; all of them if not given.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates of the sweep; 2e-4,5e-4,1e-3,2e-3 if not given.")
+    ] = None,
+    general: Annotated[
+        str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="A folder to write to, or to go on in.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and stop.")] = False,
+) -> None:
+    """Compare methods at equal trained parameters, each at its best learning rate, over several seeds."""
+    from diablo.comparison import DEFAULT_METHODS, DEFAULT_RATES, parse_rates, plan_comparison
+    from diablo.comparison import compare as run
+    from diablo.recipe import load_recipe
+    from diablo.reporting import print_comparison, print_comparison_plan
+
+    rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
+    names = DEFAULT_METHODS if methods is None else methods.split(",")
+    settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
+    quiet()
+    comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
+    print_comparison_plan(out, comparison)
+    if dry_run:
+        return
+    record = run(comparison, console=progress)
+    print_comparison(out, record, comparison.folder)
+    if any(each["failure"] for each in record["runs"]):
+        sys.exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or builtin:NAME; only its config is read.")],
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="N; 64 where neither size is given.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The largest share to train, such as 1%, in place of N.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="Names, separated by commas, or all-linear.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Show what would be trained and what memory it would take, before anything is downloaded."""
+    from diablo.errors import UserError
+    from diablo.models import parse_dtype
+    from diablo.reporting import print_sizes
+    from diablo.sizing import plan_sizes
+
+    quiet()
+    share = None
+    if budget is not None:
+        try:
+            share = float(budget.removesuffix("%")) / (100 if budget.endswith("%") else 1)
+        except ValueError:
+            raise UserError(f"--budget: found {budget!r}; give a share such as 1% or 0.01.") from None
+    names = target_modules.split(",") if target_modules and target_modules != "all-linear" else target_modules
+    sizes = plan_sizes(
+        model,
+        num_blocks=num_blocks,
+        budget=share,
+        target_modules=names,
+        batch_size=batch_size,
+        length=length,
+        dtype=parse_dtype(dtype),
+    )
+    print_sizes(out, sizes, model, f"{batch_size} x {length} tokens in {dtype}")
