@@ -21,6 +21,7 @@ from diablo.methods import count_parameters
 from diablo.models import (
     choose_device,
     choose_dtype,
+    is_placed,
     load_config,
     load_model,
     load_tokenizer,
@@ -127,7 +128,12 @@ def base_model_of(adapter: Path) -> str:
 
 
 def load_adapter(
-    adapter: Path, *, base: str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+    adapter: Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """Load an adapter on its base model. A tensor that is missing, left over or of another shape is an error.
 
@@ -136,6 +142,7 @@ def load_adapter(
         base: base model to use in place of the one that the adapter names.
         dtype: dtype of the base weights; as they are stored where None.
         attention: implementation of attention.
+        quantization: how the base weights are quantized, as for :func:`diablo.models.load_model`.
 
     Returns:
         The ``PeftModel`` in evaluation mode and the tokenizer.
@@ -145,7 +152,7 @@ def load_adapter(
     """
     saved_shapes = _shapes_on_disk(adapter)
     name = resolve_model(base or base_model_of(adapter))
-    model = load_model(name, dtype or stored_dtype(name), attention)
+    model = load_model(name, dtype or stored_dtype(name), attention, quantization)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         model = PeftModel.from_pretrained(model, str(adapter), config=config)
@@ -179,14 +186,17 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     trained_as = recipe_of_run(model)
     device = choose_device()
     dtype = choose_dtype(trained_as.get("precision", "auto"), device)
-    attention = trained_as.get("attention", "auto")
+    attention, quantization = trained_as.get("attention", "auto"), trained_as.get("quantization")
     if is_adapter(model):
-        loaded, tokenizer = load_adapter(adapter_folder(model), base=base, dtype=dtype, attention=attention)
+        loaded, tokenizer = load_adapter(
+            adapter_folder(model), base=base, dtype=dtype, attention=attention, quantization=quantization
+        )
     else:
         name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
         loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
     chat = trained_as.get("chat", False) if chat is None else chat
-    return loaded.to(device), RowEncoder(tokenizer, chat=chat, stop_token_ids=stop_token_ids(loaded.config))
+    loaded = loaded if is_placed(loaded) else loaded.to(device)
+    return loaded, RowEncoder(tokenizer, chat=chat, stop_token_ids=stop_token_ids(loaded.config))
 
 
 def merge_adapter(

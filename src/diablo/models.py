@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTQConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPTQConfig,
+    PretrainedConfig,
+)
 
 from diablo.builtin import PREFIX, builtin_model
 from diablo.errors import UserError
@@ -53,24 +61,22 @@ def stop_token_ids(config: PretrainedConfig) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def load_model(name: str, dtype: torch.dtype, attention: str = "auto") -> Any:
-    """The model with its weights, on the CPU.
+def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantization: str | None = None) -> Any:
+    """The model with its weights, on the CPU; with quantized ones, on the device that is chosen.
 
     Args:
         name: a folder or the id of a model on the hub.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, or of the products with quantized ones.
         attention: a transformers implementation of attention; ``"auto"`` leaves the choice to transformers.
+        quantization: ``"nf4"`` or ``"int8"``: how bitsandbytes quantizes the weights; None leaves them as they are
+            stored.
 
     Raises:
-        UserError: the weights cannot be loaded, or the attention is not available.
+        UserError: the weights cannot be loaded, or the attention or the quantization is not available.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    stored: Any = getattr(load_config(name), "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if stored.get("quant_method") == "gptq":
-        # Left to itself, gptqmodel may take a kernel without a backward, which is no error there.
-        trainable = "auto_trainable" if torch.cuda.is_available() else "gptq_torch"
-        options["quantization_config"] = GPTQConfig(bits=stored["bits"], backend=trainable)
+    if (settings := _quantization_config(name, dtype, quantization)) is not None:
+        options |= {"quantization_config": settings, "device_map": {"": choose_device()}}
     try:
         with warnings.catch_warnings():
             # That nothing but the kernel is taken from the settings which are given here.
@@ -78,6 +84,45 @@ def load_model(name: str, dtype: torch.dtype, attention: str = "auto") -> Any:
             return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
+
+
+def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """How the stored weights are quantized, as their config says; empty where they are not."""
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    return stored if isinstance(stored, dict) else stored.to_dict()
+
+
+def is_placed(model: Any) -> bool:
+    """Whether a model lies where it is to stay: quantized ones are loaded there, and some cannot be moved."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def _quantization_config(name: str, dtype: torch.dtype, quantization: str | None) -> Any | None:
+    stored = stored_quantization(load_config(name))
+    if stored and quantization:
+        raise UserError(
+            f"quantization: found {quantization}, but {name!r} is quantized already "
+            f"({stored.get('quant_method')}); leave it out."
+        )
+    if quantization is not None:
+        if not find_spec("bitsandbytes"):
+            raise UserError(
+                f"quantization: {quantization} needs bitsandbytes; install it with: pip install "
+                "'diablo-peft[quantized]'."
+            )
+        if quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if stored.get("quant_method") == "gptq":
+        if not (find_spec("gptqmodel") and find_spec("optimum")):
+            raise UserError(
+                f"model: {name!r} is quantized by GPTQ, which needs gptqmodel and optimum; install them with: pip "
+                "install 'diablo-peft[gptq]'."
+            )
+        # Left to itself, gptqmodel may take a kernel without a backward, which is no error there.
+        trainable = "auto_trainable" if torch.cuda.is_available() else "gptq_torch"
+        return GPTQConfig(bits=stored["bits"], backend=trainable)
+    return None
 
 
 def meta_model(config: PretrainedConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from diablo.models import (
     meta_model,
     resolve_model,
     stop_token_ids,
+    stored_quantization,
 )
 from diablo.recipe import AdapterMethod, AnyMethod, Recipe
 from diablo.tasks import Task, get_task, without_tested
@@ -111,6 +113,7 @@ def make_plan(recipe: Recipe) -> Plan:
     rows = _rows(recipe, [task for task, _ in scored])
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
+    check_quantized(recipe, config, [recipe.method.name])
     targets, parameters = adapt_on_meta(recipe.method, config)
     encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=stop_token_ids(config))
     train, too_long = _encode(recipe, encoder, rows.train)
@@ -142,6 +145,21 @@ def make_plan(recipe: Recipe) -> Plan:
         device=device,
         dtype=dtype,
     )
+
+
+def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[str]) -> None:
+    """Check that none of some methods would have to change weights that are quantized.
+
+    Raises:
+        UserError: one would.
+    """
+    how = recipe.quantization or stored_quantization(config).get("quant_method")
+    refused = [name for name in methods if name in ("full", "pissa")]
+    if how and refused:
+        raise UserError(
+            f"method: {', '.join(refused)} would have to change weights that {how} quantizes; take another method, or "
+            "a model that is not quantized."
+        )
 
 
 def _scored(recipe: Recipe) -> list[tuple[Task, Decoding | None]]:

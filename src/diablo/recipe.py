@@ -204,6 +204,9 @@ class Recipe(Section):
     )
     training: Training = Field(default=Training(), description="a section")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="nf4 or int8: how bitsandbytes quantizes the frozen weights while they are loaded"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto, bf16, fp16 or fp32")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
+    from diablo.models import stored_quantization
+
     recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
     if plan.targets:
         out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
@@ -47,6 +49,8 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
     out.print(f"effective batch     {plan.effective_batch} rows")
     out.print(f"steps               {plan.steps}")
+    if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
+        out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
     out.print("\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]\n")
     for row in plan.train[:2]:

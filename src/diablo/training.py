@@ -25,7 +25,7 @@ from diablo.errors import UserError
 from diablo.evaluation import Score, held_out_loss
 from diablo.losses import summed_completion_loss
 from diablo.methods import apply_method, count_parameters
-from diablo.models import load_model
+from diablo.models import is_placed, load_model
 from diablo.planning import Plan, make_plan
 from diablo.progress import TokenMeter, TrainingProgress
 from diablo.recipe import FullMethod, Recipe
@@ -88,8 +88,10 @@ def train(
     start = time.perf_counter()
     is_full = isinstance(recipe.method, FullMethod)
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
-    model = load_model(plan.model_name, torch.float32 if is_full else plan.dtype, recipe.attention)
-    model = apply_method(model, recipe.method).to(plan.device)
+    dtype = torch.float32 if is_full else plan.dtype
+    model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization)
+    model = apply_method(model, recipe.method)
+    model = model if is_placed(model) else model.to(plan.device)
     timings["load_seconds"] = time.perf_counter() - start
 
     _open_output(recipe, resume=resume)
@@ -249,6 +251,8 @@ def _make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, l
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
     progress = TrainingProgress(console, meter)
+    # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = CompletionTrainer(
         plan=plan,
         progress=progress,
@@ -259,6 +263,8 @@ def _make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, l
         data_collator=_MeteredCollator(pad_token_id, meter),
         callbacks=[progress, _HeldOutLoss(plan, meter, losses), _CheckOptimizer()],
     )
+    for parameter, values in trained:
+        parameter.data = values
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

@@ -1,0 +1,102 @@
+"""What do 4, 3 and 2 bits cost, by rounding, by GPTQ and by MagR before GPTQ?
+
+    python -m benchmarks.quantization --data-folder DATA
+
+The model is calibrated on training rows of a task and measured on its test rows and on general text, neither of which
+it was calibrated on.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.harness import print_table, write_record
+from diablo.data import RowEncoder
+from diablo.data.encoding import EncodedRow
+from diablo.evaluation import held_out_loss
+from diablo.general_text import BUILTIN_TEXT, encode_general_text
+from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from diablo.quantization import METHODS, Scheme, calibration_rows, quantize_model
+from diablo.tasks import get_task
+
+QUESTION = "perplexity of a model in few bits"
+
+
+def main(
+    model: str = "builtin:smollm2-135m",
+    calibration: Annotated[str, typer.Option(help="A task with a train and a test split.")] = "gsm8k",
+    data_folder: Annotated[Path | None, typer.Option(help="A folder of the task's dataset.")] = None,
+    bits: str = "4,3,2",
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+    group_size: int = 64,
+    rows: int = 64,
+    length: int = 512,
+    tested: Annotated[int, typer.Option(help="Test rows.")] = 256,
+    out: Path | None = None,
+) -> None:
+    """Measure perplexities on text that the model was not calibrated on."""
+    name = resolve_model(model)
+    tokenizer = load_tokenizer(name)
+    tokens = calibration_rows(calibration, tokenizer, rows=rows, length=length, folder=data_folder)
+    texts = {
+        f"{calibration} test": _whole_rows(RowEncoder(tokenizer), calibration, data_folder, tested),
+        "general text": encode_general_text(BUILTIN_TEXT, tokenizer, length),
+    }
+
+    def measure(folder: str) -> dict[str, float]:
+        device = choose_device()
+        loaded: Any = load_model(folder, choose_dtype("auto", device)).to(device)
+        return {
+            what: math.exp(held_out_loss(loaded, encoded, tokenizer.pad_token_id)) for what, encoded in texts.items()
+        }
+
+    results: list[dict[str, Any]] = [{"method": "as it was", "bits": 16, "perplexity": measure(name)}]
+    schemes = [Scheme(int(each), group_size, method) for each in bits.split(",") for method in methods.split(",")]
+    settings = {"model": model, "calibration": calibration, "rows": len(tokens), "length": length, "tested": tested}
+    for scheme in schemes:
+        scratch = Path(tempfile.mkdtemp())
+        start = time.perf_counter()
+        report = quantize_model(model, scratch / "model", scheme, tokens, console=Console(stderr=True))
+        seconds = time.perf_counter() - start
+        errors = report.errors.values()
+        results.append(
+            {
+                "method": scheme.method,
+                "bits": scheme.bits,
+                "perplexity": measure(str(scratch / "model")),
+                "mean_output_error": sum(errors) / len(errors),
+                "bytes": report.bytes_after,
+                "seconds": seconds,
+            }
+        )
+        shutil.rmtree(scratch)
+        if out is not None:
+            write_record(out, QUESTION, {**settings, "group_size": group_size}, results)
+    table = [
+        [
+            row["method"],
+            str(row["bits"]),
+            *(f"{row['perplexity'][what]:.2f}" for what in texts),
+            f"{row['mean_output_error']:.1%}" if "mean_output_error" in row else "",
+        ]
+        for row in results
+    ]
+    print_table(["method", "bits", *texts, "output error"], table)
+
+
+def _whole_rows(encoder: RowEncoder, task: str, folder: Path | None, count: int) -> list[EncodedRow]:
+    """Test rows whose prompts are predicted too."""
+    encoded = [encoder.encode(problem.row) for problem in get_task(task, folder=folder).problems("test")[:count]]
+    return [EncodedRow(row.number, row.input_ids, row.input_ids) for row in encoded]
+
+
+if __name__ == "__main__":
+    typer.run(main)
