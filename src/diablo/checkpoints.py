@@ -1,4 +1,4 @@
-"""Adapters on disk: saving, loading with nothing left unsaid, and merging into a plain model."""
+"""Adapters on disk: saving, loading with nothing left unsaid, and other forms of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +33,6 @@ from diablo.tuner.card import write_model_card
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """The outcome of a merge.
-
-    Attributes:
-        folder: where the merged model is.
-        dtype: dtype of its weights.
-        largest_difference: largest absolute difference of a logit between the merged and the adapted model on a probe.
-        largest_logit: largest absolute logit on the probe, to hold the difference against.
-    """
-
-    folder: Path
-    dtype: torch.dtype
-    largest_difference: float
-    largest_logit: float
 
 
 def save_start(model: Any, folder: Path) -> Path | None:
@@ -150,9 +132,27 @@ def load_adapter(
     Raises:
         UserError: the files cannot be read or do not fit the base model.
     """
-    saved_shapes = _shapes_on_disk(adapter)
+    _shapes_on_disk(adapter)  # a file that cannot be read shows before the model is loaded
     name = resolve_model(base or base_model_of(adapter))
     model = load_model(name, dtype or stored_dtype(name), attention, quantization)
+    return attach_adapter(model, adapter, name), load_tokenizer(name)
+
+
+def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
+    """Put an adapter on a base model that is loaded; see :func:`load_adapter`.
+
+    Args:
+        model: the base model.
+        adapter: the adapter's folder.
+        name: what the base model is called, for messages.
+
+    Returns:
+        The ``PeftModel`` in evaluation mode.
+
+    Raises:
+        UserError: the files cannot be read or do not fit the base model.
+    """
+    saved_shapes = _shapes_on_disk(adapter)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         model = PeftModel.from_pretrained(model, str(adapter), config=config)
@@ -166,7 +166,7 @@ def load_adapter(
             f"The adapter {str(adapter)!r} does not fit {name!r}: {_some(missing)} missing, "
             f"{_some(unexpected)} too many."
         )
-    return model.eval(), load_tokenizer(name)
+    return model.eval()
 
 
 def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:
@@ -197,35 +197,6 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     chat = trained_as.get("chat", False) if chat is None else chat
     loaded = loaded if is_placed(loaded) else loaded.to(device)
     return loaded, RowEncoder(tokenizer, chat=chat, stop_token_ids=stop_token_ids(loaded.config))
-
-
-def merge_adapter(
-    adapter: Path, folder: Path, *, base: str | None = None, dtype: torch.dtype | None = None
-) -> MergeReport:
-    """Write the base model with an adapter merged into it, as a plain transformers folder.
-
-    Args:
-        adapter: the adapter's folder.
-        folder: where to write; it must not exist or be empty, and is never left half written.
-        base: base model to use in place of the one that the adapter names.
-        dtype: dtype of the merged weights; that of the stored base weights where None.
-
-    Raises:
-        UserError: the adapter does not fit, the folder has files, or the merged weights would not be finite.
-    """
-    with new_folder(folder, "merged model") as target:
-        model, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
-        probe = torch.arange(32).unsqueeze(0) % model.config.get_text_config().vocab_size
-        with torch.no_grad():
-            adapted = model(input_ids=probe).logits.float()
-            try:
-                merged = model.merge_and_unload(safe_merge=True)
-            except ValueError as error:
-                raise UserError(f"The adapter {str(adapter)!r} cannot be merged: {error}") from None
-            logits = merged(input_ids=probe).logits.float()
-        merged.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    return MergeReport(folder, merged.dtype, float((logits - adapted).abs().max()), float(adapted.abs().max()))
 
 
 def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str | None = None) -> LoraConversion:

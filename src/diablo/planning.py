@@ -154,6 +154,10 @@ def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[
         UserError: one would.
     """
     how = recipe.quantization or stored_quantization(config).get("quant_method")
+    if how and recipe.merge:
+        raise UserError(
+            f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
+        )
     refused = [name for name in methods if name in ("full", "pissa")]
     if how and refused:
         raise UserError(

@@ -18,12 +18,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from diablo import preflight
-from diablo.checkpoints import merge_adapter, save_adapter, save_start
+from diablo.checkpoints import save_adapter, save_start
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.evaluation import Score, held_out_loss
 from diablo.losses import summed_completion_loss
+from diablo.merging import merge_adapter
 from diablo.methods import apply_method, count_parameters
 from diablo.models import is_placed, load_model
 from diablo.planning import Plan, make_plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,19 +55,37 @@ def merge(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the merged model.")],
     base: Base = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base model's where left out.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Over a quantized base: stored, dequantized or requantized weights.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="For --into requantized: a .txt or .jsonl file, a task's name, or builtin.")
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
-    from diablo.checkpoints import adapter_folder, merge_adapter
+    from diablo.checkpoints import adapter_folder
+    from diablo.merging import merge_adapter
     from diablo.models import parse_dtype
+    from diablo.quantization import calibration_rows
 
     chosen = parse_dtype(dtype) if dtype else None
     source = adapter_folder(adapter)
     quiet()
-    report = merge_adapter(source, folder, base=base, dtype=chosen)
+    rows = partial(calibration_rows, calibration, folder=data_folder) if calibration else None
+    report = merge_adapter(source, folder, base=base, dtype=chosen, into=into, calibration=rows, console=progress)
     out.print(
         f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}. Its logits differ from the "
         f"adapted model's by at most {report.largest_difference:.1e} (largest logit {report.largest_logit:.1f})."
     )
+    if report.losses is not None:
+        before, after = report.losses
+        out.print(
+            f"Loss per token on {report.measured_on}: {before:.4f} -> {after:.4f} by merging into {into} weights "
+            f"({after - before:+.4f})."
+        )
 
 
 @app.command("to-lora")

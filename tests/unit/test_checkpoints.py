@@ -22,11 +22,11 @@ from diablo.checkpoints import (
     base_model_of,
     is_adapter,
     load_adapter,
-    merge_adapter,
     save_adapter,
     write_as_lora,
 )
 from diablo.errors import UserError
+from diablo.merging import merge_adapter
 
 PROBE = torch.arange(40).unsqueeze(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -249,10 +250,39 @@ def test_an_adapter_is_trained_over_a_quantized_model(
     assert "is quantized already (gptq)" in err
     status, _, _ = diablo("generate", tmp_path / "run", "Problem:", "--max-new-tokens", 4)
     assert status == 0
-    status, _, err = diablo("merge", tmp_path / "run", tmp_path / "merged")
+    status, _, err = diablo("train", tmp_path / "recipe.yaml", "merge=true", f"output={tmp_path / 'other'}")
     assert status == 2
-    assert "cannot be merged into" in err
-    assert not (tmp_path / "merged").exists()
+    assert "merge: found true, where gptq quantizes the weights" in err
+
+    for arguments, expected in (
+        ([], "--into: missing; the adapter was trained over weights that gptq quantizes"),
+        (["--into", "stored"], "--into: found stored;"),
+        (["--into", "both"], "--into: found 'both'; allowed: stored, dequantized, requantized"),
+        (["--into", "requantized"], "--calibration: give it with --into requantized"),
+        (["--into", "dequantized", "--calibration", "builtin"], "--calibration: give it with --into requantized"),
+    ):
+        status, _, err = diablo("merge", tmp_path / "run", tmp_path / "merged", *arguments)
+        assert status == 2
+        assert expected in err
+        assert not (tmp_path / "merged").exists()
+
+    status, out, _ = diablo("merge", tmp_path / "run", tmp_path / "merged", "--into", "dequantized", "--dtype", "fp32")
+    assert status == 0
+    adapted, same = (float(loss) for loss in re.findall(r"16 held-out rows of the run: (\S+) -> (\S+) by", out)[0])
+    assert adapted == pytest.approx(after, abs=1e-3)
+    assert same == pytest.approx(adapted, abs=2e-3)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    assert getattr(merged.config, "quantization_config", None) is None
+
+    again = ["--into", "requantized", "--calibration", "mawps", "--dtype", "fp32"]
+    status, out, _ = diablo("merge", tmp_path / "run", tmp_path / "again", *again)
+    assert status == 0
+    adapted, rounded = (float(loss) for loss in re.findall(r"of the run: (\S+) -> (\S+) by", out)[0])
+    assert 0 < abs(rounded - adapted) < 0.1
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["bits"] == 4
+    status, _, _ = diablo("generate", tmp_path / "again", "Problem:", "--max-new-tokens", 2)
+    assert status == 0
 
 
 def test_the_command(diablo: Any, tiny_model: Path, tmp_path: Path) -> None:
@@ -371,6 +401,16 @@ def test_weights_are_quantized_while_they_are_loaded(
         for path in (tmp_path / "answers.jsonl", tmp_path / "run" / "answers-after.jsonl")
     ]
     assert answers[0] == answers[1]
+    for into, tolerance in (("dequantized", 5e-3), ("stored", 0.3)):
+        status, out, _ = diablo("merge", tmp_path / "run", tmp_path / into, "--into", into)
+        assert status == 0
+        before, merged = (float(loss) for loss in re.findall(r"of the run: (\S+) -> (\S+) by", out)[0])
+        assert merged == pytest.approx(before, abs=tolerance)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / into)
+        assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
+    status, _, err = diablo("merge", tmp_path / "run", tmp_path / "no", "--into", "requantized")
+    assert status == 2
+    assert "--into: found requantized" in err
     model = load_model(str(tiny_model), torch.float32, quantization=quantization)
     kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization]
     assert type(model.model.layers[0].mlp.up_proj).__name__ == kind

@@ -1,0 +1,173 @@
+"""Merging an adapter into a plain model, also where it was trained over weights that were quantized."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from diablo.checkpoints import attach_adapter, base_model_of, load_adapter, new_folder, stored_dtype
+from diablo.data.encoding import EncodedRow
+from diablo.errors import UserError
+from diablo.evaluation import held_out_loss
+from diablo.general_text import BUILTIN_TEXT, encode_general_text
+from diablo.models import load_config, load_model, resolve_model, stored_quantization
+from diablo.planning import make_plan
+from diablo.quantization import Scheme, quantize_model
+from diablo.quantization.dense import dequantized_model
+from diablo.recipe import Recipe
+from diablo.results import recipe_of_run
+
+CHOICES = ("stored", "dequantized", "requantized")
+_MOST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The outcome of a merge.
+
+    Attributes:
+        folder: where the merged model is.
+        dtype: dtype of its weights, or of its products where it is quantized.
+        largest_difference: largest absolute difference of a logit between the merged and the adapted model on a probe.
+        largest_logit: largest absolute logit on the probe, to hold the difference against.
+        losses: loss per token, in nats, of the adapted and of the merged model; None where nothing was quantized.
+        measured_on: what the losses are of.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    largest_difference: float
+    largest_logit: float
+    losses: tuple[float, float] | None = None
+    measured_on: str = ""
+
+
+def merge_adapter(
+    adapter: Path,
+    folder: Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    into: str | None = None,
+    calibration: Callable[[Any], torch.Tensor] | None = None,
+    console: Console | None = None,
+) -> MergeReport:
+    """Write the base model with an adapter merged into it, as a transformers folder.
+
+    Args:
+        adapter: the adapter's folder.
+        folder: where to write; it must not exist or be empty, and is never left half written.
+        base: base model to use in place of the one that the adapter names.
+        dtype: dtype of the merged weights; that of the stored base weights where None.
+        into: what to merge into where the adapter was trained over quantized weights, one of :data:`CHOICES`:
+            ``"stored"`` takes the weights as they are stored, from before they were quantized on the fly;
+            ``"dequantized"`` takes what the quantized weights stand for; ``"requantized"`` does so, and quantizes the
+            sum again as :func:`~diablo.quantization.quantize_model` did the base.
+        calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
+        console: where the progress of quantization is written.
+
+    Raises:
+        UserError: the adapter does not fit, the folder has files, the merged weights would not be finite, or ``into``
+            does not fit the base.
+    """
+    name = resolve_model(base or base_model_of(adapter))
+    on_the_fly = recipe_of_run(adapter).get("quantization")
+    stored = stored_quantization(load_config(name))
+    _check_into(name, stored, on_the_fly, into, calibration is not None)
+    scheme = _scheme_of(name, stored) if into == "requantized" else None
+    dtype = dtype or stored_dtype(name)
+    with new_folder(folder, "merged model") as target:
+        adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantization=on_the_fly)
+        rows, measured_on = _held_out_rows(adapter, tokenizer) if into else ([], "")
+        logits, loss = _measure(adapted, rows, tokenizer)
+        if into is not None:
+            del adapted
+            loaded = load_model(name, dtype, quantization=None if into == "stored" else on_the_fly)
+            plain = loaded if into == "stored" else dequantized_model(loaded, dtype)
+            adapted = attach_adapter(plain, adapter, name)
+        with torch.no_grad():
+            try:
+                merged = adapted.merge_and_unload(safe_merge=True)
+            except ValueError as error:
+                raise UserError(f"The adapter {str(adapter)!r} cannot be merged: {error}") from None
+        if scheme is not None:
+            assert calibration is not None  # checked above
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                _save(merged, tokenizer, Path(scratch))
+                quantize_model(scratch, target, scheme, calibration(tokenizer), console=console)
+            merged = load_model(str(target), dtype)
+        else:
+            _save(merged, tokenizer, target)
+        merged_logits, merged_loss = _measure(merged, rows, tokenizer)
+    return MergeReport(
+        folder,
+        dtype,
+        float((merged_logits - logits).abs().max()),
+        float(logits.abs().max()),
+        (loss, merged_loss) if into else None,
+        measured_on,
+    )
+
+
+def _check_into(
+    name: str, stored: dict[str, Any], on_the_fly: str | None, into: str | None, has_calibration: bool
+) -> None:
+    library = stored.get("quant_method") or on_the_fly
+    if into is not None and into not in CHOICES:
+        raise UserError(f"--into: found {into!r}; allowed: {', '.join(CHOICES)}.")
+    if library is None:
+        if into is not None:
+            raise UserError(f"--into: found {into}, but nothing is quantized in {name!r}; leave it out.")
+        return
+    possible = ["stored"] if not stored else []
+    possible += ["dequantized", *(["requantized"] if stored else [])]
+    if into not in possible:
+        found = "missing" if into is None else f"found {into}"
+        raise UserError(
+            f"--into: {found}; the adapter was trained over weights that {library} quantizes, so that merging changes "
+            f"what it computes; allowed: {', '.join(possible)}, or keep the adapter beside the model and merge nothing."
+        )
+    if has_calibration != (into == "requantized"):
+        raise UserError("--calibration: give it with --into requantized, and with nothing else.")
+
+
+def _scheme_of(name: str, stored: dict[str, Any]) -> Scheme:
+    meta = stored.get("meta") or {}
+    if stored.get("quant_method") != "gptq" or "diablo" not in meta.get("quantizer", []):
+        raise UserError(
+            f"--into: found requantized, but {name!r} was not quantized by diablo quantize; merge into dequantized, "
+            "and quantize the result with the tool of your choice."
+        )
+    return Scheme(meta["bits"], meta["group_size"], meta["method"], meta["alpha"])
+
+
+def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str]:
+    """Rows to tell by what merging changed: a run's held-out rows, or general text."""
+    trained_as = recipe_of_run(adapter)
+    if trained_as:
+        try:
+            rows = make_plan(Recipe.model_validate(trained_as)).held_out[:_MOST_ROWS]
+        except (UserError, ValueError):
+            rows = []  # its data is no longer where it was
+        if rows:
+            return rows, f"{len(rows)} held-out rows of the run"
+    return encode_general_text(BUILTIN_TEXT, tokenizer, 512), "general text"
+
+
+@torch.no_grad()
+def _measure(model: Any, rows: list[EncodedRow], tokenizer: Any) -> tuple[torch.Tensor, float]:
+    """Logits of a probe, and the loss of rows; 0 for none."""
+    probe = torch.arange(32, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
+    return model.eval()(input_ids=probe).logits.float().cpu(), loss
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,66 @@
+"""A quantized model as a plain one: every packed weight becomes the numbers that it stands for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from diablo.errors import UserError
+from diablo.tuner.quantized import check_backward, quantization_backend
+from diablo.tuner.weights import is_quantized
+
+
+@torch.no_grad()
+def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
+    """A plain model with the weights that a quantized one computes with.
+
+    Args:
+        model: a causal language model that bitsandbytes, torchao or GPTQ holds; it has no adapter and was not
+            evaluated.
+        dtype: dtype of the plain weights.
+
+    Returns:
+        A transformers model on the CPU in evaluation mode.
+
+    Raises:
+        UserError: its library has no way back from the packed weights.
+    """
+    check_backward(model, "Merging")
+    tensors: dict[str, torch.Tensor] = {}
+    packed: list[str] = []
+    for name, module in model.named_modules():
+        if not is_quantized(module):
+            continue
+        packed.append(f"{name}.")
+        tensors[f"{name}.weight"] = _weight(name, module, model)
+        if module.bias is not None:
+            tensors[f"{name}.bias"] = module.bias
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(tuple(packed)):
+            tensors[name] = tensor
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    cast = {name: tensor.to("cpu", dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()}
+    plain.load_state_dict(cast, assign=True)
+    plain.tie_weights()
+    return plain.eval()
+
+
+def _weight(name: str, module: Any, model: nn.Module) -> torch.Tensor:
+    """``(out_features, in_features)``."""
+    if hasattr(module, "dequantize_weight"):
+        # gptqmodel's, which has inputs first.
+        return module.dequantize_weight().T
+    try:
+        backend = quantization_backend(module, model)
+        assert backend is not None  # it is quantized
+        return backend.get_base_weight(module).detach()
+    except TypeError as error:
+        raise UserError(f"{name} cannot be dequantized: {error}; use the adapter beside the model.") from None
