@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -330,18 +329,3 @@ def test_general_text_that_cannot_be_used(tiny_model, tmp_path, name, content, p
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=part):
         encode_general_text(str(path), AutoTokenizer.from_pretrained(tiny_model), 100)
-
-
-def test_miss_gets_a_rank_that_divides_its_inputs_where_one_is_close(tiny_model, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    (folder / "model.safetensors").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 64}))
-    for num_blocks, expected in ((16, "r = 48"), (22, "r = 36")):
-        recipe = recipe_on(folder, tmp_path / "run", method={"num_blocks": num_blocks})
-        [contender] = plan_comparison(recipe, methods=["miss"]).contenders
-        assert contender.size == expected
-        assert contender.deviation is not None
-        assert abs(contender.deviation) < 0.02

@@ -23,7 +23,6 @@ DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 
 _VALIDATION_SHARE = 10
 _MOST_VALIDATION_ROWS = 512
-_MISS_MAY_DEVIATE = 0.02
 
 Stage = Literal["validation", "test"]
 """Which rows a run is judged by: ``validation`` chooses the learning rate, ``test`` gives the figures."""
@@ -238,13 +237,5 @@ def _contender(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes
 
     method = at_rank(nearest_size(adapter, shapes, budget))
     trained = adapt_on_meta(method, config)[1][0]
-    if isinstance(method, MissMethod):
-        # Inputs that the rank does not divide are padded and summed many times slower.
-        common_divisor = math.gcd(*(in_features for in_features, _ in shapes))
-        ranks = [rank for rank in range(1, common_divisor + 1) if common_divisor % rank == 0]
-        dividing = at_rank(nearest_size(adapter, shapes, budget, ranks))
-        trained_dividing = adapt_on_meta(dividing, config)[1][0]
-        if abs(trained_dividing / budget - 1) <= _MISS_MAY_DEVIATE:
-            method, trained = dividing, trained_dividing
     size = f"r = {method.r}, alpha {method.alpha}" if isinstance(method, LoraMethod) else f"r = {method.r}"
     return Contender(method, size, trained, trained / budget - 1)
