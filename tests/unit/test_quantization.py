@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.optimize import lsq_linear, minimize_scalar
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
@@ -339,19 +339,44 @@ def test_a_missing_library_names_the_extra(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_an_error(
-    tiny_model: Path, calibration: torch.Tensor, tmp_path: Path
-) -> None:
+def test_a_checkpoint_must_hold_the_models_tensors(tiny_model: Path, calibration: torch.Tensor, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    from safetensors.torch import save_file
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
 
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_model, broken)
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    def quantize(changed: dict[str, torch.Tensor], out: str) -> None:
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        quantize_model(str(folder), tmp_path / out, Scheme(4, 32, "rtn"), calibration[:1], console=QUIET)
+
+    missing = {name: tensor for name, tensor in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(UserError, match=r"stores no tensor model.layers.1.mlp.up_proj.weight"):
-        quantize_model(str(broken), tmp_path / "q", Scheme(4, 32), calibration, console=QUIET)
+        quantize(missing, "missing")
+    with pytest.raises(UserError, match=r"stores a tensor model.layers.0.mlp.other, for which it has no module"):
+        quantize(tensors | {"model.layers.0.mlp.other": torch.ones(2)}, "other")
+    # As transformers does, frequencies in old checkpoints are passed over.
+    quantize(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, "old")
+    assert (tmp_path / "old" / "config.json").is_file()
+
+
+def test_blocks_of_several_kinds_are_an_error(tiny_model: Path, calibration: torch.Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = Qwen2Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"several kinds \(full_attention, sliding_attention\)"):
+        quantize_model(str(folder), tmp_path / "q", Scheme(4, 32, "rtn"), calibration[:1], console=QUIET)
 
 
 def test_training_over_gptq_after_an_evaluation_has_gradients_or_is_an_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -153,6 +154,8 @@ class _Skeleton:
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(source.config, dtype=dtype).eval()
         self.blocks = _blocks_of(self.model)
+        # What transformers passes over too: old checkpoints store frequencies that are computed now.
+        self._ignored = {*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}
         name = next(name for name, module in self.model.named_modules() if module is self.blocks)
         self._stem = f"{name}."
         self.outer = [name for name in source.files if not name.startswith(self._stem)]
@@ -180,6 +183,8 @@ class _Skeleton:
         for full_name, tensor in tensors.items():
             owner_name, _, leaf = full_name.removeprefix(prefix).rpartition(".")
             if full_name.removeprefix(prefix) not in known:
+                if any(re.search(pattern, full_name) for pattern in self._ignored):
+                    continue
                 raise UserError(f"model: {self.source.name!r} stores a tensor {full_name}, for which it has no module.")
             owner = module.get_submodule(owner_name)
             moved = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -250,6 +255,12 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def _blocks_of(model: Any) -> nn.ModuleList:
     decoder, config = model.get_decoder(), model.config.get_text_config()
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1:
+        # Each kind has a mask of its own, and what the first block is called with is given to all.
+        raise UserError(
+            f"model: its blocks are of several kinds ({', '.join(kinds)}); those of one kind can be quantized."
+        )
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     lists = [child for child in lists if len(child) == config.num_hidden_layers]
     if len(lists) != 1 or not any(True for _ in linear_layers(lists[0])):
