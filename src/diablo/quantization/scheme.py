@@ -204,8 +204,9 @@ def _library() -> Iterator[tuple[Any, Any, Any]]:
             f"Quantization needs gptqmodel and optimum ({error}); install them with: pip install 'diablo-peft[gptq]'."
         ) from None
     finally:
-        # It sets variables of the whole process when it is imported.
-        os.environ.clear()
+        # It sets variables of the whole process when it is imported for the first time.
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
     try:
         yield GPTQ, QuantizeConfig, TorchLinear
