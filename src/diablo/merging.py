@@ -124,15 +124,15 @@ def _check_into(
     if library is None:
         if into is not None:
             raise UserError(f"--into: found {into}, but nothing is quantized in {name!r}; leave it out.")
-        return
-    possible = ["stored"] if not stored else []
-    possible += ["dequantized", *(["requantized"] if stored else [])]
-    if into not in possible:
-        found = "missing" if into is None else f"found {into}"
-        raise UserError(
-            f"--into: {found}; the adapter was trained over weights that {library} quantizes, so that merging changes "
-            f"what it computes; allowed: {', '.join(possible)}, or keep the adapter beside the model and merge nothing."
-        )
+    else:
+        possible = ["dequantized", "requantized"] if stored else ["stored", "dequantized"]
+        if into not in possible:
+            found = "missing" if into is None else f"found {into}"
+            raise UserError(
+                f"--into: {found}; the adapter was trained over weights that {library} quantizes, so that merging "
+                f"changes what it computes; allowed: {', '.join(possible)}, or keep the adapter beside the model and "
+                "merge nothing."
+            )
     if has_calibration != (into == "requantized"):
         raise UserError("--calibration: give it with --into requantized, and with nothing else.")
 

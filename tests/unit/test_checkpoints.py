@@ -239,3 +239,19 @@ def test_a_conversion_that_fails_leaves_no_folder(adapter: Path, tmp_path: Path)
     with pytest.raises(UserError, match="rank=0 is out of range"):
         write_as_lora(adapter, tmp_path / "lora", 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"into": "dequantized"}, "--into: found dequantized, but nothing is quantized"),
+        ({"into": "requantized", "calibration": lambda tokenizer: torch.ones(1, 8)}, "but nothing is quantized"),
+        ({"calibration": lambda tokenizer: torch.ones(1, 8)}, "--calibration: give it with --into requantized"),
+    ],
+)
+def test_choices_for_quantized_bases_are_refused_where_nothing_is_quantized(
+    saved: tuple[Path, torch.Tensor], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        merge_adapter(saved[0], tmp_path / "merged", **options)
+    assert not (tmp_path / "merged").exists()

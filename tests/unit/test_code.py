@@ -164,7 +164,7 @@ def test_the_test_is_called_with_the_function() -> None:
 
 @given(st.text(alphabet="`\n dief:#@python", max_size=60), st.text(alphabet="`\n dief:#@python", max_size=60))
 def test_any_text_makes_a_program(prompt: str, completion: str) -> None:
-    FunctionTest(prompt, "f", "").program(completion)
+    assert FunctionTest(prompt, "f", "").program(completion).test == "\ncheck(f)\n"
 
 
 @given(st.data())

@@ -221,9 +221,7 @@ def test_an_interrupted_call_goes_on_and_ends_with_the_same_files(
         assert all(torch.equal(value, once_more[name]) for name, value in load_file(path).items())
 
 
-def test_an_adapter_is_trained_over_a_quantized_model(
-    diablo: Any, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_is_trained_over_a_quantized_model(diablo: Any, quantized: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"model: {quantized}\ntask: mawps\nmethod: {{num_blocks: 4}}\ndata: {{limit: 192}}\n"
         f"output: {tmp_path / 'run'}\n"

@@ -184,7 +184,7 @@ def check_library() -> None:
         UserError: it is not; the message says how to install it.
     """
     with _library():
-        pass
+        return
 
 
 @contextlib.contextmanager
