@@ -1,4 +1,4 @@
-"""Interleaved timing, and the record of a run."""
+"""Interleaved timing, and tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import track
-
-from diablo.results import describe_machine, describe_versions, write_json
 
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -100,20 +97,6 @@ def keep_freed_memory() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def write_record(path: Path, question: str, settings: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write the results of a benchmark with the machine, the versions and the commit."""
-    record = {
-        "question": question,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "settings": dict(settings),
-        "results": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
-    print(f"Wrote {path}.")
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:

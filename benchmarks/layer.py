@@ -13,9 +13,10 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import FROZEN, METHODS, build
 from diablo.methods import count_parameters
+from diablo.results import write_record
 
 QUESTION = "forward and backward of one adapted linear layer, as a ratio to the frozen one"
 

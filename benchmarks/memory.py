@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness import DTYPES, Device, Dtype, print_table, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, print_table
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
 from diablo.methods import count_parameters
+from diablo.results import write_record
 from diablo.sizing import kept_for_backward
 from diablo.tuner.targets import PAPER_TARGETS
 

@@ -18,13 +18,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.harness import print_table, write_record
+from benchmarks.harness import print_table
 from diablo.data import RowEncoder
 from diablo.data.encoding import EncodedRow
 from diablo.evaluation import held_out_loss
 from diablo.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
 from diablo.quantization import METHODS, Scheme, calibration_rows, quantize_model
+from diablo.results import write_record
 from diablo.tasks import get_task
 
 QUESTION = "perplexity of a model in few bits"

@@ -18,10 +18,11 @@ import typer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from diablo.methods import count_parameters
 from diablo.models import load_model, resolve_model
+from diablo.results import write_record
 from diablo.tuner.targets import PAPER_TARGETS
 
 QUESTION = "a training step of a language model, as a ratio to the frozen model's"

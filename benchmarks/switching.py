@@ -12,10 +12,11 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved, write_record
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.layer import OneLayer
 from benchmarks.methods import equal_size
 from diablo import DiabloConfig
+from diablo.results import write_record
 
 QUESTION = "switching the adapter that stands in the weight of one layer"
 

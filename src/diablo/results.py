@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def write_record(path: Path, question: str, settings: Mapping[str, Any], results: Any) -> None:
+    """Write what came of a measurement, with the machine, the versions and the commit.
+
+    Args:
+        path: the JSON file; its folder is made.
+        question: what was asked.
+        settings: how it was measured.
+        results: what was found.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"question": question, "machine": describe_machine(), "versions": describe_versions()}
+    write_json(path, {**record, "settings": dict(settings), "results": results})
+    print(f"Wrote {path}.")
 
 
 def recipe_of_run(model: str | Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The paper's claims and ablations, each a script that prints, draws and records what it finds."""

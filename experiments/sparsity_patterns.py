@@ -1,0 +1,146 @@
+"""Does it matter which entries of a weight are trained, at equal numbers of them?
+
+    python -m experiments.sparsity_patterns
+
+The paper's ablation: diagonal blocks against random blocks, entries, columns and rows. Each pattern is trained on word
+problems at several learning rates, and at its best rate from several seeds, which draw other entries and another order
+of the rows. Reported are the loss on held-out rows, the seconds of training, and the bytes that a step keeps for its
+backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from diablo.methods import count_parameters
+from diablo.models import load_model
+from diablo.planning import Plan
+from diablo.sizing import kept_for_backward
+from experiments.finetuning import Trajectory, batch_of, completion_loss, finetune, plan_data
+from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.patterns import PATTERNS, apply_pattern
+
+QUESTION = "loss, time and memory of patterns of trained entries at equal numbers of them"
+
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+def train(plan: Plan, pattern: str, num_blocks: int, rate: float, seed: int) -> tuple[Trajectory, int, int]:
+    """Train a pattern; its trajectory, its trained parameters, and the bytes that its largest batch keeps."""
+    model = load_model(plan.model_name, plan.dtype, plan.recipe.attention).to(plan.device)
+    apply_pattern(model, pattern, num_blocks, {kind.kind for kind in plan.targets}, seed)
+    longest = max(plan.sampler.batches(), key=lambda batch: max(len(plan.train[index].input_ids) for index in batch))
+    kept = kept_for_backward(model, lambda: completion_loss(model.train(), batch_of(plan, longest)))
+    return finetune(model, plan, rate), count_parameters(model)[0], kept
+
+
+def run(
+    model: str = "builtin:smollm2-135m",
+    num_blocks: int = 64,
+    rows: int = 256,
+    held_out: int = 128,
+    rates: tuple[float, ...] = RATES,
+    seeds: int = 3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train every pattern.
+
+    Args:
+        model: a folder, a hub id or ``builtin:NAME``.
+        num_blocks: N.
+        rows: training rows, in batches of 8.
+        held_out: test rows.
+        rates: learning rates, tried with the first seed.
+        seeds: seeds at the best rate.
+        seed: the first seed.
+    """
+    plans = [plan_data(model, rows, held_out, 8, num_blocks, seed + number) for number in range(seeds)]
+    sweeps: dict[str, dict[float, tuple[Trajectory, int, int]]] = {name: {} for name in PATTERNS}
+    for rate in rates:
+        for name in PATTERNS:
+            sweeps[name][rate] = train(plans[0], name, num_blocks, rate, seed)
+            print(f"{name}, rate {rate:g}: {sweeps[name][rate][0].held_out_loss:.4f}", flush=True)
+    best = {name: min(found, key=lambda rate: found[rate][0].held_out_loss) for name, found in sweeps.items()}
+    repeated: dict[str, list[Trajectory]] = {name: [sweeps[name][best[name]][0]] for name in PATTERNS}
+    for number in range(1, seeds):
+        for name in PATTERNS:
+            repeated[name].append(train(plans[number], name, num_blocks, best[name], seed + number)[0])
+    patterns = []
+    for name, runs in repeated.items():
+        _, parameters, kept = sweeps[name][best[name]]
+        losses = [each.held_out_loss for each in runs]
+        patterns.append(
+            {
+                "pattern": name,
+                "parameters": parameters,
+                "rate": best[name],
+                "sweep": {f"{rate:g}": found[0].held_out_loss for rate, found in sweeps[name].items()},
+                "held_out_losses": losses,
+                "mean": statistics.fmean(losses),
+                "deviation": statistics.stdev(losses) if seeds > 1 else 0.0,
+                "seconds": statistics.median(each.seconds for each in runs),
+                "kept_bytes": kept,
+                "curve": runs[0].losses,
+            }
+        )
+    return {"patterns": patterns}
+
+
+def draw(figure: Any, results: dict[str, Any]) -> None:
+    """Loss with its deviation, time and memory of each pattern."""
+    panels = figure.subplots(1, 3, sharey=True)
+    patterns = results["patterns"][::-1]
+    names = [found["pattern"] for found in patterns]
+    panels[0].errorbar(
+        [found["mean"] for found in patterns],
+        names,
+        xerr=[found["deviation"] for found in patterns],
+        fmt="o",
+        capsize=3,
+    )
+    panels[0].set(xlabel="held-out loss per token (nats)")
+    panels[1].barh(names, [found["seconds"] for found in patterns])
+    panels[1].set(xlabel="training (s)")
+    panels[2].barh(names, [found["kept_bytes"] / 1e6 for found in patterns])
+    panels[2].set(xlabel="kept for the backward (MB)")
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")] = "builtin:smollm2-135m",
+    num_blocks: int = 64,
+    rows: int = 256,
+    out: Out = RESULTS,
+    seed: Seed = 0,
+) -> None:
+    """Print, draw and record it."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "num_blocks": num_blocks,
+        "rows": rows,
+        "held_out": 128,
+        "rates": RATES,
+        "seeds": 3,
+    }
+    results = run(**settings, seed=seed)
+    for found in results["patterns"]:
+        print(
+            f"{found['pattern']:16} {found['parameters']:,} parameters, rate {found['rate']:g}: loss "
+            f"{found['mean']:.4f} ± {found['deviation']:.4f}, {found['seconds']:.0f} s, "
+            f"{found['kept_bytes'] / 1e6:.0f} MB"
+        )
+    publish(
+        "sparsity-patterns",
+        QUESTION,
+        {**settings, "seed": seed, "threads": torch.get_num_threads()},
+        results,
+        draw,
+        out,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,117 @@
+"""The ablations on a tiny model: that they measure what they say, not what a real model makes of it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from experiments import choice_of_n, sparsity_patterns, stability
+from experiments.harness import publish
+from experiments.patterns import PATTERNS, RandomBlocks, apply_pattern
+
+
+def make_pattern(name: str, num_blocks: int = 4, seed: int = 0):
+    torch.manual_seed(1)
+    base = nn.Linear(16, 24).double()
+    pattern = PATTERNS[name](base, num_blocks, torch.Generator().manual_seed(seed)).double()
+    nn.init.normal_(pattern.values)
+    return pattern
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_computes_with_its_dense_update(name):
+    pattern = make_pattern(name)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = nn.functional.linear(x, pattern.base.weight + pattern.dense(), pattern.base.bias)
+    torch.testing.assert_close(pattern(x), expected)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_patterns_gradient_is_the_whole_gradient_at_its_entries(name):
+    pattern = make_pattern(name)
+    x = torch.randn(7, 16, dtype=torch.float64)
+    target = torch.randn(7, 24, dtype=torch.float64)
+    (pattern(x) - target).square().sum().backward()
+    weight = (pattern.base.weight + pattern.dense()).detach().requires_grad_()
+    (nn.functional.linear(x, weight, pattern.base.bias) - target).square().sum().backward()
+    # A small step along the values' gradient is one along the masked gradient.
+    before = pattern.dense()
+    with torch.no_grad():
+        pattern.values -= pattern.values.grad
+    moved = before - pattern.dense()
+    mask = (moved != 0).double()
+    torch.testing.assert_close(moved, weight.grad * mask)
+    assert int(mask.sum()) == pattern.values.numel() == pytest.approx(16 * 24 / 4, abs=24)
+
+
+def test_the_entries_depend_on_the_seed():
+    for name in PATTERNS.keys() - {"diagonal blocks"}:
+        first, again, other = (make_pattern(name, seed=seed).dense() != 0 for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other), name
+
+
+def test_random_blocks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"num_blocks=3 does not divide 16 x 24"):
+        RandomBlocks(nn.Linear(16, 24), 3, torch.Generator())
+
+
+def test_a_pattern_trains_nothing_else(tiny_model):
+    model = apply_pattern(AutoModelForCausalLM.from_pretrained(tiny_model), "random rows", 4, {"q_proj", "up_proj"}, 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        f"model.layers.{layer}.{where}.values" for layer in (0, 1) for where in ("self_attn.q_proj", "mlp.up_proj")
+    }
+
+
+def test_the_patterns_are_trained_at_equal_sizes(tiny_model, tmp_path):
+    results = sparsity_patterns.run(str(tiny_model), num_blocks=4, rows=48, held_out=8, rates=(1e-2, 1e-1), seeds=2)
+    assert [found["pattern"] for found in results["patterns"]] == list(PATTERNS)
+    sizes = [found["parameters"] for found in results["patterns"]]
+    assert max(sizes) <= 1.1 * min(sizes)
+    for found in results["patterns"]:
+        assert found["curve"][-1] < found["curve"][0], "it learned nothing"
+        assert f"{found['rate']:g}" == min(found["sweep"], key=found["sweep"].get)
+        assert len(found["held_out_losses"]) == 2
+        assert found["kept_bytes"] > 0
+    # A copy of every weight is kept for the backward.
+    kept = {found["pattern"]: found["kept_bytes"] for found in results["patterns"]}
+    assert kept["random entries"] > kept["diagonal blocks"]
+    publish("sparsity-patterns", sparsity_patterns.QUESTION, {}, results, sparsity_patterns.draw, tmp_path)
+
+
+def test_loras_a_has_no_gradient_at_the_first_step_and_blocks_have(tiny_model, tmp_path):
+    results = stability.run(str(tiny_model), num_blocks=4, rows=48, held_out=8, rates=(1e-3, 1e-2))
+    first = {method: runs[0]["norms_by_kind"][0] for method, runs in results["runs"].items()}
+    assert first["lora"]["A"] == 0 < first["lora"]["B"]
+    assert first["diablo"]["blocks"] > 0
+    for runs in results["runs"].values():
+        for found in runs:
+            kinds = found["norms_by_kind"][-1].values()
+            assert found["norms"][-1] == pytest.approx(math.hypot(*kinds), rel=1e-4)
+            assert found["coefficient_of_variation"] ** 2 * found["mean_norm"] ** 2 == pytest.approx(
+                found["variance_of_norm"]
+            )
+    publish("stability", stability.QUESTION, {}, results, stability.draw, tmp_path)
+
+
+def test_fewer_blocks_train_more_and_modules_are_compared_at_equal_sizes(tiny_model, tmp_path):
+    results = choice_of_n.run(
+        str(tiny_model),
+        rows=16,
+        held_out=8,
+        problems=2,
+        num_blocks=(2, 8),
+        rates=(1e-3,),
+        modules={"attention": choice_of_n.ATTENTION, "MLP": choice_of_n.MLP},
+        reference=8,
+    )
+    few, many = results["by_num_blocks"]
+    assert few["parameters"] == 4 * many["parameters"]
+    for found in results["by_modules"]:
+        assert found["parameters"] == pytest.approx(many["parameters"], rel=0.35)
+    publish("choice-of-n", choice_of_n.QUESTION, {}, results, choice_of_n.draw, tmp_path)
