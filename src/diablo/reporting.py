@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from diablo.comparison import Comparison
     from diablo.evaluation import Score
     from diablo.harness import HarnessFigure
+    from diablo.inspection import Inspection
     from diablo.methods import TargetKind
     from diablo.planning import Plan
     from diablo.sizing import Sizes
@@ -86,6 +89,63 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
 def format_bytes(count: int) -> str:
     """A number of bytes in MB or GB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def print_inspections(out: Console, inspections: Sequence[Inspection]) -> None:
+    """Where updates go, by kind of module and by layer; the figures of several adapters stand side by side."""
+    from diablo.inspection import mean_relative_norm
+
+    if len(inspections) > 1:
+        for each in inspections:
+            out.print(f"{each.label}  {escape(str(each.adapter))}")
+    kinds = list(dict.fromkeys(kind for each in inspections for kind in each.kinds))
+    beside = " · ".join(each.label for each in inspections) if len(inspections) > 1 else ""
+    table = Table(
+        "module", "norm", "of the base", "largest block", "effective rank", title=f"update by module {beside}"
+    )
+    for kind in kinds:
+        found = [each.kinds.get(kind, []) for each in inspections]
+        shares = [[share for weight in weights for share in weight.relative_norms or []] for weights in found]
+        table.add_row(
+            kind,
+            _beside(math.hypot(*(weight.norm for weight in weights)) if weights else None for weights in found),
+            _beside((mean_relative_norm(weights) for weights in found), ".1%"),
+            _beside((max(each, default=None) for each in shares), ".1%"),
+            _beside(
+                (statistics.fmean(w.effective_rank for w in weights) if weights else None for weights in found), ".1f"
+            ),
+        )
+    out.print(table)
+    layers = sorted({weight.layer for each in inspections for weight in each.weights if weight.layer is not None})
+    cells = {
+        (layer, kind): [
+            mean_relative_norm([weight for weight in each.kinds.get(kind, []) if weight.layer == layer])
+            for each in inspections
+        ]
+        for layer in layers
+        for kind in kinds
+    }
+    known = [share for shares in cells.values() for share in shares if share is not None and math.isfinite(share)]
+    if not known:
+        return
+    table = Table("layer", *kinds, title=f"update / base weight there, in percent {beside}")
+    for layer in layers:
+        table.add_row(str(layer), *(_shaded(cells[layer, kind], max(known)) for kind in kinds))
+    out.print(table)
+
+
+def _beside(values: Iterable[float | None], form: str = ".3g") -> str:
+    return " · ".join("-" if value is None else format(value, form) for value in values)
+
+
+def _shaded(shares: Sequence[float | None], top: float) -> str:
+    """Shares in percent, the redder the larger they are, as far as the terminal has colours."""
+    cells = []
+    for share in shares:
+        text = _beside([None if share is None else 100 * share], ".1f")
+        strength = round(160 * share / top) if share and math.isfinite(share) else 0
+        cells.append(f"[on rgb({20 + strength},20,40)]{text}[/]" if strength > 20 else text)
+    return " · ".join(cells)
 
 
 def kinds_table(kinds: list[TargetKind], title: str) -> Table:

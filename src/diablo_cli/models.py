@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from diablo_cli.shell import Base, app, out, progress, quiet
+from diablo_cli.shell import Base, app, check_file, out, progress, quiet
 
 
 @app.command()
@@ -86,6 +86,33 @@ def merge(
             f"Loss per token on {report.measured_on}: {before:.4f} -> {after:.4f} by merging into {into} weights "
             f"({after - before:+.4f})."
         )
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
+    other: Annotated[str | None, typer.Argument(help="A second adapter, shown beside the first.")] = None,
+    base: Base = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw every block's norm by layer and module as a PNG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every block's figures as JSON.")] = None,
+) -> None:
+    """Show where an adapter's update goes: how large it is beside the base weights, by layer and module."""
+    from diablo.inspection import inspect_adapter, inspection_record, plot_inspections
+    from diablo.reporting import print_inspections
+    from diablo.results import write_json
+
+    check_file(plot, "--plot")
+    check_file(json_file, "--json")
+    quiet()
+    given = [each for each in (adapter, other) if each is not None]
+    inspections = [inspect_adapter(each, base=base, label=label) for label, each in zip("AB", given, strict=False)]
+    print_inspections(out, inspections)
+    if plot is not None:
+        plot_inspections(plot, inspections)
+        out.print(f"Wrote {escape(str(plot))}.")
+    if json_file is not None:
+        write_json(json_file, {"adapters": [inspection_record(each) for each in inspections]})
+        out.print(f"Wrote {escape(str(json_file))}.")
 
 
 @app.command("to-lora")

@@ -29,12 +29,12 @@ def refuse(reason: str, options: dict[str, Any]) -> None:
         raise UserError(f"{', '.join(given)}: {reason}; leave out the one or the other.")
 
 
-def check_file(path: Path | None) -> None:
+def check_file(path: Path | None, option: str = "--out") -> None:
     """Check that a file can be written, before what it is to hold is worked out."""
     from diablo.errors import UserError
 
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--out: {str(path)!r} cannot be written; give a file in a folder that exists.")
+        raise UserError(f"{option}: {str(path)!r} cannot be written; give a file in a folder that exists.")
 
 
 def quiet() -> None:

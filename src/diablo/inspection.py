@@ -1,0 +1,219 @@
+"""Where an adapter's update goes: norm and effective rank of every block, and how large it is beside the base."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diablo.checkpoints import ADAPTER_CONFIG, adapter_folder, load_adapter
+from diablo.errors import UserError
+from diablo.layout import BlockLayout
+from diablo.tuner import DiabloLayer
+from diablo.tuner.weights import is_quantized
+
+
+@dataclass(frozen=True)
+class InspectedWeight:
+    """The blocks of one adapted weight. Blocks that lie wholly outside of the matrix are left out.
+
+    Attributes:
+        name: the module's name, and the parameter's where it is adapted by itself.
+        kind: last part of the module's name.
+        layer: the first number in the name; None where there is none.
+        norms: Frobenius norm of each block; those of a stack, such as experts, one matrix after the other.
+        base_norms: of the same entries of the base weight; None where the weight is quantized.
+        effective_ranks: of each block, from 0 for zeros to its smaller side: the exponential of the entropy of the
+            singular values divided by their sum (Roy and Vetterli, EUSIPCO 2007).
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    norms: list[float]
+    base_norms: list[float] | None
+    effective_ranks: list[float]
+
+    @property
+    def norm(self) -> float:
+        """Norm of the whole update."""
+        return math.hypot(*self.norms)
+
+    @property
+    def relative_norms(self) -> list[float] | None:
+        """Norm of each block as a share of that of the base weight's entries; None where those are quantized."""
+        if self.base_norms is None:
+            return None
+        return [_ratio(norm, base) for norm, base in zip(self.norms, self.base_norms, strict=True)]
+
+    @property
+    def relative_norm(self) -> float | None:
+        """Norm of the update as a share of that of the base weight's entries on the diagonal."""
+        return None if self.base_norms is None else _ratio(self.norm, math.hypot(*self.base_norms))
+
+    @property
+    def effective_rank(self) -> float:
+        """Mean effective rank of the blocks."""
+        return statistics.fmean(self.effective_ranks)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter changes.
+
+    Attributes:
+        adapter: its folder.
+        weights: its weights, in the order of the model.
+        label: a letter that it is called by beside others.
+    """
+
+    adapter: Path
+    weights: list[InspectedWeight]
+    label: str = "A"
+
+    @property
+    def kinds(self) -> dict[str, list[InspectedWeight]]:
+        """The weights by kind, in the order in which the kinds come first."""
+        kinds: dict[str, list[InspectedWeight]] = {}
+        for weight in self.weights:
+            kinds.setdefault(weight.kind, []).append(weight)
+        return kinds
+
+
+def inspect_adapter(adapter: str | Path, *, base: str | None = None, label: str = "A") -> Inspection:
+    """Measure the blocks of an adapter against the weights that they are added to.
+
+    Args:
+        adapter: the adapter's folder, or the run's.
+        base: base model to use in place of the one that the adapter names.
+        label: what to call it beside others.
+
+    Raises:
+        UserError: it is no DiaBlo adapter, cannot be read, or does not fit its base.
+    """
+    folder = adapter_folder(adapter)
+    try:
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}.") from None
+    if kind != "DIABLO":
+        raise UserError(f"{str(folder)!r} is an adapter of {kind}; only DiaBlo's has blocks to inspect.")
+    model, _ = load_adapter(folder, base=base)
+    return Inspection(folder, list(inspect_model(model)), label)
+
+
+def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iterable[InspectedWeight]:
+    """The blocks of an adapter of a model in memory.
+
+    Args:
+        model: a ``PeftModel``; blocks that stand in a weight while they are trained are taken out of it.
+        adapter_name: the adapter.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, DiabloLayer):
+            continue
+        module.leave_weight()
+        layouts = module.layouts_of(adapter_name)
+        for parameter, blocks in module.blocks_of(adapter_name).items():
+            name = path.removeprefix("base_model.model.")
+            own: Any = module.get_base_layer()
+            weight = (
+                None if is_quantized(own) else module.weights[parameter].matrix(own._parameters[parameter].detach())
+            )
+            yield InspectedWeight(
+                name=name if parameter == "weight" else f"{name}.{parameter}",
+                kind=(name if parameter == "weight" else parameter).rpartition(".")[2],
+                layer=int(found[0]) if (found := re.findall(r"\.(\d+)(?=\.|$)", f".{name}")) else None,
+                norms=_norms(_of_parameter(blocks.detach(), layouts[parameter])),
+                base_norms=None if weight is None else _norms(_of_weight(weight, layouts[parameter])),
+                effective_ranks=_effective_ranks(_of_parameter(blocks.detach(), layouts[parameter])),
+            )
+
+
+def mean_relative_norm(weights: Sequence[InspectedWeight]) -> float | None:
+    """Mean relative norm of updates; None where a base weight is quantized, or there are none."""
+    found = [weight.relative_norm for weight in weights]
+    known = [share for share in found if share is not None]
+    return statistics.fmean(known) if known and len(known) == len(found) else None
+
+
+def inspection_record(inspection: Inspection) -> dict[str, Any]:
+    """An inspection for a JSON file."""
+    return {"adapter": str(inspection.adapter), "weights": [asdict(weight) for weight in inspection.weights]}
+
+
+def plot_inspections(path: Path, inspections: Sequence[Inspection]) -> None:
+    """Draw the norm of every block as a heat map for each kind of module, an adapter a row, as a PNG.
+
+    A row of a map is a layer and a column a block. Norms are relative to the base weight where that is known, and the
+    colours of a column of maps are the same, so that adapters can be compared.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(kind for inspection in inspections for kind in inspection.kinds))
+    is_relative = all(weight.base_norms is not None for each in inspections for weight in each.weights)
+    size = (max(3.0 * len(kinds), 6.0), 3.6 * len(inspections) + 0.4)
+    figure, grid = pyplot.subplots(len(inspections), len(kinds), figsize=size, layout="constrained", squeeze=False)
+    for column, kind in enumerate(kinds):
+        found = [inspection.kinds.get(kind, []) for inspection in inspections]
+        maps = [[weight.relative_norms if is_relative else weight.norms for weight in weights] for weights in found]
+        highest = max((value for rows in maps for row in rows for value in row or []), default=0.0)
+        for axes, inspection, rows in zip(grid[:, column], inspections, maps, strict=True):
+            if not rows:
+                axes.set_axis_off()
+                continue
+            width = max(len(row or []) for row in rows)
+            # Rows of a kind that are cut otherwise end in white.
+            padded = [[*(row or []), *[float("nan")] * (width - len(row or []))] for row in rows]
+            image = axes.imshow(padded, aspect="auto", vmin=0, vmax=highest or 1.0, interpolation="nearest")
+            axes.set(
+                title=kind,
+                xlabel="block",
+                ylabel=f"{inspection.label}\nlayer" if column == 0 and len(inspections) > 1 else "layer",
+            )
+        figure.colorbar(image, ax=list(grid[:, column]), location="bottom", shrink=0.9)
+    what = "norm of each block / norm of the base weight there" if is_relative else "norm of each block"
+    figure.suptitle("; ".join([what, *(f"{each.label}: {_short(each.adapter)}" for each in inspections)]))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _short(folder: Path) -> str:
+    """A run's own name rather than that of the folder inside it."""
+    return folder.resolve().parent.name if folder.name == "adapter" else folder.resolve().name
+
+
+def _ratio(norm: float, base: float) -> float:
+    return norm / base if base else math.inf if norm else 0.0
+
+
+def _of_parameter(blocks: torch.Tensor, layout: BlockLayout) -> list[torch.Tensor]:
+    return [tile.of_blocks(blocks) for tile in layout.tiles]
+
+
+def _of_weight(weight: torch.Tensor, layout: BlockLayout) -> list[torch.Tensor]:
+    return [tile.of_weight(weight) for tile in layout.tiles]
+
+
+def _norms(runs: list[torch.Tensor]) -> list[float]:
+    return torch.cat([run.float().norm(dim=(-2, -1)) for run in runs], dim=-1).flatten().tolist()
+
+
+def _effective_ranks(runs: list[torch.Tensor]) -> list[float]:
+    ranks = []
+    for run in runs:
+        values = torch.linalg.svdvals(run.float())
+        total = values.sum(-1)
+        shares = values / total.unsqueeze(-1).clamp_min(torch.finfo(values.dtype).tiny)
+        ranks.append(torch.special.entr(shares).sum(-1).exp() * (total > 0))
+    return torch.cat(ranks, dim=-1).flatten().tolist()
