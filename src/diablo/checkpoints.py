@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,21 +152,40 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
     Raises:
         UserError: the files cannot be read or do not fit the base model.
     """
-    saved_shapes = _shapes_on_disk(adapter)
+    _shapes_on_disk(adapter)
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         model = PeftModel.from_pretrained(model, str(adapter), config=config)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(f"The adapter {str(adapter)!r} does not fit {name!r}: {' '.join(lines[:3])}") from None
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
-    missing, unexpected = expected.keys() - saved_shapes.keys(), saved_shapes.keys() - expected.keys()
+    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()})
+    return model.eval()
+
+
+def check_tensors(adapter: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the file of an adapter has the tensors that it should have, and no others.
+
+    Args:
+        adapter: the adapter's folder.
+        name: what the base model is called, for messages.
+        expected: the shapes by name.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape, or the file cannot be read.
+    """
+    saved = _shapes_on_disk(adapter)
+    missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
     if missing or unexpected:
         raise UserError(
             f"The adapter {str(adapter)!r} does not fit {name!r}: {_some(missing)} missing, "
             f"{_some(unexpected)} too many."
         )
-    return model.eval()
+    if wrong := [key for key, shape in expected.items() if saved[key] != shape]:
+        raise UserError(
+            f"The adapter {str(adapter)!r} does not fit {name!r}: {wrong[0]} is {saved[wrong[0]]} and should be "
+            f"{expected[wrong[0]]}."
+        )
 
 
 def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:

@@ -76,10 +76,19 @@ def merge(
     quiet()
     rows = partial(calibration_rows, calibration, folder=data_folder) if calibration else None
     report = merge_adapter(source, folder, base=base, dtype=chosen, into=into, calibration=rows, console=progress)
-    out.print(
-        f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}. Its logits differ from the "
-        f"adapted model's by at most {report.largest_difference:.1e} (largest logit {report.largest_logit:.1f})."
-    )
+    out.print(f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}.")
+    if report.verified is not None:
+        out.print(
+            f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal, to the "
+            "bit."
+        )
+    if report.logits is not None:
+        difference, largest = report.logits
+        out.print(
+            f"Its logits differ from the adapted model's by at most {difference:.1e} (largest logit {largest:.1f})."
+        )
+    else:
+        out.print("Logits were not compared: the model does not fit into the memory that is free.")
     if report.losses is not None:
         before, after = report.losses
         out.print(

@@ -15,15 +15,15 @@ import torch
 from accelerate import init_empty_weights
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from diablo.errors import UserError
-from diablo.models import choose_device, choose_dtype, load_config, load_tokenizer, resolve_model
+from diablo.models import choose_device, choose_dtype
 from diablo.progress import ProgressReport
 from diablo.quantization.scheme import Scheme, check_library, dequantize, quantize_weight
 from diablo.results import changed_settings, describe_versions, write_json
+from diablo.stored import StoredWeights, write_index, write_settings, write_tensors
 
 _ROWS_TOGETHER = 8
 
@@ -66,7 +66,9 @@ def quantize_model(
     check_library()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the quantized model.")
-    source = _Source(model)
+    source = StoredWeights(model)
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise UserError(f"model: {model!r} is quantized already; give the model that it was made from.")
     device = choose_device()
     skeleton = _Skeleton(source, choose_dtype("auto", device), device)
     skeleton.check(scheme)
@@ -87,8 +89,9 @@ def quantize_model(
                     _quantize_block(block, skeleton.prefix(index), hidden, scheme, path)
                 hidden = [skeleton.run(block, *inputs) for inputs in hidden]
             report.update(index + 1)
-    _save(source.read(skeleton.outer), partial / files[-1], {})
-    errors = _write_index(partial, files)
+    write_tensors(source.read(skeleton.outer), partial / files[-1])
+    write_index(partial, files)
+    errors = _errors_of(partial, files)
     _write_settings(partial, source, scheme, errors)
     (partial / "settings.json").unlink()
     if folder.is_dir():
@@ -96,48 +99,6 @@ def quantize_model(
     partial.rename(folder)
     after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return QuantizationReport(folder, errors, source.bytes, after)
-
-
-class _Source:
-    """The files of a model, whose tensors are read by name."""
-
-    def __init__(self, model: str) -> None:
-        self.name = resolve_model(model)
-        self.config = load_config(self.name)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise UserError(f"model: {model!r} is quantized already; give the model that it was made from.")
-        self.folder = Path(self.name) if Path(self.name).is_dir() else _download(self.name)
-        self.files: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as tensors:
-                self.files |= dict.fromkeys(tensors.keys(), path)
-        if not self.files:
-            raise UserError(
-                f"model: {model!r} has no .safetensors files; other formats are not read, since they run code."
-            )
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weights on disk."""
-        return sum(path.stat().st_size for path in set(self.files.values()))
-
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors as they are stored."""
-        found: dict[str, torch.Tensor] = {}
-        for path in sorted({self.files[name] for name in names}):
-            with safe_open(path, framework="pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in names if self.files[name] == path}
-        return found
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # what a hub, a proxy or a cache can raise is open-ended
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"model: the weights of {name!r} cannot be had from the hub ({reason}).") from None
 
 
 class _Skeleton:
@@ -149,7 +110,7 @@ class _Skeleton:
         device: where blocks are run.
     """
 
-    def __init__(self, source: _Source, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, source: StoredWeights, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(source.config, dtype=dtype).eval()
@@ -290,7 +251,7 @@ def _quantize_block(
         tensors |= {f"{prefix}{name}.{kind}": value for kind, value in found.tensors.items()}
         errors[f"{prefix}{name}"] = found.error
     seconds = round(time.perf_counter() - started, 2)
-    _save(tensors, path, {"errors": json.dumps(errors), "seconds": str(seconds)})
+    write_tensors(tensors, path, {"errors": json.dumps(errors), "seconds": str(seconds)})
 
 
 def _grams(block: nn.Module, hidden: list[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, torch.Tensor]:
@@ -345,35 +306,17 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a file whole: it has its name only when nothing is missing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **metadata}
-    )
-    temporary.replace(path)
-
-
-def _write_index(folder: Path, files: list[str]) -> dict[str, float]:
-    """Write which file holds which tensor, and collect the layers' errors."""
-    weight_map: dict[str, str] = {}
+def _errors_of(folder: Path, files: list[str]) -> dict[str, float]:
+    """The layers' errors, which each block's file has with it."""
     errors: dict[str, float] = {}
     for name in files:
         with safe_open(folder / name, framework="pt") as tensors:
-            weight_map |= dict.fromkeys(tensors.keys(), name)
             errors |= json.loads((tensors.metadata() or {}).get("errors", "{}"))
-    size = sum((folder / name).stat().st_size for name in files)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
     return errors
 
 
-def _write_settings(folder: Path, source: _Source, scheme: Scheme, errors: dict[str, float]) -> None:
-    config = source.config
-    config.quantization_config = scheme.config()
-    config.save_pretrained(folder)
-    load_tokenizer(source.name).save_pretrained(folder)
-    if (source.folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+def _write_settings(folder: Path, source: StoredWeights, scheme: Scheme, errors: dict[str, float]) -> None:
+    source.config.quantization_config = scheme.config()
+    write_settings(folder, source)
     record = {"model": source.name, **asdict(scheme), "versions": describe_versions(), "errors": errors}
     write_json(folder / "quantization.json", record)

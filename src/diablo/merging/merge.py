@@ -1,4 +1,4 @@
-"""Merging an adapter into a plain model, also where it was trained over weights that were quantized."""
+"""Merging an adapter into its base model, also where it was trained over weights that were quantized."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -16,12 +17,14 @@ from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.evaluation import held_out_loss
 from diablo.general_text import BUILTIN_TEXT, encode_general_text
+from diablo.merging.shards import Update, find_updates, merge_shards
 from diablo.models import load_config, load_model, resolve_model, stored_quantization
 from diablo.planning import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
 from diablo.recipe import Recipe
 from diablo.results import recipe_of_run
+from diablo.stored import NoSafetensorsError, StoredWeights
 
 CHOICES = ("stored", "dequantized", "requantized")
 _MOST_ROWS = 256
@@ -34,16 +37,18 @@ class MergeReport:
     Attributes:
         folder: where the merged model is.
         dtype: dtype of its weights, or of its products where it is quantized.
-        largest_difference: largest absolute difference of a logit between the merged and the adapted model on a probe.
-        largest_logit: largest absolute logit on the probe, to hold the difference against.
+        logits: the largest absolute difference of a logit between the merged and the adapted model on a probe, and the
+            largest logit there, to hold it against; None where the model does not fit into the memory.
+        verified: tensors that were read back and equal the base's plus the blocks to the bit; None where the model was
+            merged as a whole.
         losses: loss per token, in nats, of the adapted and of the merged model; None where nothing was quantized.
         measured_on: what the losses are of.
     """
 
     folder: Path
     dtype: torch.dtype
-    largest_difference: float
-    largest_logit: float
+    logits: tuple[float, float] | None
+    verified: int | None = None
     losses: tuple[float, float] | None = None
     measured_on: str = ""
 
@@ -60,17 +65,20 @@ def merge_adapter(
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
 
+    Where the base weights are plain and the adapter has nothing but blocks, the base's files are read, merged, written
+    and checked one by one: the memory of the largest is enough. Otherwise the model is loaded.
+
     Args:
         adapter: the adapter's folder.
         folder: where to write; it must not exist or be empty, and is never left half written.
         base: base model to use in place of the one that the adapter names.
-        dtype: dtype of the merged weights; that of the stored base weights where None.
+        dtype: dtype of the merged weights; as the base weights are stored where None.
         into: what to merge into where the adapter was trained over quantized weights, one of :data:`CHOICES`:
             ``"stored"`` takes the weights as they are stored, from before they were quantized on the fly;
             ``"dequantized"`` takes what the quantized weights stand for; ``"requantized"`` does so, and quantizes the
             sum again as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
-        console: where the progress of quantization is written.
+        console: where progress is written; standard error where None.
 
     Raises:
         UserError: the adapter does not fit, the folder has files, the merged weights would not be finite, or ``into``
@@ -81,6 +89,12 @@ def merge_adapter(
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
+    if into is None and (plain := _plain_updates(adapter, name)) is not None:
+        source, updates = plain
+        with new_folder(folder, "merged model") as target:
+            verified = merge_shards(adapter, source, updates, target, dtype, console)
+        dtype = dtype or stored_dtype(name)
+        return MergeReport(folder, dtype, _compare_logits(adapter, base, folder, dtype, source.bytes), verified)
     dtype = dtype or stored_dtype(name)
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantization=on_the_fly)
@@ -108,11 +122,37 @@ def merge_adapter(
     return MergeReport(
         folder,
         dtype,
-        float((merged_logits - logits).abs().max()),
-        float(logits.abs().max()),
-        (loss, merged_loss) if into else None,
-        measured_on,
+        _difference(merged_logits, logits),
+        losses=(loss, merged_loss) if into else None,
+        measured_on=measured_on,
     )
+
+
+def _plain_updates(adapter: Path, name: str) -> tuple[StoredWeights, dict[str, Update]] | None:
+    """The base's files and what the adapter adds to them; None where the model has to be loaded for that."""
+    try:
+        stored = StoredWeights(name)
+    except NoSafetensorsError:
+        return None  # transformers may know how to read it, or says why not
+    updates = find_updates(adapter, stored)
+    return None if updates is None else (stored, updates)
+
+
+def _compare_logits(
+    adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int
+) -> tuple[float, float] | None:
+    """The adapted model's logits against the written one's, one after the other; None where neither would fit."""
+    if 1.5 * size > psutil.virtual_memory().available:
+        return None
+    adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
+    logits, _ = _measure(adapted, [], tokenizer)
+    del adapted
+    merged, _ = _measure(load_model(str(folder), dtype), [], tokenizer)
+    return _difference(merged, logits)
+
+
+def _difference(merged: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
+    return float((merged - logits).abs().max()), float(logits.abs().max())
 
 
 def _check_into(

@@ -1,0 +1,165 @@
+"""Merging file by file: the memory of one file of the base model is enough, whatever the model's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from rich.console import Console
+from safetensors import safe_open
+
+from diablo.checkpoints import ADAPTER_WEIGHTS, check_tensors
+from diablo.errors import UserError
+from diablo.layout import BlockLayout
+from diablo.models import meta_model
+from diablo.ops.weight import write_to_diagonal
+from diablo.progress import ProgressReport
+from diablo.stored import StoredWeights, write_index, write_settings, write_tensors
+from diablo.tuner import DiabloConfig, DiabloLayer
+from diablo.tuner.weights import Owners, Weight
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one tensor of the base model.
+
+    Attributes:
+        key: the blocks' name in the adapter's file.
+        layout: their geometry.
+        weight: how the tensor is read as a matrix.
+    """
+
+    key: str
+    layout: BlockLayout
+    weight: Weight
+
+
+def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | None:
+    """What an adapter adds to which stored tensor, worked out on the meta device.
+
+    Returns:
+        The updates by the name of the tensor; None where the adapter changes more than diagonals, or the tensors are
+        stored in another form than the model has them, so that the model has to be loaded.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication:
+        return None
+    model = meta_model(stored.config)
+    owners = Owners(model)
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The adapter {str(adapter)!r} does not fit {stored.name!r}: {error}") from None
+    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+    check_tensors(adapter, stored.name, expected)
+    updates: dict[str, Update] = {}
+    for path, layer in adapted.named_modules():
+        if not isinstance(layer, DiabloLayer):
+            continue
+        for parameter, layout in layer.layouts_of("default").items():
+            owned: Any = layer.get_base_layer()._parameters[parameter]
+            name = f"{path.removeprefix('base_model.model.')}.{parameter}"
+            key = next(
+                (key for key in (f"{path}.diablo_blocks", f"{path}.diablo_blocks.{parameter}") if key in expected), ""
+            )
+            is_plain = name in stored.files and stored.shape(name) == tuple(owned.shape)
+            if not key or not is_plain or len(owners.of(owned)) > 1:
+                return None
+            updates[name] = Update(key, layout, layer.weights[parameter])
+    # What is trained beside blocks, such as modules_to_save, takes the place of whole tensors.
+    return updates if expected.keys() == {update.key for update in updates.values()} else None
+
+
+def merge_shards(
+    adapter: Path,
+    stored: StoredWeights,
+    updates: Mapping[str, Update],
+    folder: Path,
+    dtype: torch.dtype | None,
+    console: Console | None = None,
+) -> int:
+    """Write each file of the base model with the blocks added, and read it back.
+
+    Args:
+        adapter: the adapter's folder.
+        stored: the base model's files.
+        updates: from :func:`find_updates`.
+        folder: an empty folder.
+        dtype: dtype of the written weights; each tensor's own where None.
+        console: where progress is written; standard error where None.
+
+    Returns:
+        How many tensors were read back and found to be the base's, plus the blocks on the diagonals, to the bit.
+
+    Raises:
+        UserError: the sum would not be finite, the disk is full, or a file reads back otherwise than it was written.
+    """
+    kept = _kept_in_fp32(stored) if dtype is not None else ()
+    verified = 0
+    shards = stored.shards
+    with (
+        safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as blocks,
+        ProgressReport(console or Console(stderr=True), "merging files", len(shards)) as report,
+    ):
+        for number, (path, names) in enumerate(shards.items(), start=1):
+            merged = {name: _cast(tensor, name, dtype, kept) for name, tensor in stored.read(names).items()}
+            for name in names:
+                if name in updates:
+                    _add(name, merged[name], blocks.get_tensor(updates[name].key), updates[name], adapter)
+            write_tensors(merged, folder / path.name)
+            del merged
+            for name in names:
+                base = _cast(stored.read([name])[name], name, dtype, kept)
+                _check_written(folder / path.name, name, base, updates.get(name), blocks)
+                verified += 1
+            report.update(number)
+    if len(shards) > 1:
+        write_index(folder, [path.name for path in shards])
+    write_settings(folder, stored, dtype)
+    return verified
+
+
+def _add(name: str, tensor: torch.Tensor, blocks: torch.Tensor, update: Update, adapter: Path) -> None:
+    matrix = update.weight.matrix(tensor)
+    write_to_diagonal(matrix, blocks, update.layout)
+    if not all(bool(torch.isfinite(tile.of_weight(matrix)).all()) for tile in update.layout.tiles):
+        raise UserError(
+            f"The adapter {str(adapter)!r} cannot be merged: {name} would have NaN or infinite values; the adapter is "
+            "broken, or its blocks overflow the weight's dtype."
+        )
+
+
+def _check_written(path: Path, name: str, base: torch.Tensor, update: Update | None, blocks: Any) -> None:
+    """Check a tensor on disk against the base's, the blocks and nothing else that was used to write it."""
+    with safe_open(path, framework="pt") as written:
+        tensor = written.get_tensor(name)
+    if update is not None:
+        found, wanted = update.weight.matrix(tensor), update.weight.matrix(base)
+        values = blocks.get_tensor(update.key)
+        for tile in update.layout.tiles:
+            # The diagonal's sum is held against what stands there, and then leaves the rest to be compared.
+            ours = tile.of_weight(found)
+            wide = torch.promote_types(ours.dtype, torch.float32)
+            tile.of_weight(wanted).copy_(tile.of_weight(wanted).to(wide) + tile.of_blocks(values).to(wide))
+    if not torch.equal(tensor, base):
+        raise UserError(f"{path} was not written as it should be: {name} reads back otherwise; is the disk sound?")
+
+
+def _cast(tensor: torch.Tensor, name: str, dtype: torch.dtype | None, kept: tuple[str, ...]) -> torch.Tensor:
+    if dtype is None or not tensor.is_floating_point() or any(part in name for part in kept):
+        return tensor
+    return tensor.to(dtype)
+
+
+def _kept_in_fp32(stored: StoredWeights) -> tuple[str, ...]:
+    """Parts of the names of tensors that the model wants in fp32 whatever its dtype."""
+    model = meta_model(stored.config)
+    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return tuple(f"{name}." for name in names)
