@@ -13,6 +13,19 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong
+    """Somebody asked a run to stop, and it has.
+
+    Args:
+        message: how to go on.
+        signal: what asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal
+
+
 def did_you_mean(given: str, allowed: Iterable[object]) -> str:
     """The end of a message about an unknown name: the closest that there is, or nothing where none is close."""
     close = difflib.get_close_matches(given, [str(name) for name in allowed], n=1)

@@ -162,6 +162,9 @@ class Training(Section):
     save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
     logging_steps: int = Field(5, ge=1, description="an integer of at least 1")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
+    )
 
 
 class Evaluation(Section):

@@ -29,8 +29,11 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except Exception as error:
-        from diablo.errors import UserError
+        from diablo.errors import Interrupted, UserError
 
+        if isinstance(error, Interrupted):
+            print(error, file=sys.stderr)
+            sys.exit(error.status)
         if not isinstance(error, UserError):
             raise
         for line in str(error).splitlines():

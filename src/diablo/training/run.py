@@ -1,34 +1,29 @@
-"""A recipe to a trained adapter: TRL's SFTTrainer, with the loss on completions and batches of similar length."""
+"""A run: check, train, save, score, and what it leaves behind."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from rich.markup import escape
+from transformers import set_seed
 
 from diablo import preflight
 from diablo.checkpoints import save_adapter, save_start
-from diablo.data.batching import LengthGroupedSampler, collate
-from diablo.data.encoding import EncodedRow
-from diablo.errors import UserError
-from diablo.evaluation import Score, held_out_loss
-from diablo.losses import summed_completion_loss
+from diablo.data.batching import collate
+from diablo.errors import Interrupted, UserError
+from diablo.evaluation import Score
 from diablo.merging import merge_adapter
 from diablo.methods import apply_method, count_parameters
 from diablo.models import is_placed, load_model
 from diablo.planning import Plan, make_plan
-from diablo.progress import TokenMeter, TrainingProgress
+from diablo.progress import TokenMeter
 from diablo.recipe import FullMethod, Recipe
 from diablo.results import (
     changed_settings,
@@ -39,6 +34,9 @@ from diablo.results import (
     write_json,
 )
 from diablo.scoring import score_tasks, write_answers
+from diablo.training import saving
+from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
+from diablo.training.trainer import CompletionTrainer, Losses, loss_of, make_trainer
 
 
 @dataclass
@@ -78,10 +76,12 @@ def train(
         overwrite: discard an unfinished run that lies in the output folder.
 
     Raises:
-        UserError: something in the recipe, the data or the output folder does not fit.
+        UserError: something in the recipe, the data or the output folder does not fit, a loss is not finite, or memory
+            or the disk is full.
+        Interrupted: somebody asked to stop, and a checkpoint was saved.
     """
     console = console or Console(stderr=True)
-    checkpoint = _check_output(recipe, resume=resume, overwrite=overwrite)
+    checkpoint = _check_output(recipe, console, resume=resume, overwrite=overwrite)
     plan = make_plan(recipe)
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
@@ -102,24 +102,21 @@ def train(
         result.before = _score(model, plan, console, "before")
     losses = Losses()
     if plan.held_out:
-        losses.held_out.append((0, _held_out(model, plan)))
+        losses.held_out.append((0, loss_of(model, plan, plan.held_out)))
     if plan.general:
-        losses.general.append(_loss_of(model, plan, plan.general))
+        losses.general.append(loss_of(model, plan, plan.general))
 
     meter = TokenMeter()
-    trainer = _make_trainer(model, plan, console, meter, losses)
+    trainer = make_trainer(model, plan, console, meter, losses)
     _check_first_batch(trainer, plan)
     start = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.progress.close()
+    _train(trainer, plan, checkpoint)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
     if plan.held_out and losses.held_out[-1][0] != trainer.state.global_step:
-        losses.held_out.append((trainer.state.global_step, _held_out(model, plan)))
+        losses.held_out.append((trainer.state.global_step, loss_of(model, plan, plan.held_out)))
     if plan.general:
-        losses.general.append(_loss_of(model, plan, plan.general))
+        losses.general.append(loss_of(model, plan, plan.general))
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
     save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
@@ -130,145 +127,12 @@ def train(
     if recipe.merge and not is_full:
         result.merged = recipe.output / "merged"
         merge_adapter(result.adapter, result.merged)
-    result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer.state.global_step)
+    result.record = _record(
+        plan, model, result, losses, meter, timings, training_peak, trainer.state.global_step, trainer.finite.skipped
+    )
     write_json(recipe.output / "run.json", result.record)
     plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, f"{recipe.method.name} on {recipe.model}")
     return result
-
-
-@dataclass
-class Losses:
-    """Loss per supervised token in nats, by step; of general text before and after training."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    general: list[float] = field(default_factory=list)
-
-
-class CompletionTrainer(SFTTrainer):
-    """TRL's trainer over rows that are encoded already.
-
-    Args:
-        plan: gives the sampler and the device.
-        progress: the training bar.
-        options: arguments of ``SFTTrainer``.
-    """
-
-    def __init__(self, *, plan: Plan, progress: TrainingProgress, **options: Any) -> None:
-        self.sampler: LengthGroupedSampler = plan.sampler
-        self.progress = progress
-        super().__init__(**options)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
-        return self.sampler
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """The mean loss of the supervised tokens of the whole optimizer step.
-
-        TRL's own, which waits for the device several times a step, is left to what ours does not do: the balancing loss
-        of a mixture's router.
-        """
-        if self.aux_loss_enabled or return_outputs:
-            inputs = {name: values for name, values in inputs.items() if name != "predicting"}
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
-        loss = summed_completion_loss(model, inputs) / count
-        # The count is that of all processes, and DDP averages the gradients over them.
-        return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
-
-
-class _HeldOutLoss(TrainerCallback):
-    """Measures the held-out loss every ``training.eval_steps`` steps."""
-
-    def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses) -> None:
-        self.plan, self.meter, self.losses = plan, meter, losses
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        every = self.plan.recipe.training.eval_steps
-        if every and state.global_step % every == 0:
-            with self.meter.pause():
-                self.losses.held_out.append((state.global_step, _held_out(model, self.plan)))
-
-
-class _CheckOptimizer(TrainerCallback):
-    """The last check before the first step: the optimizer exists only now."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        preflight.check_optimizer(getattr(optimizer, "optimizer", optimizer), model)
-
-
-class _MeteredCollator:
-    """Makes batches and counts their tokens."""
-
-    def __init__(self, pad_token_id: int, meter: TokenMeter) -> None:
-        self.pad_token_id, self.meter = pad_token_id, meter
-
-    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        batch = collate(features, self.pad_token_id)
-        self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
-        return batch
-
-
-def _make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, losses: Losses) -> CompletionTrainer:
-    training = plan.recipe.training
-    config = SFTConfig(
-        output_dir=str(plan.recipe.output / "checkpoints"),
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
-        logging_steps=training.logging_steps,
-        save_strategy="steps" if training.save_steps else "no",
-        save_steps=training.save_steps or 500,
-        save_total_limit=training.save_total_limit,
-        bf16=plan.dtype == torch.bfloat16,
-        fp16=plan.dtype == torch.float16,
-        use_cpu=plan.device.type == "cpu",
-        seed=plan.recipe.seed,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=plan.device.type == "cuda",
-        # Its filter asks the device in each step whether the loss is finite.
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
-    config._n_gpu = min(config.n_gpu, 1)
-    pad_token_id = plan.encoder.tokenizer.pad_token_id
-    progress = TrainingProgress(console, meter)
-    # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
-    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    trainer = CompletionTrainer(
-        plan=plan,
-        progress=progress,
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list([row.features for row in plan.train]),
-        processing_class=plan.encoder.tokenizer,
-        data_collator=_MeteredCollator(pad_token_id, meter),
-        callbacks=[progress, _HeldOutLoss(plan, meter, losses), _CheckOptimizer()],
-    )
-    for parameter, values in trained:
-        parameter.data = values
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
 
 
 def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
@@ -305,30 +169,51 @@ def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Sco
     return scores
 
 
-def _held_out(model: Any, plan: Plan) -> float:
-    return _loss_of(model, plan, plan.held_out)
+def _train(trainer: CompletionTrainer, plan: Plan, checkpoint: Path | None) -> None:
+    """Run the trainer, until it is done, something goes wrong or somebody asks it to stop."""
+    asking = StopWhenAsked()
+    if trainer.accelerator.num_processes == 1:
+        trainer.add_callback(asking)
+    try:
+        with asking:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        training = plan.recipe.training
+        longest = max(len(row.input_ids) for row in plan.train)
+        advice = out_of_memory_advice(
+            error, training.batch_size, longest, checkpointing=training.gradient_checkpointing
+        )
+        if advice is None:
+            raise
+        raise advice from error
+    finally:
+        trainer.progress.close()
+    if asking.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+        folder = plan.recipe.output
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved. Go "
+            f"on with: diablo train {folder / 'recipe.yaml'} --resume",
+            asking.asked,
+        )
 
 
-def _loss_of(model: Any, plan: Plan, rows: Sequence[EncodedRow]) -> float:
-    return held_out_loss(model, rows, plan.encoder.tokenizer.pad_token_id)
-
-
-def _check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
+def _check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
     """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing."""
     folder = recipe.output
-    checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last, torn = saving.last_whole(folder / "checkpoints")
     if resume:
+        for name, fault in torn.items():
+            console.print(f"{name} is not whole ({escape(fault)}): it is passed over.", soft_wrap=True)
         if last is None:
             raise UserError(
-                f"output: there is no checkpoint in {str(folder)!r} to resume from; run without --resume, and set "
-                "training.save_steps to have some."
+                f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
+                f"without --resume{', with --overwrite' if torn else ''}, and set training.save_steps to have some."
             )
         _check_same_run(recipe, folder / "recipe.yaml")
         return last
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output: {str(folder)!r} has files that diablo did not write; give a new or empty folder.")
-    is_unfinished = last is not None and not (folder / "run.json").is_file()
+    is_unfinished = (last is not None or bool(torn)) and not (folder / "run.json").is_file()
     if is_unfinished and not overwrite:
         raise UserError(
             f"output: {str(folder)!r} holds an unfinished run; --resume goes on with it, --overwrite discards it."
@@ -356,6 +241,7 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
     """Make the output folder and clear it of an earlier run."""
     folder = recipe.output
     folder.mkdir(parents=True, exist_ok=True)
+    saving.clear_staging(folder / "checkpoints")
     for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
@@ -373,6 +259,7 @@ def _record(
     timings: dict[str, float],
     training_peak: int,
     steps: int,
+    skipped: list[int],
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
     tokens, supervised = plan.tokens
@@ -399,6 +286,7 @@ def _record(
             "effective_batch": plan.effective_batch,
             "tokens_per_second": meter.tokens / timings["train_seconds"],
             "loss": losses.train,
+            "skipped_steps": skipped,
             "held_out_loss": losses.held_out,
             "peak_memory_bytes": training_peak,
         },

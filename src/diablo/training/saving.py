@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or not there: written under another name, synced, renamed, and checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from diablo.results import write_json
+
+STAGING = "unfinished"
+"""The folder beside the checkpoints in which the next one is written."""
+
+_MANIFEST = "manifest.json"
+
+
+def publish(folder: Path) -> list[Path]:
+    """Give the checkpoints that have been written to the staging folder their place.
+
+    Each gets a list of its files, with sizes and digests; everything is synced to the disk before the name appears.
+
+    Args:
+        folder: the folder of the checkpoints, which has the staging folder.
+
+    Returns:
+        The checkpoints.
+    """
+    published = []
+    for staged in sorted((folder / STAGING).glob("checkpoint-*")):
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
+        write_json(staged / _MANIFEST, {str(path.relative_to(staged)): _describe(path) for path in files})
+        for path in [*files, staged / _MANIFEST]:
+            _sync(path)
+        for path in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
+            _sync(path)
+        target = folder / staged.name
+        shutil.rmtree(target, ignore_errors=True)
+        staged.rename(target)
+        published.append(target)
+    _sync(folder)
+    clear_staging(folder)
+    return published
+
+
+def clear_staging(folder: Path) -> None:
+    """Delete what an interrupted save has left."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """The last checkpoint that is whole.
+
+    Args:
+        folder: the folder of the checkpoints; it need not exist.
+
+    Returns:
+        The checkpoint, None where there is none, and by name the later ones that were passed over, with the reasons.
+    """
+    found = {}
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    torn: dict[str, str] = {}
+    for step in sorted(found, reverse=True):
+        fault = _fault(found[step])
+        if fault is None:
+            return found[step], torn
+        torn[found[step].name] = fault
+    return None, torn
+
+
+def is_failed_write(error: Exception) -> bool:
+    """Whether an error says that a file could not be written, such as on a full disk."""
+    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole; None where it is."""
+    path = checkpoint / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {str(name): dict(entry) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"it has no readable {_MANIFEST}"
+    for name, entry in expected.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry.get("bytes"):
+            return f"{name} has {file.stat().st_size} bytes in place of {entry.get('bytes')}"
+        if _describe(file) != entry:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,226 @@
+"""TRL's trainer, over rows that are encoded already, with checkpoints that are whole and losses that are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from diablo import preflight
+from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.encoding import EncodedRow
+from diablo.errors import UserError
+from diablo.evaluation import held_out_loss
+from diablo.losses import summed_completion_loss
+from diablo.planning import Plan
+from diablo.progress import TokenMeter, TrainingProgress
+from diablo.training import saving
+from diablo.training.safeguards import FiniteLosses
+
+
+@dataclass
+class Losses:
+    """Loss per supervised token in nats, by step; of general text before and after training."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    general: list[float] = field(default_factory=list)
+
+
+def loss_of(model: Any, plan: Plan, rows: Sequence[EncodedRow]) -> float:
+    """The loss per token of rows, in nats."""
+    return held_out_loss(model, rows, plan.encoder.tokenizer.pad_token_id)
+
+
+class CompletionTrainer(SFTTrainer):
+    """TRL's trainer over rows that are encoded already.
+
+    Args:
+        plan: gives the sampler and the device.
+        progress: the training bar.
+        finite: looks after the losses.
+        options: arguments of ``SFTTrainer``.
+    """
+
+    def __init__(self, *, plan: Plan, progress: TrainingProgress, finite: FiniteLosses, **options: Any) -> None:
+        self.sampler: LengthGroupedSampler = plan.sampler
+        self.progress = progress
+        self.finite = finite
+        self._staging: Path | None = None
+        super().__init__(**options)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
+        return self.sampler
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of the supervised tokens of the whole optimizer step.
+
+        TRL's own, which waits for the device several times a step, is left to what ours does not do: the balancing loss
+        of a mixture's router.
+        """
+        numbers = inputs.pop("numbers")
+        if self.aux_loss_enabled or return_outputs:
+            inputs = {name: values for name, values in inputs.items() if name != "predicting"}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
+        loss = summed_completion_loss(model, inputs) / count
+        loss = self.finite.check(
+            model, loss, self.state.global_step + 1, numbers, lambda: summed_completion_loss(model, inputs)
+        )
+        # The count is that of all processes, and DDP averages the gradients over them.
+        return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint that is there whole or not at all."""
+        folder = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            saving.clear_staging(folder)
+            (folder / saving.STAGING).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = folder / saving.STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saving.publish(folder)
+        except Exception as error:
+            if not saving.is_failed_write(error):
+                raise
+            saving.clear_staging(folder)
+            last, _ = saving.last_whole(folder)
+            kept = f"{last.name} is intact" if last else "there is no earlier one"
+            raise UserError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to {str(folder)!r}: {error}. "
+                f"Is the disk full? {kept[0].upper()}{kept[1:]}: make room and go on with --resume."
+            ) from None
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+
+
+class HeldOutLoss(TrainerCallback):
+    """Measures the held-out loss every ``training.eval_steps`` steps."""
+
+    def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses) -> None:
+        self.plan, self.meter, self.losses = plan, meter, losses
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measure it where it is due."""
+        every = self.plan.recipe.training.eval_steps
+        if every and state.global_step % every == 0:
+            with self.meter.pause():
+                self.losses.held_out.append((state.global_step, loss_of(model, self.plan, self.plan.held_out)))
+
+
+class CheckOptimizer(TrainerCallback):
+    """The last check before the first step: the optimizer exists only now."""
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Check it."""
+        preflight.check_optimizer(getattr(optimizer, "optimizer", optimizer), model)
+
+
+class _MeteredCollator:
+    """Makes batches that know the numbers of their rows, and counts their tokens."""
+
+    def __init__(self, pad_token_id: int, meter: TokenMeter) -> None:
+        self.pad_token_id, self.meter = pad_token_id, meter
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = collate(features, self.pad_token_id)
+        self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
+        # A list, which stays on the host.
+        return {**batch, "numbers": [row["number"] for row in features]}
+
+
+def make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, losses: Losses) -> CompletionTrainer:
+    """The trainer of a plan.
+
+    Args:
+        model: the adapted model, on its device.
+        plan: the plan.
+        console: where progress is written.
+        meter: counts tokens.
+        losses: where held-out losses are written to.
+
+    Raises:
+        UserError: steps are to be left out by several processes, which would leave out different ones.
+    """
+    training = plan.recipe.training
+    config = SFTConfig(
+        output_dir=str(plan.recipe.output / "checkpoints"),
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        logging_steps=training.logging_steps,
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or 500,
+        save_total_limit=training.save_total_limit,
+        bf16=plan.dtype == torch.bfloat16,
+        fp16=plan.dtype == torch.float16,
+        use_cpu=plan.device.type == "cpu",
+        seed=plan.recipe.seed,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=plan.device.type == "cuda",
+        # Its filter asks the device in each step whether the loss is finite.
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if training.on_nonfinite == "skip" and config.world_size > 1:
+        raise UserError(
+            f"training.on_nonfinite: found skip with {config.world_size} processes, which would leave out different "
+            "steps; set stop, or train in one process."
+        )
+    # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
+    config._n_gpu = min(config.n_gpu, 1)
+    pad_token_id = plan.encoder.tokenizer.pad_token_id
+    progress = TrainingProgress(console, meter)
+    finite = FiniteLosses(training.on_nonfinite)
+    # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
+    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    trainer = CompletionTrainer(
+        plan=plan,
+        progress=progress,
+        finite=finite,
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
+        processing_class=plan.encoder.tokenizer,
+        data_collator=_MeteredCollator(pad_token_id, meter),
+        callbacks=[progress, finite, HeldOutLoss(plan, meter, losses), CheckOptimizer()],
+    )
+    for parameter, values in trained:
+        parameter.data = values
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
