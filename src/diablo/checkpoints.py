@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from diablo.data import RowEncoder
-from diablo.errors import UserError
+from diablo.errors import UserError, first_line
 from diablo.methods import count_parameters
 from diablo.models import (
     choose_device,
@@ -100,13 +100,42 @@ def base_model_of(adapter: Path) -> str:
     Raises:
         UserError: the adapter's config cannot be read or does not say.
     """
-    try:
-        name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}.") from None
+    name = _settings_of(adapter).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a base model; give one with --base.")
     return name
+
+
+def read_adapter_config(adapter: Path) -> PeftConfig:
+    """The config of an adapter.
+
+    Args:
+        adapter: the adapter's folder.
+
+    Raises:
+        UserError: it cannot be read, or is not one that PEFT knows.
+    """
+    settings = _settings_of(adapter)
+    method, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{adapter / ADAPTER_CONFIG} names {base!r} as its base model; it takes a folder or a hub id.")
+    if not isinstance(method, str):
+        raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a method; give the folder that training wrote.")
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:  # what PEFT's methods make of values that are none is open-ended
+        raise UserError(f"{adapter / ADAPTER_CONFIG} is no config of a {method} adapter: {first_line(error)}") from None
+
+
+def _settings_of(adapter: Path) -> dict[str, Any]:
+    path = adapter / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} cannot be read: it holds a {type(settings).__name__} in place of an object.")
+    return settings
 
 
 def load_adapter(
@@ -132,7 +161,9 @@ def load_adapter(
     Raises:
         UserError: the files cannot be read or do not fit the base model.
     """
-    _shapes_on_disk(adapter)  # a file that cannot be read shows before the model is loaded
+    # What cannot be read shows before the model is loaded.
+    read_adapter_config(adapter)
+    _shapes_on_disk(adapter)
     name = resolve_model(base or base_model_of(adapter))
     model = load_model(name, dtype or stored_dtype(name), attention, quantization)
     return attach_adapter(model, adapter, name), load_tokenizer(name)
@@ -153,13 +184,14 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
         UserError: the files cannot be read or do not fit the base model.
     """
     _shapes_on_disk(adapter)
+    config = read_adapter_config(adapter)
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
         model = PeftModel.from_pretrained(model, str(adapter), config=config)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines()
+        tensors = get_peft_model_state_dict(model)
+    except Exception as error:  # as above: a config can ask for anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"The adapter {str(adapter)!r} does not fit {name!r}: {' '.join(lines[:3])}") from None
-    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()})
+    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in tensors.items()})
     return model.eval()
 
 
@@ -183,8 +215,8 @@ def check_tensors(adapter: Path, name: str, expected: Mapping[str, tuple[int, ..
         )
     if wrong := [key for key, shape in expected.items() if saved[key] != shape]:
         raise UserError(
-            f"The adapter {str(adapter)!r} does not fit {name!r}: {wrong[0]} is {saved[wrong[0]]} and should be "
-            f"{expected[wrong[0]]}."
+            f"The adapter {str(adapter)!r} does not fit {name!r}: {_some(wrong[:1])} is {saved[wrong[0]]} and should "
+            f"be {expected[wrong[0]]}."
         )
 
 
@@ -297,7 +329,8 @@ def _shapes_on_disk(adapter: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _some(keys: Any, most: int = 3) -> str:
-    names = sorted(keys)
+    # Names come from files: one that could break a line is shown in quotes.
+    names = [key if key.isprintable() and key else repr(key) for key in sorted(keys)]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) + more) or "none"
 

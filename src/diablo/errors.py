@@ -26,6 +26,11 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
         self.status = 128 + signal
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library says of an error, for a message of one line; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def did_you_mean(given: str, allowed: Iterable[object]) -> str:
     """The end of a message about an unknown name: the closest that there is, or nothing where none is close."""
     close = difflib.get_close_matches(given, [str(name) for name in allowed], n=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
-from diablo.checkpoints import ADAPTER_CONFIG, adapter_folder, load_adapter
+from diablo.checkpoints import adapter_folder, load_adapter, read_adapter_config
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.tuner import DiabloLayer
+from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.weights import is_quantized
 
 
@@ -99,12 +98,10 @@ def inspect_adapter(adapter: str | Path, *, base: str | None = None, label: str 
         UserError: it is no DiaBlo adapter, cannot be read, or does not fit its base.
     """
     folder = adapter_folder(adapter)
-    try:
-        kind = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}.") from None
-    if kind != "DIABLO":
-        raise UserError(f"{str(folder)!r} is an adapter of {kind}; only DiaBlo's has blocks to inspect.")
+    config = read_adapter_config(folder)
+    if not isinstance(config, DiabloConfig):
+        method = str(config.peft_type).removeprefix("PeftType.")
+        raise UserError(f"{str(folder)!r} is an adapter of {method}; only DiaBlo's has blocks to inspect.")
     model, _ = load_adapter(folder, base=base)
     return Inspection(folder, list(inspect_model(model)), label)
 

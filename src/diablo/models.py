@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +20,7 @@ from transformers import (
 )
 
 from diablo.builtin import PREFIX, builtin_model
-from diablo.errors import UserError
+from diablo.errors import UserError, first_line
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -82,7 +84,7 @@ def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantizat
             # That nothing but the kernel is taken from the settings which are given here.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
 
 
@@ -176,7 +178,7 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if Path(name).exists():
         return f"model: the {what} in the folder {name!r} cannot be loaded: {reason}"
     return (

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from safetensors import safe_open
 
-from diablo.checkpoints import ADAPTER_WEIGHTS, check_tensors
-from diablo.errors import UserError
+from diablo.checkpoints import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
+from diablo.errors import UserError, first_line
 from diablo.layout import BlockLayout
 from diablo.models import meta_model
 from diablo.ops.weight import write_to_diagonal
@@ -48,16 +48,16 @@ def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | No
     Raises:
         UserError: the adapter does not fit the model.
     """
-    config: Any = PeftConfig.from_pretrained(str(adapter))
+    config: Any = read_adapter_config(adapter)
     if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication:
         return None
     model = meta_model(stored.config)
     owners = Owners(model)
     try:
         adapted = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"The adapter {str(adapter)!r} does not fit {stored.name!r}: {error}") from None
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+        expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+    except Exception as error:  # a config can ask for anything
+        raise UserError(f"The adapter {str(adapter)!r} does not fit {stored.name!r}: {first_line(error)}") from None
     check_tensors(adapter, stored.name, expected)
     updates: dict[str, Update] = {}
     for path, layer in adapted.named_modules():
