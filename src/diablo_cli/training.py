@@ -37,7 +37,10 @@ def train(
     from diablo.reporting import print_result
     from diablo.training import train as run
 
-    print_result(out, run(settings, console=progress, resume=resume, overwrite=overwrite))
+    result = run(settings, console=progress, resume=resume, overwrite=overwrite)
+    # With several processes the record is the main one's.
+    if result.record:
+        print_result(out, result)
 
 
 @app.command()

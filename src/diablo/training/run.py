@@ -35,8 +35,9 @@ from diablo.results import (
 )
 from diablo.scoring import score_tasks, write_answers
 from diablo.training import saving
+from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
-from diablo.training.trainer import CompletionTrainer, Losses, loss_of, make_trainer
+from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
 
 
 @dataclass
@@ -80,9 +81,13 @@ def train(
             or the disk is full.
         Interrupted: somebody asked to stop, and a checkpoint was saved.
     """
-    console = console or Console(stderr=True)
+    processes = Processes()
+    console = processes.console(console or Console(stderr=True))
     checkpoint = _check_output(recipe, console, resume=resume, overwrite=overwrite)
-    plan = make_plan(recipe)
+    with processes.main_first():
+        plan = make_plan(recipe)
+    if checkpoint is not None:
+        _check_effective_batch(plan, processes.count, checkpoint)
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
 
@@ -95,16 +100,17 @@ def train(
     model = model if is_placed(model) else model.to(plan.device)
     timings["load_seconds"] = time.perf_counter() - start
 
-    _open_output(recipe, resume=resume)
-    adapter_start = save_start(model, recipe.output / "start")
+    processes.wait()
+    if processes.is_main:
+        _open_output(recipe, resume=resume)
+        save_start(model, recipe.output / "start")
+    processes.wait()
+    adapter_start = recipe.output / "start" if (recipe.output / "start").is_dir() else None
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     if recipe.evaluation.before:
-        result.before = _score(model, plan, console, "before")
+        result.before = _score(model, plan, console, "before", write=processes.is_main)
     losses = Losses()
-    if plan.held_out:
-        losses.held_out.append((0, loss_of(model, plan, plan.held_out)))
-    if plan.general:
-        losses.general.append(loss_of(model, plan, plan.general))
+    losses.measure(model, plan, 0)
 
     meter = TokenMeter()
     trainer = make_trainer(model, plan, console, meter, losses)
@@ -113,25 +119,20 @@ def train(
     _train(trainer, plan, checkpoint)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
-    if plan.held_out and losses.held_out[-1][0] != trainer.state.global_step:
-        losses.held_out.append((trainer.state.global_step, loss_of(model, plan, plan.held_out)))
-    if plan.general:
-        losses.general.append(loss_of(model, plan, plan.general))
+    losses.measure(model, plan, trainer.state.global_step)
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
-    save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
-    if adapter_start is not None:
-        shutil.rmtree(adapter_start)
+    if processes.is_main:
+        save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
     if recipe.evaluation.after:
-        result.after = _score(model, plan, console, "after")
-    if recipe.merge and not is_full:
-        result.merged = recipe.output / "merged"
-        merge_adapter(result.adapter, result.merged)
-    result.record = _record(
-        plan, model, result, losses, meter, timings, training_peak, trainer.state.global_step, trainer.finite.skipped
-    )
-    write_json(recipe.output / "run.json", result.record)
-    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, f"{recipe.method.name} on {recipe.model}")
+        result.after = _score(model, plan, console, "after", write=processes.is_main)
+    if processes.is_main:
+        if recipe.merge and not is_full:
+            result.merged = recipe.output / "merged"
+            merge_adapter(result.adapter, result.merged)
+        result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer)
+        _close_output(recipe, result.record, losses)
+    processes.wait()
     return result
 
 
@@ -152,7 +153,7 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
         preflight.check_gradients(model, moved, checkpointing=checkpointing)
 
 
-def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Score]:
+def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) -> dict[str, Score]:
     if not plan.scored:
         return {}
     settings = plan.recipe.evaluation
@@ -165,7 +166,8 @@ def _score(model: Any, plan: Plan, console: Console, when: str) -> dict[str, Sco
         limit=settings.limit,
         when=when,
     )
-    write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
+    if write:
+        write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
     return scores
 
 
@@ -225,6 +227,8 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
     """A resumed run must be told what the interrupted one was told, reporting aside."""
     started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
+    # Another number of processes needs other ones; what they come to is checked when it is known.
+    free |= {"batch_size", "gradient_accumulation"}
     names = changed_settings(started, recipe.model_dump(mode="json"))
     changed = [name for name in names if not free & set(name.split("."))]
     # What is scored says which rows are left out of training.
@@ -234,6 +238,19 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
         raise UserError(
             f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "
             "start a new run with --overwrite."
+        )
+
+
+def _check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
+    """A resumed run takes as many rows a step as before, on however many processes: its batches are the same."""
+    before = saving.about(checkpoint).get("effective_batch")
+    if before != plan.effective_batch:
+        training = plan.recipe.training
+        raise UserError(
+            f"training.batch_size, training.gradient_accumulation: found {training.batch_size} and "
+            f"{training.gradient_accumulation}, which on {processes} process{'es' * (processes > 1)} come to "
+            f"{plan.effective_batch} rows a step; the run that is to be resumed had {before}: choose what comes to "
+            "that."
         )
 
 
@@ -250,6 +267,14 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
+def _close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
+    """Write what tells that the run is finished, last."""
+    shutil.rmtree(recipe.output / "start", ignore_errors=True)
+    title = f"{recipe.method.name} on {recipe.model}"
+    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
+    write_json(recipe.output / "run.json", record)
+
+
 def _record(
     plan: Plan,
     model: Any,
@@ -258,8 +283,7 @@ def _record(
     meter: TokenMeter,
     timings: dict[str, float],
     training_peak: int,
-    steps: int,
-    skipped: list[int],
+    trainer: CompletionTrainer,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
     tokens, supervised = plan.tokens
@@ -282,11 +306,13 @@ def _record(
             "padding_share": meter.padding_share,
         },
         "training": {
-            "steps": steps,
+            "steps": trainer.state.global_step,
+            "processes": trainer.accelerator.num_processes,
+            "engine": trainer.accelerator.distributed_type.value,
             "effective_batch": plan.effective_batch,
             "tokens_per_second": meter.tokens / timings["train_seconds"],
             "loss": losses.train,
-            "skipped_steps": skipped,
+            "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
             "peak_memory_bytes": training_peak,
         },

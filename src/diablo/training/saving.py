@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,13 +21,14 @@ STAGING = "unfinished"
 _MANIFEST = "manifest.json"
 
 
-def publish(folder: Path) -> list[Path]:
+def publish(folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """Give the checkpoints that have been written to the staging folder their place.
 
     Each gets a list of its files, with sizes and digests; everything is synced to the disk before the name appears.
 
     Args:
         folder: the folder of the checkpoints, which has the staging folder.
+        about: what else is to be known of them.
 
     Returns:
         The checkpoints.
@@ -33,7 +36,8 @@ def publish(folder: Path) -> list[Path]:
     published = []
     for staged in sorted((folder / STAGING).glob("checkpoint-*")):
         files = sorted(path for path in staged.rglob("*") if path.is_file())
-        write_json(staged / _MANIFEST, {str(path.relative_to(staged)): _describe(path) for path in files})
+        described = {str(path.relative_to(staged)): _describe(path) for path in files}
+        write_json(staged / _MANIFEST, {"about": dict(about), "files": described})
         for path in [*files, staged / _MANIFEST]:
             _sync(path)
         for path in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
@@ -74,6 +78,11 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
     return None, torn
 
 
+def about(checkpoint: Path) -> dict[str, Any]:
+    """What else is known of a checkpoint that is whole."""
+    return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["about"]
+
+
 def is_failed_write(error: Exception) -> bool:
     """Whether an error says that a file could not be written, such as on a full disk."""
     return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
@@ -84,8 +93,9 @@ def _fault(checkpoint: Path) -> str | None:
     path = checkpoint / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        expected = {str(name): dict(entry) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        expected = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        dict(manifest["about"])
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"it has no readable {_MANIFEST}"
     for name, entry in expected.items():
         file = checkpoint / name

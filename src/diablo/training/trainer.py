@@ -16,7 +16,6 @@ from trl import SFTConfig, SFTTrainer
 
 from diablo import preflight
 from diablo.data.batching import LengthGroupedSampler, collate
-from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.evaluation import held_out_loss
 from diablo.losses import summed_completion_loss
@@ -34,10 +33,17 @@ class Losses:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     general: list[float] = field(default_factory=list)
 
+    def measure(self, model: Any, plan: Plan, step: int) -> None:
+        """Measure the loss of general text, and of held-out rows where this step's is not known yet."""
+        pad_token_id = plan.encoder.tokenizer.pad_token_id
+        if plan.general:
+            self.general.append(held_out_loss(model, plan.general, pad_token_id))
+        self.measure_held_out(model, plan, step)
 
-def loss_of(model: Any, plan: Plan, rows: Sequence[EncodedRow]) -> float:
-    """The loss per token of rows, in nats."""
-    return held_out_loss(model, rows, plan.encoder.tokenizer.pad_token_id)
+    def measure_held_out(self, model: Any, plan: Plan, step: int) -> None:
+        """Measure the loss of held-out rows, where this step's is not known yet."""
+        if plan.held_out and (not self.held_out or self.held_out[-1][0] != step):
+            self.held_out.append((step, held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)))
 
 
 class CompletionTrainer(SFTTrainer):
@@ -99,7 +105,8 @@ class CompletionTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                saving.publish(folder)
+                saving.publish(folder, {"effective_batch": self.sampler.batch_size})
+            self.accelerator.wait_for_everyone()
         except Exception as error:
             if not saving.is_failed_write(error):
                 raise
@@ -127,7 +134,7 @@ class HeldOutLoss(TrainerCallback):
         every = self.plan.recipe.training.eval_steps
         if every and state.global_step % every == 0:
             with self.meter.pause():
-                self.losses.held_out.append((state.global_step, loss_of(model, self.plan, self.plan.held_out)))
+                self.losses.measure_held_out(model, self.plan, state.global_step)
 
 
 class CheckOptimizer(TrainerCallback):

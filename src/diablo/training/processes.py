@@ -1,0 +1,52 @@
+"""A run in several processes: each computes the same, and the main one writes."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from diablo.errors import UserError
+
+
+class Processes:
+    """The processes of a run, as torchrun or ``accelerate launch`` has started them; one where neither has.
+
+    What is scored, and the losses on held-out rows, every process computes for itself: none waits for another so long
+    that the connection between them times out.
+
+    Attributes:
+        count: how many there are.
+        is_main: whether this is the one that writes.
+
+    Raises:
+        UserError: they were launched to shard the weights, which they cannot yet.
+    """
+
+    def __init__(self) -> None:
+        for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+            if os.environ.get(variable, "false").lower() == "true":
+                raise UserError(
+                    f"accelerate was launched with {engine}, which shards the weights; diablo train runs processes that "
+                    "each hold the model: launch it with --multi_gpu, or with torchrun."
+                )
+        # It also chooses each process's own GPU, which "cuda" means from then on.
+        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.count: int = self._state.num_processes
+        self.is_main: bool = self._state.is_main_process
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._state.wait_for_everyone()
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """What is inside, the main process of each machine does before the others: they find it done."""
+        return self._state.local_main_process_first()
+
+    def console(self, console: Console) -> Console:
+        """The console on the main process, and one that shows nothing on the others."""
+        return console if self.is_main else Console(file=io.StringIO())
