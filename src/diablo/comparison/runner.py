@@ -138,7 +138,7 @@ def run_in_subprocess(recipe: Recipe) -> str | None:
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     with log.open("w", encoding="utf-8") as lines:
-        command = [sys.executable, "-m", "diablo", "train", str(settings)]
+        command = [sys.executable, "-m", "diablo_cli", "train", str(settings)]
         status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
     return None if status == 0 else f"{_reason(log)} (exit status {status}; {log})"
 

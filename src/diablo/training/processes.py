@@ -31,8 +31,8 @@ class Processes:
         for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
             if os.environ.get(variable, "false").lower() == "true":
                 raise UserError(
-                    f"accelerate was launched with {engine}, which shards the weights; diablo train runs processes that "
-                    "each hold the model: launch it with --multi_gpu, or with torchrun."
+                    f"accelerate was launched with {engine}, which shards the weights; diablo train runs processes "
+                    "that each hold the model: launch it with --multi_gpu, or with torchrun."
                 )
         # It also chooses each process's own GPU, which "cuda" means from then on.
         self._state = PartialState(cpu=not torch.cuda.is_available())
