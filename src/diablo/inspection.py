@@ -112,6 +112,9 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
     Args:
         model: a ``PeftModel``; blocks that stand in a weight while they are trained are taken out of it.
         adapter_name: the adapter.
+
+    Raises:
+        UserError: blocks are not finite.
     """
     for path, module in model.named_modules():
         if not isinstance(module, DiabloLayer):
@@ -121,6 +124,8 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
         for parameter, blocks in module.blocks_of(adapter_name).items():
             name = path.removeprefix("base_model.model.")
             own: Any = module.get_base_layer()
+            if not bool(torch.isfinite(blocks).all()):
+                raise UserError(f"{name} has blocks with NaN or infinite values: the adapter is broken.")
             weight = (
                 None if is_quantized(own) else module.weights[parameter].matrix(own._parameters[parameter].detach())
             )

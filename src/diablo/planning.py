@@ -122,6 +122,11 @@ def make_plan(recipe: Recipe) -> Plan:
     preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.on_nonfinite == "skip" and world > 1:
+        raise UserError(
+            f"training.on_nonfinite: found skip with {world} processes, which would leave out different steps; set "
+            "stop, or train in one process."
+        )
     batch = training.batch_size * training.gradient_accumulation * world
     sampler = LengthGroupedSampler([len(row.input_ids) for row in train], batch, recipe.seed)
     steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(train) / batch))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,6 +49,10 @@ class StoredWeights:
         self.files = self._find(model)
 
     def _find(self, model: str) -> dict[str, Path]:
+        # In the order in which transformers looks.
+        if (self.folder / _WHOLE).is_file():
+            with _open(self.folder / _WHOLE) as tensors:
+                return dict.fromkeys(tensors.keys(), self.folder / _WHOLE)
         if (self.folder / _INDEX).is_file():
             try:
                 index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -57,12 +62,9 @@ class StoredWeights:
             if absent := sorted({path.name for path in files.values() if not path.is_file()}):
                 raise UserError(f"model: {str(self.folder)!r} lacks {', '.join(absent[:3])}, which its index names.")
             return files
-        if not (self.folder / _WHOLE).is_file():
-            raise NoSafetensorsError(
-                f"model: {model!r} has no .safetensors files; other formats are not read, since they run code."
-            )
-        with _open(self.folder / _WHOLE) as tensors:
-            return dict.fromkeys(tensors.keys(), self.folder / _WHOLE)
+        raise NoSafetensorsError(
+            f"model: {model!r} has no .safetensors files; other formats are not read, since they run code."
+        )
 
     @property
     def bytes(self) -> int:
@@ -79,16 +81,24 @@ class StoredWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
-        with _open(self.files[name]) as tensors:
+        with self._reading(self.files[name]) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors as they are stored."""
         found: dict[str, torch.Tensor] = {}
         for path in sorted({self.files[name] for name in names}):
-            with _open(path) as tensors:
+            with self._reading(path) as tensors:
                 found |= {name: tensors.get_tensor(name) for name in names if self.files[name] == path}
         return found
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[safe_open]:
+        try:
+            with _open(path) as tensors:
+                yield tensors
+        except SafetensorError as error:
+            raise UserError(f"model: {path} does not hold what the index says: {error}.") from None
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -111,7 +121,9 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Map
 
 
 def write_index(folder: Path, files: Sequence[str]) -> None:
-    """Write which of a model's files holds which tensor."""
+    """Write which of a model's files holds which tensor, where it is not one file under the name of a whole model."""
+    if list(files) == [_WHOLE]:
+        return
     weight_map: dict[str, str] = {}
     for name in files:
         with _open(folder / name) as tensors:

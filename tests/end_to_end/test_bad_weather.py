@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from diablo.errors import UserError
 from diablo.recipe import load_recipe
@@ -129,8 +129,8 @@ from diablo.errors import UserError
 from diablo.recipe import load_recipe
 from diablo.training import train
 publish = saving.publish
-def publish_and_fill(folder):
-    found = publish(folder)
+def publish_and_fill(*given):
+    found = publish(*given)
     if found[0].name == "checkpoint-4":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     return found
@@ -265,6 +265,68 @@ def test_a_step_can_be_left_out_and_nothing_of_it_is_learned(tiny_model, tmp_pat
     assert {int(each["step"]) for each in state["state"].values()} == {7}
 
 
+def test_the_loss_that_is_logged_is_that_of_the_steps_that_were_made(tiny_model, tmp_path):
+    model = spoiled_model(tiny_model, tmp_path / "spoiled", spoil_a_token)
+    overrides = ["training.on_nonfinite=skip", "training.schedule=constant", "training.logging_steps=4"]
+    record = train(settings_of(with_bad_rows(tmp_path, model, {11}, *overrides))).record["training"]
+    assert [step for step, _ in record["loss"]] == [4, 8]
+    # An untrained model of 320 tokens guesses: a step that counted with 0 would pull the mean down by a quarter.
+    assert all(5.2 < loss < 6.2 for _, loss in record["loss"])
+
+
+def test_steps_that_were_left_out_before_a_run_was_resumed_are_still_listed(tiny_model, tmp_path):
+    model = spoiled_model(tiny_model, tmp_path / "spoiled", spoil_a_token)
+    arguments = with_bad_rows(tmp_path, model, {11, 12}, "training.on_nonfinite=skip")
+    skipped = train(settings_of(arguments)).record["training"]["skipped_steps"]
+    undisturbed = adapter_of(tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-8")
+    assert train(settings_of(arguments), resume=True).record["training"]["skipped_steps"] == skipped
+    assert_same(adapter_of(tmp_path / "run"), undisturbed)
+
+
+def test_a_mixtures_loss_is_looked_after_too(tiny_model, tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        output_router_logits=True,
+    )
+    mixture = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        mixture.get_input_embeddings().weight[:] = torch.inf
+    mixture.save_pretrained(tmp_path / "mixture")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path / "mixture")
+    arguments = write_recipe(tmp_path, tmp_path / "mixture", "method.target_modules=[q_proj]")
+    with pytest.raises(UserError, match="The loss is nan at step 1, on rows"):
+        train(settings_of(arguments))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_run_that_was_killed_after_its_last_step_is_not_trained_further(tiny_model, tmp_path, schedule):
+    # 6 steps are less than the epoch's 8.
+    overrides = ["training.max_steps=6", f"training.schedule={schedule}"]
+    arguments = write_recipe(tmp_path, tiny_model, *overrides)
+    first = train(settings_of(arguments)).record["training"]
+    undisturbed = adapter_of(tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    resumed = train(settings_of(arguments), resume=True).record["training"]
+    assert resumed["steps"] == 6
+    assert resumed["loss"] == first["loss"]
+    assert resumed["held_out_loss"] == first["held_out_loss"]
+    assert_same(adapter_of(tmp_path / "run"), undisturbed)
+
+
 def test_a_run_in_which_nothing_can_be_learned_is_stopped_all_the_same(tiny_model, tmp_path):
     model = spoiled_model(tiny_model, tmp_path / "spoiled", spoil_a_token)
     arguments = with_bad_rows(
@@ -297,8 +359,14 @@ def test_memory_that_runs_out_says_what_to_lower(tiny_model, tmp_path, monkeypat
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward_out_of_memory)
     with pytest.raises(
-        UserError, match=r"Out of memory in a step with 4 rows of up to \d+ tokens at a time: lower"
+        UserError, match=r"Out of memory in training with 4 rows of up to \d+ tokens at a time: lower"
     ) as caught:
         train(settings_of(write_recipe(tmp_path, tiny_model, "training.epochs=4")))
     for name in ("batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "quantization"):
         assert name in str(caught.value)
+    calls.clear()
+    overrides = ["training.batch_size=1", "training.gradient_checkpointing=true", "output=" + str(tmp_path / "other")]
+    with pytest.raises(UserError, match=r"Out of memory in training with 1 row of up to") as caught:
+        train(settings_of(write_recipe(tmp_path, tiny_model, *overrides)))
+    assert "batch_size" not in str(caught.value)
+    assert "gradient_checkpointing" not in str(caught.value)

@@ -265,6 +265,14 @@ def test_loading_a_damaged_adapter_is_one_clear_line(diablo, damaged, tmp_path, 
     assert_refused(status, err, tmp_path, before)
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_inspecting_a_damaged_adapter_is_one_clear_line(diablo, damaged, tmp_path, damage):
+    DAMAGES[damage](damaged)
+    before = set(tmp_path.rglob("*"))
+    status, _, err = diablo("inspect", damaged)
+    assert_refused(status, err, tmp_path, before)
+
+
 def test_the_undamaged_adapter_is_merged_and_loaded(diablo, good, tmp_path):
     assert diablo("merge", good, tmp_path / "merged")[0] == 0
     assert diablo("generate", good, "2 and 3", "--max-new-tokens", 1)[0] == 0

@@ -215,6 +215,55 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(shard
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_base_of_one_indexed_file_can_be_loaded_when_it_is_merged(sharded, tiny_model, tmp_path):
+    base = tmp_path / "indexed"
+    shutil.copytree(sharded, base)
+    for path in base.glob("*.safetensors"):
+        path.unlink()
+    tensors = {name: tensor.clone() for name, tensor in stored_tensors(sharded).items()}
+    save_file(tensors, base / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    report = merge_adapter(make_adapter(base, tmp_path / "adapter", num_blocks=4), tmp_path / "merged")
+    assert report.verified == 21
+    assert AutoModelForCausalLM.from_pretrained(report.folder).dtype == torch.bfloat16
+
+
+def test_the_whole_file_goes_before_an_index_as_in_transformers(sharded, tmp_path):
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in stored_tensors(sharded).items()}
+    save_file(tensors, sharded / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(sharded, tmp_path / "adapter", num_blocks=4)
+    report = merge_adapter(adapter, tmp_path / "merged")
+    assert [path.name for path in report.folder.glob("*.safetensors")] == ["model.safetensors"]
+    expected = merged_by_peft(sharded, adapter, torch.bfloat16)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored_tensors(report.folder).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_transformers_keeps_in_fp32_stays_so_in_another_dtype(sharded, tmp_path, dtype, monkeypatch):
+    # One kind is kept in both half precisions, the other in fp16 alone. Llama itself could not compute so.
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["post_attention_layernorm"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["o_proj.weight"])
+    adapter = make_adapter(sharded, tmp_path / "adapter", num_blocks=4)
+    report = merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(report.folder, dtype=dtype).state_dict()
+    for name, tensor in stored_tensors(report.folder).items():
+        assert tensor.dtype == loaded[name].dtype, name
+
+
+def test_an_index_that_promises_what_a_file_has_not_is_a_clear_error(sharded, tmp_path):
+    adapter = make_adapter(sharded, tmp_path / "adapter", num_blocks=4)
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"] = {name: files[files.index(file) - 1] for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="does not hold what the index says"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "index"])
 def test_a_damaged_base_is_a_clear_error(sharded, tmp_path, damage):
     adapter = make_adapter(sharded, tmp_path / "adapter", num_blocks=4)

@@ -142,13 +142,25 @@ def _compare_logits(
     adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int
 ) -> tuple[float, float] | None:
     """The adapted model's logits against the written one's, one after the other; None where neither would fit."""
-    if 1.5 * size > psutil.virtual_memory().available:
+    stored = stored_dtype(resolve_model(base or base_model_of(adapter)))
+    if 1.5 * size * dtype.itemsize / stored.itemsize > _free_memory():
         return None
     adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
     logits, _ = _measure(adapted, [], tokenizer)
     del adapted
     merged, _ = _measure(load_model(str(folder), dtype), [], tokenizer)
     return _difference(merged, logits)
+
+
+def _free_memory() -> int:
+    """Bytes that can still be had: of the machine, or of the part of it that a container or a job may use."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        return min(free, most - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return free  # there is no limit
 
 
 def _difference(merged: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def merge_shards(
     Raises:
         UserError: the sum would not be finite, the disk is full, or a file reads back otherwise than it was written.
     """
-    kept = _kept_in_fp32(stored) if dtype is not None else ()
+    kept = _kept_in_fp32(stored, dtype) if dtype is not None else ()
     verified = 0
     shards = stored.shards
     with (
@@ -120,8 +121,7 @@ def merge_shards(
                 _check_written(folder / path.name, name, base, updates.get(name), blocks)
                 verified += 1
             report.update(number)
-    if len(shards) > 1:
-        write_index(folder, [path.name for path in shards])
+    write_index(folder, [path.name for path in shards])
     write_settings(folder, stored, dtype)
     return verified
 
@@ -153,13 +153,13 @@ def _check_written(path: Path, name: str, base: torch.Tensor, update: Update | N
 
 
 def _cast(tensor: torch.Tensor, name: str, dtype: torch.dtype | None, kept: tuple[str, ...]) -> torch.Tensor:
-    if dtype is None or not tensor.is_floating_point() or any(part in name for part in kept):
+    if dtype is None or not tensor.is_floating_point():
         return tensor
-    return tensor.to(dtype)
+    return tensor.to(torch.float32 if any(re.search(part, name) for part in kept) else dtype)
 
 
-def _kept_in_fp32(stored: StoredWeights) -> tuple[str, ...]:
-    """Parts of the names of tensors that the model wants in fp32 whatever its dtype."""
+def _kept_in_fp32(stored: StoredWeights, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of the names of tensors that transformers loads in fp32 where it is asked for a dtype."""
     model = meta_model(stored.config)
-    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    return tuple(f"{name}." for name in names)
+    names = {*(model._keep_in_fp32_modules_strict or ())} if dtype in (torch.float16, torch.bfloat16) else set()
+    return tuple(names | ({*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()))

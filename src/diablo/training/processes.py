@@ -39,6 +39,14 @@ class Processes:
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
 
+    def total(self, count: int) -> int:
+        """The sum of a number over the processes."""
+        if self.count == 1:
+            return count
+        values = torch.tensor(count, device=self._state.device)
+        torch.distributed.all_reduce(values)
+        return int(values)
+
     def wait(self) -> None:
         """Wait until every process is here."""
         self._state.wait_for_everyone()

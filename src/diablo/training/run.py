@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,7 @@ def train(
 
     start = time.perf_counter()
     is_full = isinstance(recipe.method, FullMethod)
-    # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
-    dtype = torch.float32 if is_full else plan.dtype
-    model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization)
-    model = apply_method(model, recipe.method)
-    model = model if is_placed(model) else model.to(plan.device)
+    model = _load(plan)
     timings["load_seconds"] = time.perf_counter() - start
 
     processes.wait()
@@ -113,17 +110,20 @@ def train(
     losses.measure(model, plan, 0)
 
     meter = TokenMeter()
-    trainer = make_trainer(model, plan, console, meter, losses)
+    asking = StopWhenAsked(console)
+    trainer = make_trainer(model, plan, console, meter, losses, asking)
     _check_first_batch(trainer, plan)
     start = time.perf_counter()
-    _train(trainer, plan, checkpoint)
+    _train(trainer, plan, asking, checkpoint)
+    meter.tokens = processes.total(meter.tokens)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
     losses.measure(model, plan, trainer.state.global_step)
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
     if processes.is_main:
-        save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
+        with saving.writing(recipe.output):
+            save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
     if processes.is_main:
@@ -131,9 +131,19 @@ def train(
             result.merged = recipe.output / "merged"
             merge_adapter(result.adapter, result.merged)
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer)
-        _close_output(recipe, result.record, losses)
+        with saving.writing(recipe.output):
+            _close_output(recipe, result.record, losses)
     processes.wait()
     return result
+
+
+def _load(plan: Plan) -> Any:
+    """The model with the method applied, where it is to be trained."""
+    recipe = plan.recipe
+    # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
+    dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
+    model = apply_method(load_model(plan.model_name, dtype, recipe.attention, recipe.quantization), recipe.method)
+    return model if is_placed(model) else model.to(plan.device)
 
 
 def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
@@ -167,30 +177,26 @@ def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) 
         when=when,
     )
     if write:
-        write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
+        with saving.writing(plan.recipe.output):
+            write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
     return scores
 
 
-def _train(trainer: CompletionTrainer, plan: Plan, checkpoint: Path | None) -> None:
+def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkpoint: Path | None) -> None:
     """Run the trainer, until it is done, something goes wrong or somebody asks it to stop."""
-    asking = StopWhenAsked()
-    if trainer.accelerator.num_processes == 1:
-        trainer.add_callback(asking)
+    if checkpoint is not None and trainer.take_over(checkpoint, plan.steps):
+        return
     try:
-        with asking:
+        with asking if trainer.accelerator.num_processes == 1 else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        training = plan.recipe.training
-        longest = max(len(row.input_ids) for row in plan.train)
-        advice = out_of_memory_advice(
-            error, training.batch_size, longest, checkpointing=training.gradient_checkpointing
-        )
+        advice = out_of_memory_advice(error, plan.recipe, max(len(row.input_ids) for row in plan.train))
         if advice is None:
             raise
         raise advice from error
     finally:
         trainer.progress.close()
-    if asking.asked is not None and trainer.state.global_step < trainer.state.max_steps:
+    if asking.asked is not None:
         folder = plan.recipe.output
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved. Go "
@@ -205,7 +211,7 @@ def _check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: 
     last, torn = saving.last_whole(folder / "checkpoints")
     if resume:
         for name, fault in torn.items():
-            console.print(f"{name} is not whole ({escape(fault)}): it is passed over.", soft_wrap=True)
+            console.print(f"{name} is not whole ({escape(fault)}): it is passed over and deleted.", soft_wrap=True)
         if last is None:
             raise UserError(
                 f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
@@ -229,6 +235,8 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
     free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
     # Another number of processes needs other ones; what they come to is checked when it is known.
     free |= {"batch_size", "gradient_accumulation"}
+    # What an error of the run may have advised, and changes nothing of what is learned.
+    free |= {"gradient_checkpointing", "on_nonfinite"}
     names = changed_settings(started, recipe.model_dump(mode="json"))
     changed = [name for name in names if not free & set(name.split("."))]
     # What is scored says which rows are left out of training.
@@ -259,6 +267,10 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
     folder = recipe.output
     folder.mkdir(parents=True, exist_ok=True)
     saving.clear_staging(folder / "checkpoints")
+    if resume:
+        # They would count as the latest where old ones are deleted.
+        for name in saving.last_whole(folder / "checkpoints")[1]:
+            shutil.rmtree(folder / "checkpoints" / name)
     for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):

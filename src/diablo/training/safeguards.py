@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
 from diablo.errors import UserError
+from diablo.recipe import Recipe
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -26,7 +28,7 @@ class FiniteLosses(TrainerCallback):
         mode: ``"stop"`` or ``"skip"``.
 
     Attributes:
-        skipped: the steps that were left out.
+        skipped: the steps that were left out; a resumed run starts with those before.
     """
 
     def __init__(self, mode: Literal["stop", "skip"]) -> None:
@@ -34,6 +36,9 @@ class FiniteLosses(TrainerCallback):
         self.skipped: list[int] = []
         self._unseen: list[tuple[int, list[int], torch.Tensor]] = []
         self._leave_out = False
+        # What the steps that were left out have added to the loss that is logged next, and how many they are.
+        self._of_step = self._excluded = 0.0
+        self._excluded_steps = 0
 
     def check(
         self, model: Any, loss: torch.Tensor, step: int, rows: list[int], forward: Callable[[], object]
@@ -59,20 +64,39 @@ class FiniteLosses(TrainerCallback):
         # Reading a CPU tensor's memory waits for nothing.
         value = float(loss.detach().numpy()) if loss.device.type == "cpu" else loss.item()
         if math.isfinite(value):
+            self._of_step += value
             return loss
         last = self.skipped[-_MOST_SKIPPED_IN_A_ROW:]
         runs_away = last == list(range(step - _MOST_SKIPPED_IN_A_ROW, step)) or _not_finite(model)
         if self.mode == "stop" or runs_away:
-            raise _error(value, step, rows, _find(model, forward))
+            raise _error(value, step, rows, _find(model, forward), self.mode)
         self._leave_out = True
         return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros_like(loss))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Take the gradients away where the step is left out: optimizers pass over parameters without one."""
         if self._leave_out:
-            self._leave_out = False
             self.skipped.append(state.global_step + 1)
+            self._excluded += self._of_step
+            self._excluded_steps += 1
             model.zero_grad(set_to_none=True)
+        self._leave_out, self._of_step = False, 0.0
+
+    def mean_loss(self, mean: float, steps: int) -> float | None:
+        """The mean loss since the last time, without the steps that were left out.
+
+        Args:
+            mean: the mean over all steps, those that were left out with 0 where their loss was not finite.
+            steps: how many these are.
+
+        Returns:
+            The mean; None where all were left out.
+        """
+        excluded, left_out = self._excluded, self._excluded_steps
+        self._excluded, self._excluded_steps = 0.0, 0
+        if not left_out:
+            return mean
+        return (mean * steps - excluded) / (steps - left_out) if steps > left_out else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look at the losses since the last time, before anything is logged or saved."""
@@ -81,7 +105,7 @@ class FiniteLosses(TrainerCallback):
             values = torch.stack([loss for _, _, loss in unseen]).tolist()
             for value, (step, rows, _) in zip(values, unseen, strict=True):
                 if not math.isfinite(value):
-                    raise _error(value, step, rows, _not_finite(model))
+                    raise _error(value, step, rows, _not_finite(model), self.mode)
 
 
 def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
@@ -129,25 +153,29 @@ def _not_finite(model: nn.Module) -> str:
     return ""
 
 
-def _error(value: float, step: int, rows: list[int], where: str) -> UserError:
+def _error(value: float, step: int, rows: list[int], where: str, mode: str) -> UserError:
     listed = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
     return UserError(
         f"The loss is {value} at step {step}, on row{'s' * (len(rows) > 1)} {listed}"
-        f"{f'; {where}' if where else ''}. Lower training.learning_rate, look at these rows, or set "
-        "training.on_nonfinite=skip to leave such steps out."
+        f"{f'; {where}' if where else ''}. Look at these rows, or start anew with a lower training.learning_rate"
+        + (", or set training.on_nonfinite=skip to leave such steps out." if mode == "stop" else ".")
     )
 
 
 class StopWhenAsked(TrainerCallback):
     """Ctrl-C, or a scheduler's SIGTERM: the step that is being made is finished, a checkpoint saved, and training ends.
 
-    A second Ctrl-C ends at once. With several processes nothing is caught: they would stop at different steps.
+    A second Ctrl-C ends at once. It is for runs of one process: several would stop at different steps.
+
+    Args:
+        console: where it is said that the signal has arrived.
 
     Attributes:
         asked: the signal that asked; None where nobody has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -172,23 +200,30 @@ class StopWhenAsked(TrainerCallback):
         if self.asked is not None:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number)
+        self.console.print(f"{self.asked.name}: stopping after this step; once more to stop at once.", soft_wrap=True)
 
 
-def out_of_memory_advice(error: Exception, batch_size: int, longest: int, *, checkpointing: bool) -> UserError | None:
+def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> UserError | None:
     """What to lower where memory ran out; None where an error says something else.
 
     Args:
         error: the error.
-        batch_size: rows of a forward.
+        recipe: what the run was told.
         longest: tokens of the longest row.
-        checkpointing: whether gradient checkpointing is on.
     """
     is_out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not is_out:
         return None
-    more = "" if checkpointing else ", set training.gradient_checkpointing=true"
+    training, size = recipe.training, recipe.training.batch_size
+    advice = []
+    if size > 1:
+        advice.append("lower training.batch_size and raise training.gradient_accumulation by as much")
+    if not training.gradient_checkpointing:
+        advice.append("set training.gradient_checkpointing=true")
+    advice.append("lower training.max_length")
+    if recipe.quantization is None and recipe.method.name not in ("full", "pissa"):
+        advice.append("set quantization=nf4")
     return UserError(
-        f"Out of memory in a step with {batch_size} row{'s' * (batch_size > 1)} of up to {longest} tokens at a time: "
-        f"lower training.batch_size and raise training.gradient_accumulation by as much{more}, lower "
-        "training.max_length, or set quantization=nf4."
+        f"Out of memory in training with {size} row{'s' * (size > 1)} of up to {longest} tokens at a time: "
+        f"{', '.join(advice)}."
     )

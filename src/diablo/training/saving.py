@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from diablo.errors import UserError, first_line
 from diablo.results import write_json
 
 STAGING = "unfinished"
@@ -81,6 +83,24 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
 def about(checkpoint: Path) -> dict[str, Any]:
     """What else is known of a checkpoint that is whole."""
     return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["about"]
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is inside writes into a folder.
+
+    Raises:
+        UserError: it could not, such as on a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        raise UserError(
+            f"{str(folder)!r} cannot be written to: {first_line(error)}. Is the disk full? Make room, and go on with "
+            "--resume where the run has checkpoints."
+        ) from None
 
 
 def is_failed_write(error: Exception) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -61,6 +62,7 @@ class CompletionTrainer(SFTTrainer):
         self.progress = progress
         self.finite = finite
         self._staging: Path | None = None
+        self._logged = 0
         super().__init__(**options)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
@@ -79,16 +81,51 @@ class CompletionTrainer(SFTTrainer):
         of a mixture's router.
         """
         numbers = inputs.pop("numbers")
+        # Without the wrapper of several processes, which would wait for the others.
+        bare = self.accelerator.unwrap_model(model)
         if self.aux_loss_enabled or return_outputs:
             inputs = {name: values for name, values in inputs.items() if name != "predicting"}
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if return_outputs:
+                return result
+            return self.finite.check(bare, result, self.state.global_step + 1, numbers, lambda: bare(**inputs))
         count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
         loss = summed_completion_loss(model, inputs) / count
         loss = self.finite.check(
-            model, loss, self.state.global_step + 1, numbers, lambda: summed_completion_loss(model, inputs)
+            bare, loss, self.state.global_step + 1, numbers, lambda: summed_completion_loss(bare, inputs)
         )
         # The count is that of all processes, and DDP averages the gradients over them.
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the loss of the steps that were not left out."""
+        if "loss" in logs:
+            mean = self.finite.mean_loss(logs["loss"], self.state.global_step - self._logged)
+            self._logged = self.state.global_step
+            if mean is None:
+                logs = {name: value for name, value in logs.items() if name != "loss"}
+            else:
+                logs["loss"] = mean
+        super().log(logs, start_time)
+
+    def take_over(self, checkpoint: Path, last_step: int) -> bool:
+        """Take from a checkpoint what the trainer does not, before training goes on.
+
+        Args:
+            checkpoint: the checkpoint.
+            last_step: the number of the run's last step.
+
+        Returns:
+            Whether the checkpoint is that of the last step: then it is loaded, and nothing is left to train.
+        """
+        self.finite.skipped = [int(step) for step in saving.about(checkpoint)["skipped_steps"]]
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._logged = state.global_step
+        if state.global_step < last_step:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -96,16 +133,18 @@ class CompletionTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is there whole or not at all."""
         folder = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            saving.clear_staging(folder)
-            (folder / saving.STAGING).mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = folder / saving.STAGING
         try:
+            if self.args.should_save:
+                saving.clear_staging(folder)
+                (folder / saving.STAGING).mkdir(parents=True, exist_ok=True)
+            self.accelerator.wait_for_everyone()
+            self._staging = folder / saving.STAGING
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                saving.publish(folder, {"effective_batch": self.sampler.batch_size})
+                saving.publish(
+                    folder, {"effective_batch": self.sampler.batch_size, "skipped_steps": self.finite.skipped}
+                )
             self.accelerator.wait_for_everyone()
         except Exception as error:
             if not saving.is_failed_write(error):
@@ -160,7 +199,9 @@ class _MeteredCollator:
         return {**batch, "numbers": [row["number"] for row in features]}
 
 
-def make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, losses: Losses) -> CompletionTrainer:
+def make_trainer(
+    model: Any, plan: Plan, console: Console, meter: TokenMeter, losses: Losses, asking: TrainerCallback
+) -> CompletionTrainer:
     """The trainer of a plan.
 
     Args:
@@ -169,9 +210,7 @@ def make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, lo
         console: where progress is written.
         meter: counts tokens.
         losses: where held-out losses are written to.
-
-    Raises:
-        UserError: steps are to be left out by several processes, which would leave out different ones.
+        asking: told of every step before anything is checked, logged or saved.
     """
     training = plan.recipe.training
     config = SFTConfig(
@@ -203,11 +242,6 @@ def make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, lo
         report_to="none",
         disable_tqdm=True,
     )
-    if training.on_nonfinite == "skip" and config.world_size > 1:
-        raise UserError(
-            f"training.on_nonfinite: found skip with {config.world_size} processes, which would leave out different "
-            "steps; set stop, or train in one process."
-        )
     # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
@@ -224,7 +258,7 @@ def make_trainer(model: Any, plan: Plan, console: Console, meter: TokenMeter, lo
         train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
         processing_class=plan.encoder.tokenizer,
         data_collator=_MeteredCollator(pad_token_id, meter),
-        callbacks=[progress, finite, HeldOutLoss(plan, meter, losses), CheckOptimizer()],
+        callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses), CheckOptimizer()],
     )
     for parameter, values in trained:
         parameter.data = values
