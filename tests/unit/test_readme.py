@@ -1,9 +1,11 @@
-"""The README's claims that name a test name one that exists."""
+"""What the README and the pages say of tests and of each other leads somewhere."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,3 +24,29 @@ def test_every_cell_of_the_feature_table_is_backed_by_a_test():
     for row in rows:
         claim = row.split("|")[-2].strip()
         assert claim in ("no", "not yet") or re.search(r"\(\d+\)$", claim), row
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {link}"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    } | {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    named = re.findall(r"`(?:tests/\w+/)?(test_\w+)(?:\.py)?`", (ROOT / "docs" / "promises.md").read_text("utf-8"))
+    assert len(named) > 15
+    assert not set(named) - defined
