@@ -8,6 +8,7 @@ it was calibrated on.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -41,7 +42,7 @@ def main(
     rows: int = 64,
     length: int = 512,
     tested: Annotated[int, typer.Option(help="Test rows.")] = 256,
-    out: Path | None = None,
+    out: Annotated[Path | None, typer.Option(help="The record; one of the same settings is gone on with.")] = None,
 ) -> None:
     """Measure perplexities on text that the model was not calibrated on."""
     name = resolve_model(model)
@@ -59,10 +60,14 @@ def main(
             what: math.exp(held_out_loss(loaded, encoded, tokenizer.pad_token_id)) for what, encoded in texts.items()
         }
 
-    results: list[dict[str, Any]] = [{"method": "as it was", "bits": 16, "perplexity": measure(name)}]
-    schemes = [Scheme(int(each), group_size, method) for each in bits.split(",") for method in methods.split(",")]
     settings = {"model": model, "calibration": calibration, "rows": len(tokens), "length": length, "tested": tested}
+    settings["group_size"] = group_size
+    results = _measured_before(out, settings) or [{"method": "as it was", "bits": 16, "perplexity": measure(name)}]
+    done = {(row["method"], row["bits"]) for row in results}
+    schemes = [Scheme(int(each), group_size, method) for each in bits.split(",") for method in methods.split(",")]
     for scheme in schemes:
+        if (scheme.method, scheme.bits) in done:
+            continue
         scratch = Path(tempfile.mkdtemp())
         start = time.perf_counter()
         report = quantize_model(model, scratch / "model", scheme, tokens, console=Console(stderr=True))
@@ -80,7 +85,7 @@ def main(
         )
         shutil.rmtree(scratch)
         if out is not None:
-            write_record(out, QUESTION, {**settings, "group_size": group_size}, results)
+            write_record(out, QUESTION, settings, results)
     table = [
         [
             row["method"],
@@ -91,6 +96,16 @@ def main(
         for row in results
     ]
     print_table(["method", "bits", *texts, "output error"], table)
+
+
+def _measured_before(out: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an interrupted benchmark of the same settings has measured."""
+    if out is None or not out.is_file():
+        return []
+    record = json.loads(out.read_text(encoding="utf-8"))
+    if record["settings"] != settings:
+        raise typer.BadParameter(f"{out} is the record of other settings, {record['settings']}; give another file.")
+    return record["results"]
 
 
 def _whole_rows(encoder: RowEncoder, task: str, folder: Path | None, count: int) -> list[EncodedRow]:
