@@ -14,8 +14,9 @@ import torch
 
 from diablo.checkpoints import adapter_folder, load_adapter, read_adapter_config
 from diablo.errors import UserError
-from diablo.layout import BlockLayout
+from diablo.layout import Layout
 from diablo.tuner import DiabloConfig, DiabloLayer
+from diablo.tuner.tensor_parallel import check_whole
 from diablo.tuner.weights import is_quantized
 
 
@@ -115,7 +116,9 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
 
     Raises:
         UserError: blocks are not finite.
+        ValueError: layers are cut over processes.
     """
+    check_whole(model, "Inspecting an adapter")
     for path, module in model.named_modules():
         if not isinstance(module, DiabloLayer):
             continue
@@ -199,11 +202,11 @@ def _ratio(norm: float, base: float) -> float:
     return norm / base if base else math.inf if norm else 0.0
 
 
-def _of_parameter(blocks: torch.Tensor, layout: BlockLayout) -> list[torch.Tensor]:
+def _of_parameter(blocks: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
     return [tile.of_blocks(blocks) for tile in layout.tiles]
 
 
-def _of_weight(weight: torch.Tensor, layout: BlockLayout) -> list[torch.Tensor]:
+def _of_weight(weight: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
     return [tile.of_weight(weight) for tile in layout.tiles]
 
 

@@ -9,7 +9,8 @@ the one that its edge may cut through are described as two :class:`Tile`\\ s, wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +27,8 @@ class Tile:
         block_out: columns of each block, along the output.
         in_start: first input feature that the run reads.
         out_start: first output feature that the run writes.
+        row: first row of each stored block that the run has; the rows before it are another process's.
+        column: first column, likewise.
     """
 
     first: int
@@ -34,6 +37,8 @@ class Tile:
     block_out: int
     in_start: int
     out_start: int
+    row: int = 0
+    column: int = 0
 
     @property
     def in_size(self) -> int:
@@ -48,7 +53,16 @@ class Tile:
     @property
     def transposed(self) -> Tile:
         """The same run as the map from outputs back to inputs has it."""
-        return Tile(self.first, self.count, self.block_out, self.block_in, self.out_start, self.in_start)
+        return Tile(
+            self.first,
+            self.count,
+            self.block_out,
+            self.block_in,
+            self.out_start,
+            self.in_start,
+            self.column,
+            self.row,
+        )
 
     def grouped(self, size: int) -> Tile:
         """The same run as fewer and larger blocks, each made of ``size`` neighbours, a divisor of ``count``."""
@@ -66,7 +80,8 @@ class Tile:
 
         A view.
         """
-        return blocks[..., self.first : self.first + self.count, : self.block_in, : self.block_out]
+        rows, columns = (self.row, self.row + self.block_in), (self.column, self.column + self.block_out)
+        return blocks[..., self.first : self.first + self.count, slice(*rows), slice(*columns)]
 
     def of_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input features that the run reads: ``(tokens, in_features)`` -> ``(count, tokens, block_in)``, a view."""
@@ -91,6 +106,35 @@ class Tile:
             (*stack, self.block_out * rows + self.block_in * columns, columns, rows),
             weight.storage_offset() + self.out_start * rows + self.in_start * columns,
         )
+
+    def within_outputs(self, start: int, stop: int) -> list[Tile]:
+        """The run's parts that write some of the outputs, which are counted from ``start`` on.
+
+        Blocks that lie wholly inside are one run; those that an end cuts through are runs of a part of one block.
+        """
+        tiles = []
+        low, high = max(start, self.out_start), min(stop, self.out_start + self.out_size)
+        while low < high:
+            index, column = divmod(low - self.out_start, self.block_out)
+            whole = 0 if column else (high - low) // self.block_out
+            width = self.block_out if whole else min(self.block_out - column, high - low)
+            tiles.append(
+                replace(
+                    self,
+                    first=self.first + index,
+                    count=whole or 1,
+                    block_out=width,
+                    in_start=self.in_start + index * self.block_in,
+                    out_start=low - start,
+                    column=self.column + column,
+                )
+            )
+            low += (whole or 1) * width
+        return tiles
+
+    def within_inputs(self, start: int, stop: int) -> list[Tile]:
+        """The run's parts that read some of the inputs, which are counted from ``start`` on."""
+        return [tile.transposed for tile in self.transposed.within_outputs(start, stop)]
 
     def _split(self, features: torch.Tensor, start: int, size: int) -> torch.Tensor:
         run = features[:, start : start + self.count * size]
@@ -173,6 +217,24 @@ class BlockLayout:
         """The layout of the map from outputs back to inputs, whose blocks are these, each transposed."""
         return BlockLayout(self.out_features, self.in_features, self.num_blocks, self.stack)
 
+    def cut(self, slices: Sequence[tuple[int, int]], along_inputs: bool) -> list[LayoutPart]:
+        """The parts of the blocks that lie in slices of the matrix, one for each process that holds a slice.
+
+        Args:
+            slices: first feature and the one after the last of each slice, which together are all, in order.
+            along_inputs: whether they are slices of the inputs, and not of the outputs.
+        """
+        parts = [
+            LayoutPart(
+                self,
+                part if along_inputs else (0, self.in_features),
+                (0, self.out_features) if along_inputs else part,
+            )
+            for part in slices
+        ]
+        most = max(part.num_stored_blocks for part in parts)
+        return [replace(part, num_stored_blocks=most) for part in parts]
+
     def _tiles(self) -> tuple[Tile, ...]:
         """At most one block is cut: an edge passes through the last block of its dimension only, and blocks past the
         shorter side lie wholly outside the matrix.
@@ -185,6 +247,87 @@ class BlockLayout:
         if rest_in and rest_out:
             tiles.append(Tile(whole, 1, rest_in, rest_out, in_start, out_start))
         return tuple(tiles)
+
+
+@dataclass(frozen=True)
+class LayoutPart:
+    """What a slice of a matrix has of its diagonal blocks, as one process of several holds it (tensor parallelism).
+
+    A block that a slice's end cuts through is stored by both processes, each of which has its own rows or columns of it
+    and zeros elsewhere: so the stored blocks of all processes, put where they belong, add up to the whole. To the
+    products it is a layout like any other, of the slice's inputs and outputs.
+
+    Args:
+        whole: the layout of the whole matrix.
+        inputs: first input feature of the slice, and the one after its last.
+        outputs: first output feature, and the one after the last.
+        num_stored_blocks: blocks in the parameter, at least as many as the slice meets; as many as that where 0.
+
+    Attributes:
+        first: index, in the whole, of the first stored block.
+        tiles: the slice's blocks and parts of blocks.
+    """
+
+    whole: BlockLayout
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    num_stored_blocks: int = 0
+    first: int = field(init=False, repr=False, compare=False)
+    tiles: tuple[Tile, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        met = [
+            part
+            for tile in self.whole.tiles
+            for rows in tile.within_inputs(*self.inputs)
+            for part in rows.within_outputs(*self.outputs)
+        ]
+        first = min((tile.first for tile in met), default=0)
+        most = max((tile.first + tile.count - first for tile in met), default=1)
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "tiles", tuple(replace(tile, first=tile.first - first) for tile in met))
+        object.__setattr__(self, "num_stored_blocks", max(most, self.num_stored_blocks))
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the slice."""
+        return self.inputs[1] - self.inputs[0]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the slice."""
+        return self.outputs[1] - self.outputs[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """N of the whole, as the user asked for it."""
+        return self.whole.num_blocks
+
+    @property
+    def blocks_shape(self) -> tuple[int, ...]:
+        """Shape of the process's parameter: ``(num_stored_blocks, block_in, block_out)``."""
+        return self.num_stored_blocks, self.whole.block_in, self.whole.block_out
+
+    @cached_property
+    def transposed(self) -> LayoutPart:
+        """The part of the map from outputs back to inputs."""
+        return LayoutPart(self.whole.transposed, self.outputs, self.inputs, self.num_stored_blocks)
+
+    def taken_from(self, whole: torch.Tensor) -> torch.Tensor:
+        """The slice's part of the blocks of the whole matrix: ``whole.blocks_shape`` -> ``blocks_shape``."""
+        blocks = whole.new_zeros(self.blocks_shape)
+        for tile in self.tiles:
+            tile.of_blocks(blocks).copy_(tile.of_blocks(whole[self.first :]))
+        return blocks
+
+    def put_into(self, whole: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Write the slice's part where it belongs in the blocks of the whole matrix."""
+        for tile in self.tiles:
+            tile.of_blocks(whole[self.first :]).copy_(tile.of_blocks(blocks))
+
+
+Layout = BlockLayout | LayoutPart
+"""What the products take: the blocks of a matrix, or those of a process's slice of it."""
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError
+from itertools import pairwise
 
 import pytest
 import torch
@@ -205,3 +206,48 @@ def test_layouts_are_values():
     assert BlockLayout(7, 5, 3) != BlockLayout(7, 5, 2)
     with pytest.raises(FrozenInstanceError):
         BlockLayout(7, 5, 3).num_blocks = 2
+
+
+@PROPERTY
+@given(sizes(), st.data(), st.booleans())
+def test_slices_have_every_entry_once_and_each_in_its_place(size, data, along_inputs):
+    layout = BlockLayout(*size)
+    length = size[0] if along_inputs else size[1]
+    # Processes can be left without anything, where there are more of them than features.
+    edges = [0, *sorted(data.draw(st.lists(st.integers(0, length), min_size=1, max_size=3))), length]
+    slices = list(pairwise(edges))
+    whole = torch.arange(1.0, 1 + layout.num_parameters).reshape(layout.blocks_shape)
+    dense, seen = dense_delta(whole, *size[:2]), torch.zeros(layout.blocks_shape)
+    put_together = torch.zeros(layout.blocks_shape)
+    for part, (start, stop) in zip(layout.cut(slices, along_inputs), slices, strict=True):
+        own = part.taken_from(whole)
+        assert tuple(own.shape) == part.blocks_shape
+        assert part.blocks_shape[0] == layout.cut(slices, along_inputs)[0].num_stored_blocks
+        update = torch.zeros(part.out_features, part.in_features)
+        for tile in part.tiles:
+            tile.of_weight(update).add_(tile.of_blocks(own))
+        expected = dense[:, start:stop] if along_inputs else dense[start:stop]
+        assert torch.equal(update, expected)
+        # What is stored beside the slice's own entries is zero: norms over the processes are those of the whole.
+        assert float(own.square().sum()) == float(expected.square().sum())
+        turned = torch.zeros(part.in_features, part.out_features)
+        for tile in part.transposed.tiles:
+            tile.of_weight(turned).add_(tile.of_blocks(own.transpose(1, 2)))
+        assert torch.equal(turned, expected.T)
+        part.put_into(put_together, own)
+        part.put_into(seen, torch.ones_like(own))
+    assert torch.equal(put_together, whole * seen)
+    assert torch.equal(dense_delta(put_together, *size[:2]), dense)
+
+
+def test_slices_that_end_between_blocks_store_whole_blocks_only():
+    parts = BlockLayout(12, 24, 6).cut([(0, 12), (12, 24)], along_inputs=False)
+    assert [(part.first, part.blocks_shape) for part in parts] == [(0, (3, 2, 4)), (3, (3, 2, 4))]
+    assert [part.tiles for part in parts] == [(Tile(0, 3, 2, 4, 0, 0),), (Tile(0, 3, 2, 4, 6, 0),)]
+
+
+def test_a_block_that_a_slice_cuts_through_is_stored_twice():
+    parts = BlockLayout(9, 9, 3).cut([(0, 5), (5, 9)], along_inputs=True)
+    assert [part.blocks_shape for part in parts] == [(2, 3, 3), (2, 3, 3)]
+    assert parts[0].tiles == (Tile(0, 1, 3, 3, 0, 0), Tile(1, 1, 2, 3, 3, 3))
+    assert parts[1].tiles == (Tile(0, 1, 1, 3, 0, 3, row=2), Tile(1, 1, 3, 3, 1, 6))

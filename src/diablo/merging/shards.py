@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from diablo.checkpoints import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
 from diablo.errors import UserError, first_line
-from diablo.layout import BlockLayout
+from diablo.layout import Layout
 from diablo.models import meta_model
 from diablo.ops.weight import write_to_diagonal
 from diablo.progress import ProgressReport
@@ -35,7 +35,7 @@ class Update:
     """
 
     key: str
-    layout: BlockLayout
+    layout: Layout
     weight: Weight
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diablo.layout import BlockLayout
+from diablo.layout import Layout
 from diablo.ops.linear import as_rows, outer_product
 
 
@@ -17,7 +17,7 @@ def linear_in_place(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     blocks: Sequence[torch.Tensor],
-    layouts: Sequence[BlockLayout],
+    layouts: Sequence[Layout],
     hold: Callable[[bool], None],
 ) -> torch.Tensor:
     """``F.linear(x, weight, bias)``, with gradients for ``x``, ``bias`` and the blocks on the weight's diagonal.
@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        layouts: tuple[BlockLayout, ...],
+        layouts: tuple[Layout, ...],
         hold: Callable[[bool], None],
         lower: torch.dtype | None,
         *blocks: torch.Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diablo.layout import BlockLayout, Tile
+from diablo.layout import BlockLayout, Layout, Tile
 
 
 def block_diagonal_linear_reference(
@@ -33,7 +33,7 @@ def block_diagonal_linear_reference(
 
 
 def block_diagonal_linear(
-    x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout, base_output: torch.Tensor | None = None
+    x: torch.Tensor, blocks: torch.Tensor, layout: Layout, base_output: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multiply by a block-diagonal matrix and add the product to ``base_output``.
 
@@ -66,13 +66,14 @@ def block_diagonal_linear(
         raise ValueError(f"base_output has shape {tuple(base_output.shape)}; x and the layout make it {output_shape}.")
     elif base_output.dtype != x.dtype:
         raise TypeError(f"base_output is {base_output.dtype} and x is {x.dtype}; cast one to the other first.")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(layout, BlockLayout):
         # The compiler fuses the addition by itself, and does not trace functions that write to their arguments.
+        # Slices of a matrix are multiplied outside of its graphs.
         return block_diagonal_linear_reference(x, blocks, layout, base_output)
     return _Accumulate.apply(base_output.contiguous(), x, blocks, layout)
 
 
-def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
+def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks, and of that part of the weight.
 
     Args:
@@ -98,7 +99,7 @@ class _Accumulate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, blocks)
         ctx.layout = layout
@@ -119,9 +120,7 @@ class _Accumulate(torch.autograd.Function):
 
 class _OuterProduct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(x, grad_y)
         ctx.layout = layout
         return _outer_product(x, grad_y, layout, dtype)
@@ -134,21 +133,20 @@ class _OuterProduct(torch.autograd.Function):
         return grad_x, _product(x, cotangent, ctx.layout), None, None
 
 
-def _product(x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``x * blockdiag(blocks)``, ``(..., out_features)``, of which derivatives are made where they are asked for."""
     shape = (*x.shape[:-1], layout.out_features)
     if torch.is_grad_enabled():
         return _Accumulate.apply(x.new_zeros(shape), x, blocks, layout)
     # What is overwritten need not be filled with zeros first.
-    last = layout.tiles[-1]
-    is_covered = last.out_start + last.out_size == layout.out_features
+    is_covered = sum(tile.out_size for tile in layout.tiles) == layout.out_features
     y = x.new_empty(shape) if is_covered else x.new_zeros(shape)
     _accumulate(y, x, blocks, layout, overwrite=True)
     return y
 
 
 def _accumulate(
-    y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout, overwrite: bool = False
+    y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False
 ) -> None:
     """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views.
 
@@ -161,7 +159,7 @@ def _accumulate(
         product.baddbmm_(tile.of_input(rows), tile.of_blocks(blocks), beta=0 if overwrite else 1)
 
 
-def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
+def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
     # Entries outside the matrix are in no tile: they keep the zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)

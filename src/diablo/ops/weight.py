@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from diablo.layout import BlockLayout
+from diablo.layout import Layout
 
 
-def add_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+def add_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
     """A copy of ``weight`` with ``blocks`` added to its diagonal, to the bit what merging would make of it.
 
     Args:
@@ -25,7 +25,7 @@ def add_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLay
 
 
 @torch.no_grad()
-def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> None:
+def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> None:
     """Add ``blocks`` to the diagonal of ``weight`` in place, rounding once.
 
     The sum is formed in fp32, or in the weight's dtype where that is wider.
@@ -38,7 +38,7 @@ def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: BlockL
 
 
 @torch.no_grad()
-def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: torch.Tensor, layout: BlockLayout) -> None:
+def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: torch.Tensor, layout: Layout) -> None:
     """Make the diagonal of ``weight`` the sum of ``base`` and ``blocks``, in one pass and without a temporary.
 
     Args:
@@ -51,9 +51,7 @@ def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: tor
         torch.add(values, tile.of_blocks(blocks).to(values.device), out=tile.of_weight(weight))
 
 
-def trained_diagonal(
-    weight: torch.Tensor, blocks: Sequence[torch.Tensor], layouts: Sequence[BlockLayout]
-) -> torch.Tensor:
+def trained_diagonal(weight: torch.Tensor, blocks: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> torch.Tensor:
     """A weight on whose diagonal the sum of ``blocks`` stands already, as a tensor that gives them their gradients.
 
     No copy: the result has the memory of ``weight``. Autograd is not told where that is written to later, so whoever
@@ -72,9 +70,7 @@ def trained_diagonal(
 
 class _TrainedDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, layouts: tuple[BlockLayout, ...], *blocks: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, layouts: tuple[Layout, ...], *blocks: torch.Tensor) -> torch.Tensor:
         # The blocks are kept so that autograd notices where they are overwritten before backward.
         ctx.save_for_backward(*blocks)
         ctx.layouts = layouts
@@ -93,7 +89,7 @@ class _TrainedDiagonal(torch.autograd.Function):
 
 class _AddToDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, blocks: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
         ctx.layout, ctx.dtype = layout, blocks.dtype
         total = weight.clone()
         write_to_diagonal(total, blocks, layout)
@@ -108,7 +104,7 @@ class _AddToDiagonal(torch.autograd.Function):
 
 class _TakeDiagonal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, layout: BlockLayout, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
         ctx.layout, ctx.dtype = layout, weight.dtype
         ctx.shape = weight.shape
         # Entries outside the matrix are in no tile: they keep the zero.

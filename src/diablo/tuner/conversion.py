@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from diablo.layout import BlockLayout
 from diablo.tuner.kinds import DiabloLinear
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.tensor_parallel import check_whole
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
 
     Raises:
         TypeError: the model is no ``PeftModel``, or the adapter has blocks on something else than linear layers.
-        ValueError: the rank is out of its range, the adapter is unknown, or it has trained biases.
+        ValueError: the rank is out of its range, the adapter is unknown, it has trained biases, or layers are cut
+            over processes.
     """
     if isinstance(rank, bool) or not (0 < rank <= 1 if isinstance(rank, float) else rank >= 1):
         raise ValueError(f"rank={rank!r} is out of range: give an integer from 1, or a share above 0 and up to 1.0.")
@@ -68,6 +70,7 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
         raise TypeError(f"convert_to_lora takes a PeftModel, got a {type(model).__name__}.")
     if adapter_name not in model.peft_config:
         raise ValueError(f"The model has no adapter {adapter_name!r}; it has {', '.join(model.peft_config)}.")
+    check_whole(model, "Converting to LoRA")
     config: Any = model.peft_config[adapter_name]
     layers = _layers(model, adapter_name)
     if config.bias != "none":

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from diablo.layout import BlockLayout
+from diablo.layout import Layout
 from diablo.ops.weight import set_diagonal, write_to_diagonal
 
-Sums = Mapping[tuple[str, BlockLayout], torch.Tensor]
+Sums = Mapping[tuple[str, Layout], torch.Tensor]
 
 
 class Diagonals:
@@ -23,7 +23,7 @@ class Diagonals:
 
     def __init__(self) -> None:
         self.held: tuple[str, ...] = ()
-        self._pristine: dict[tuple[str, BlockLayout], list[torch.Tensor]] = {}
+        self._pristine: dict[tuple[str, Layout], list[torch.Tensor]] = {}
 
     @torch.no_grad()
     def write(self, weights: Mapping[str, torch.Tensor], adapter_names: Sequence[str], sums: Sums) -> None:

@@ -46,6 +46,11 @@ class HoldingLayer(DiabloLayer):
         self._can_hold = not is_shared and self.obstacle() is None
         self._homes = {name: weight.data_ptr() for name, weight in self._matrices().items()} if self._can_hold else {}
 
+    @staticmethod
+    def _is_plain(weight: Any) -> bool:
+        """Whether a weight is of the kind that blocks can be written into."""
+        return type(weight) is nn.Parameter
+
     def _names_in_weight(self) -> tuple[str, ...] | None:
         """The adapters whose blocks this forward has in the weights; None where they stand beside them."""
         names: tuple[str, ...] = ()
@@ -71,7 +76,9 @@ class HoldingLayer(DiabloLayer):
             if weight is None or weight.requires_grad:
                 return False
             # The compiler cannot trace where a tensor lies.
-            if not torch.compiler.is_compiling() and (type(weight) is not nn.Parameter or weight.data_ptr() != home):
+            if torch.compiler.is_compiling():
+                continue
+            if not self._is_plain(weight) or self._stored(weight).data_ptr() != home:
                 return False
         return True
 
@@ -107,7 +114,7 @@ class HoldingLayer(DiabloLayer):
 
     def train(self, mode: bool = True) -> HoldingLayer:
         """Set training mode; weights that a wrapper has sharded meanwhile are written into no longer."""
-        if any(type(self.base_layer._parameters.get(name)) is not nn.Parameter for name in self._homes):
+        if any(not self._is_plain(self.base_layer._parameters.get(name)) for name in self._homes):
             self._can_hold = False
         super().train(mode)
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from diablo.layout import BlockLayout
+from diablo.layout import BlockLayout, Layout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
 from diablo.ops.in_place import linear_in_place, lowered, product
 from diablo.ops.weight import trained_diagonal
@@ -64,10 +64,17 @@ class _ModuleLayer(DiabloLayer):
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             self._check_rows(x, adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        result = self._result(result)
+            return self.base_layer(x, *args, **kwargs)
+        return self._run_beside(x, partial(self._add_updates, adapter_names), *args, **kwargs)
+
+    def _run_beside(
+        self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output with the updates added, given the input and that output, which is overwritten."""
+        return add(x, self._result(self.base_layer(x, *args, **kwargs)))
+
+    def _add_updates(self, adapter_names: list[str] | None, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point():
             # Under autocast the base layer lowers its input by itself; the blocks follow it.
             x = x.to(result.dtype)
@@ -131,6 +138,9 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
         if names is None:
             self.leave_weight()
             return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        return self._run_in_weight(x, names)
+
+    def _run_in_weight(self, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         base_layer: Any = self.base_layer
         blocks = [self.diablo_blocks[name] for name in names]
         layouts = [self.diablo_layout[name] for name in names]
@@ -143,7 +153,10 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
             sizes = (self.in_features, self.out_features)
             return compiled_linear(x, bias, blocks, self._number, ".".join(names), counts, *sizes, lower)
         weight = self.weights["weight"].matrix(base_layer.weight)
-        return linear_in_place(x, weight, base_layer.bias, blocks, layouts, partial(self._hold, names))
+        return linear_in_place(x, weight, base_layer.bias, blocks, layouts, self._holding(names))
+
+    def _holding(self, names: tuple[str, ...]) -> Callable[[bool], None]:
+        return partial(self._hold, names)
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
@@ -174,8 +187,12 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
         dropped = self.diablo_dropout[adapter_name](x)
         return block_diagonal_linear(
-            dropped, self.diablo_blocks[adapter_name], self.diablo_layout[adapter_name], result
+            dropped, self._blocks_to_add(adapter_name), self.diablo_layout[adapter_name], result
         )
+
+    def _blocks_to_add(self, adapter_name: str) -> torch.Tensor:
+        """The blocks that this process multiplies with."""
+        return self.diablo_blocks[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is added to the weight."""
@@ -274,7 +291,7 @@ class DiabloParameters(HoldingLayer):
         """An adapter's blocks by the name of the parameter that they belong to."""
         return dict(self.diablo_blocks[adapter_name].items()) if adapter_name in self.diablo_blocks else {}
 
-    def layouts_of(self, adapter_name: str) -> dict[str, BlockLayout]:
+    def layouts_of(self, adapter_name: str) -> dict[str, Layout]:
         """An adapter's layouts by the name of the parameter that they belong to."""
         return dict(self.diablo_layout.get(adapter_name, {}))
 

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from diablo.layout import BlockLayout
+from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.diagonal import Diagonals
@@ -78,7 +78,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
 
-    def layouts_of(self, adapter_name: str) -> dict[str, BlockLayout]:
+    def layouts_of(self, adapter_name: str) -> dict[str, Layout]:
         """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
 
@@ -180,7 +180,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """The adapter's updates as dense tensors of the weights' shapes, by the name of the weight."""
         deltas = {}
         layouts = self.layouts_of(adapter_name)
-        for name, blocks in self.blocks_of(adapter_name).items():
+        for name, blocks in self._values_of(adapter_name).items():
             delta = torch.zeros(self._weight(name).shape, dtype=blocks.dtype, device=blocks.device)
             write_to_diagonal(delta, blocks.detach(), layouts[name])
             deltas[name] = self.weights[name].original(delta)
@@ -205,8 +205,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _weight(self, name: str) -> torch.Tensor:
         """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
         parameter: Any = self.get_base_layer()._parameters[name]
+        return self.weights[name].matrix(self._stored(parameter))
+
+    def _stored(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The tensor in this process's memory that holds a parameter's values."""
         # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
-        return self.weights[name].matrix(parameter.detach())
+        return parameter.detach()
 
     def _matrices(self) -> dict[str, torch.Tensor]:
         return {name: self._weight(name) for name in self.weights}
@@ -223,12 +227,16 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def _blocks(self, adapter_names: Sequence[str]) -> dict[str, Mapping[str, torch.Tensor]]:
         """The adapters' blocks by the names of the adapter and of the weight."""
-        return {name: self.blocks_of(name) for name in adapter_names}
+        return {name: self._values_of(name) for name in adapter_names}
+
+    def _values_of(self, adapter_name: str) -> Mapping[str, torch.Tensor]:
+        """An adapter's blocks in this process's memory, by the name of the weight."""
+        return self.blocks_of(adapter_name)
 
     @torch.no_grad()
-    def _summed(self, blocks: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[tuple[str, BlockLayout], torch.Tensor]:
+    def _summed(self, blocks: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[tuple[str, Layout], torch.Tensor]:
         """The adapters' blocks summed for each weight and layout: in fp32, or in the widest dtype among them."""
-        sums: dict[tuple[str, BlockLayout], torch.Tensor] = {}
+        sums: dict[tuple[str, Layout], torch.Tensor] = {}
         for adapter_name, by_weight in blocks.items():
             layouts = self.layouts_of(adapter_name)
             for name, own in by_weight.items():

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
-from diablo.layout import BlockLayout
+from diablo.layout import BlockLayout, Layout
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.holding import HoldingLayer
 from diablo.tuner.kinds import DiabloParameters, adapt_module
@@ -27,6 +27,7 @@ from diablo.tuner.targets import (
     target_obstacle,
     with_replicated_layers,
 )
+from diablo.tuner.tensor_parallel import DiabloParallelLinear, slices_of
 from diablo.tuner.weights import Owners, is_quantized
 
 
@@ -113,7 +114,7 @@ class DiabloModel(BaseTuner):
         new_module = (
             DiabloParameters(target, adapter_name, layouts, peft_config)
             if optional_kwargs.get("parameters")
-            else self._adapt_module(target, adapter_name, layouts["weight"], peft_config)
+            else self._adapt_module(current_key, target, adapter_name, layouts["weight"], peft_config)
         )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -149,8 +150,11 @@ class DiabloModel(BaseTuner):
                 )
 
     def _adapt_module(
-        self, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
+        self, name: str, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
     ) -> DiabloLayer:
+        slices = slices_of(self.model, name, module)
+        if slices is not None:
+            return DiabloParallelLinear(module, adapter_name, layout, config, slices)
         backend = quantization_backend(module, self.model)
         if backend is not None:
             return DiabloQuantizedLinear(module, adapter_name, layout, config, backend)
@@ -288,9 +292,9 @@ class DiabloModel(BaseTuner):
                     if (blocks := layer.blocks_of(name).get(weight_name)) is not None:
                         target.data.add_(blocks.data.to(target.dtype), alpha=weight)
 
-    def _common_layouts(self, adapters: list[str]) -> dict[tuple[str, str | None], BlockLayout]:
+    def _common_layouts(self, adapters: list[str]) -> dict[tuple[str, str | None], Layout]:
         """The layout of each module or parameter (its name in the module) that one of the adapters touches."""
-        layouts: dict[tuple[str, str | None], BlockLayout] = {}
+        layouts: dict[tuple[str, str | None], Layout] = {}
         for layer_name, layer in self._layers().items():
             for weight_name in layer.weights:
                 found = {

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.tensor_parallel import check_whole
 
 
 @torch.no_grad()
@@ -30,13 +31,15 @@ def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default
     Raises:
         FileNotFoundError: the folder has no safetensors file; other formats run code and are not read.
         TypeError: the model is no ``PeftModel``, or the saved adapter is of another method.
-        ValueError: the model has no such adapter, or tensors are missing, left over or of another shape.
+        ValueError: the model has no such adapter, tensors are missing, left over or of another shape, or layers
+            are cut over processes.
     """
     peft_model = getattr(model, "_orig_mod", model)
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"hotswap_adapter takes a PeftModel, got a {type(peft_model).__name__}.")
     if adapter_name not in peft_model.peft_config:
         raise ValueError(f"The model has no adapter {adapter_name!r}; it has {', '.join(peft_model.peft_config)}.")
+    check_whole(peft_model, "Swapping an adapter's values")
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter as safetensors.")

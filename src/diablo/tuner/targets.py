@@ -23,6 +23,7 @@ from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.in_place import module_obstacle, parameter_obstacle
 from diablo.tuner.quantized import quantization_backend
+from diablo.tuner.tensor_parallel import slice_obstacle, slices_of
 from diablo.tuner.weights import SUPPORTED, Owners, Weight, linear_shape, module_weight, parameter_weight
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -236,6 +237,7 @@ def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight
         return parameter_weight(base_layer, parameter)
     try:
         quantization_backend(base_layer, model)
+        slices_of(model, module_name, base_layer)
         return module_weight(base_layer)
     except TypeError as reason:
         if own := _adaptable_parameters(base_layer):
@@ -315,7 +317,12 @@ def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owne
     """
     module = base_layer_of(model.get_submodule(target.module))
     name = target.parameter or "weight"
-    obstacle = parameter_obstacle(module, name) if target.parameter else module_obstacle(module)
+    if target.parameter:
+        obstacle = parameter_obstacle(module, name)
+    elif slices_of(model, target.module, module) is not None:
+        obstacle = slice_obstacle(module)
+    else:
+        obstacle = module_obstacle(module)
     if reason := config_obstacle(config) or obstacle:
         return reason
     sharing = owners.of(module._parameters[name])

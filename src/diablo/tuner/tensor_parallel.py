@@ -1,0 +1,278 @@
+"""Linear layers that transformers has cut over several processes (tensor parallelism), adapted where they are cut.
+
+A column-parallel layer has some of the outputs, and so the blocks that write them; a row-parallel one has some of the
+inputs, and adds the product of its blocks to the partial sum that is reduced anyway. Nothing is sent that the frozen
+layer would not send. The blocks of all processes together are one parameter, a ``DTensor``, so that the gradient norm
+is the one of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diablo.layout import BlockLayout, LayoutPart
+from diablo.ops.in_place import linear_in_place
+from diablo.tuner.config import DiabloConfig
+from diablo.tuner.in_place import has_hooks
+from diablo.tuner.kinds import DiabloLinear
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a linear layer is cut over processes.
+
+    Attributes:
+        style: transformers' style of the layer, which moves inputs and outputs between processes.
+        mesh: the processes.
+        along_inputs: whether each process has some of the inputs, and not of the outputs.
+    """
+
+    style: Any
+    mesh: Any
+    along_inputs: bool
+
+    def parts(self, layout: BlockLayout) -> list[LayoutPart]:
+        """What each process has of the blocks, in the order of the mesh."""
+        from torch.distributed.tensor import Shard
+
+        size, count = layout.in_features if self.along_inputs else layout.out_features, self.mesh.size()
+        slices = []
+        for rank in range(count):
+            length, start = Shard.local_shard_size_and_offset(size, count, rank)
+            slices.append((start, start + length))
+        return layout.cut(slices, self.along_inputs)
+
+
+def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
+    """How a module of a model is cut over processes; None where it is whole.
+
+    Args:
+        model: the model, which transformers has loaded with a ``DistributedConfig``.
+        name: the module's name in it.
+        module: the module, which a tuner layer may have taken the place of.
+
+    Raises:
+        TypeError: it is cut in a way in which it cannot be adapted; the message is the reason, to be put after the
+            module's name.
+    """
+    weight = module._parameters.get("weight")
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    in_parallel = (getattr(model, "_tp_size", None) or 1) > 1
+    chosen = plan.get(_with_wildcards(name)) if in_parallel else None
+    if not _is_distributed(weight):
+        if chosen is not None:
+            raise TypeError(f"a {type(module).__name__} in the tensor-parallel style {chosen!r}")
+        return None
+    if chosen is None:
+        raise TypeError(
+            f"a {type(module).__name__} whose weight is sharded: give it the adapter before fully_shard, or load the "
+            "model with a DistributedConfig of transformers"
+        )
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel
+
+    style = ALL_PARALLEL_STYLES[chosen]
+    mesh: Any = weight.device_mesh  # type: ignore[union-attr]
+    if type(style) not in (ColwiseParallel, RowwiseParallel) or type(module).forward is not nn.Linear.forward:
+        raise TypeError(f"a {type(module).__name__} in the tensor-parallel style {chosen!r}")
+    if mesh.ndim != 1:
+        raise TypeError(f"a {type(module).__name__} that is cut along {mesh.ndim} dimensions of processes")
+    return Slices(style, mesh, type(style) is RowwiseParallel)
+
+
+def slice_obstacle(module: nn.Module) -> str | None:
+    """Why blocks have to stand beside a process's slice of a weight; None where they can be written into it."""
+    return "hooks are registered on the layer" if has_hooks(module) else None
+
+
+def _with_wildcards(name: str) -> str:
+    """The name as transformers' plans have it, with a star for the layer's number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _is_distributed(tensor: torch.Tensor | None) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+class DiabloParallelLinear(DiabloLinear):
+    """A linear layer of which each process has a slice, with the slice's part of the blocks.
+
+    What is saved, and loaded, is the blocks of the whole matrix: every process has to call ``save_pretrained``, as for
+    the model itself, and one writes.
+
+    Args:
+        base_layer: the layer to adapt, frozen by PEFT.
+        adapter_name: name of its first adapter.
+        layout: geometry of that adapter's blocks in the whole matrix.
+        config: that adapter's settings.
+        slices: how it is cut.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig, slices: Slices
+    ) -> None:
+        # Before nn.Module's constructor, which the parent calls, no module can be set; these are none.
+        object.__setattr__(self, "slices", slices)
+        super().__init__(base_layer, adapter_name, layout, config)
+        self._register_state_dict_hook(_gather_blocks)
+
+    slices: Slices
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        layouts: Mapping[str, Any],
+        config: DiabloConfig,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter, given the layout of the whole matrix, or replace one of the same name."""
+        rank = self.slices.mesh.get_local_rank()
+        parts = {name: self.slices.parts(layout)[rank] for name, layout in layouts.items()}
+        super().update_layer(adapter_name, parts, config, inference_mode)
+
+    def settle(self, is_shared: bool) -> None:
+        """Make the blocks one parameter with those of the other processes, and find out where they can be written."""
+        for name, blocks in self.diablo_blocks.items():
+            if not _is_distributed(blocks):
+                whole = nn.Parameter(self._distributed(blocks.detach()), blocks.requires_grad)
+                # Not registered: accelerate's registration of empty parameters cannot copy this class.
+                self.diablo_blocks._parameters[name] = whole
+        super().settle(is_shared)
+
+    def obstacle(self) -> str | None:
+        """Why the blocks have to stand beside the weight; None where they can be written into it."""
+        return slice_obstacle(self.base_layer)
+
+    @torch.compiler.disable
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output plus the products with the blocks of the active adapters.
+
+        Arguments, result and errors are those of every adapted module. It runs outside of compiled graphs.
+
+        Raises:
+            RuntimeError: hooks are registered on the base layer, which would not be called.
+        """
+        if has_hooks(self.base_layer):
+            raise RuntimeError(
+                "Hooks are registered on a linear layer that is cut over processes and adapted, where they are not "
+                "called: register them on the module that holds it."
+            )
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _run_beside(
+        self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        base_layer: Any = self.base_layer
+        return self._on_slice(x, lambda x, bias: add(x, F.linear(x, base_layer.weight.to_local(), bias)))
+
+    def _run_in_weight(self, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        blocks = [self.diablo_blocks[name].to_local() for name in names]
+        layouts = [self.diablo_layout[name] for name in names]
+        weight, hold = self._weight("weight"), self._holding(names)
+        return self._on_slice(x, lambda x, bias: linear_in_place(x, weight, bias, blocks, layouts, hold))
+
+    def _on_slice(
+        self, x: torch.Tensor, compute: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    ) -> torch.Tensor:
+        """Compute with this process's slice, between what the style does with the input and with the output.
+
+        Args:
+            x: the layer's input, as the model gives it.
+            compute: takes the slice's input and bias.
+        """
+        from torch.distributed.tensor import DTensor, Partial
+
+        style, mesh, along_inputs = self.slices.style, self.slices.mesh, self.slices.along_inputs
+        base_layer: Any = self.base_layer
+        (x,), _ = style.transform_inputs_pre_forward(base_layer, (x,), {}, mesh)
+        if isinstance(x, DTensor):
+            # Each process computes the gradient of a whole input from some of the outputs: a part of a sum.
+            x = x.to_local(grad_placements=None if along_inputs else [Partial()])
+        bias = base_layer.bias
+        y: Any = compute(x, None if bias is None or along_inputs else bias.to_local())
+        if along_inputs and bias is not None and y.requires_grad:
+            # The style would leave it out here, since it takes the product of a DTensor to have it already.
+            y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+            y = y.redistribute(placements=[style.output_layouts]) + bias
+        return style.transform_output_post_forward(base_layer, y, mesh)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: load the adapter into the whole model to convert it."""
+        return False
+
+    def _blocks_to_add(self, adapter_name: str) -> torch.Tensor:
+        return self.diablo_blocks[adapter_name].to_local()
+
+    def _values_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        return {name: self._stored(blocks) for name, blocks in self.blocks_of(adapter_name).items()}
+
+    def _new_blocks(self, weight_name: str, layout: Any, config: DiabloConfig) -> nn.Parameter:
+        whole = super()._new_blocks(weight_name, layout.whole, config)
+        return nn.Parameter(layout.taken_from(whole.detach()))
+
+    def _distributed(self, blocks: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        return DTensor.from_local(blocks, self.slices.mesh, [Shard(0)], run_check=False)
+
+    def _stored(self, parameter: Any) -> torch.Tensor:
+        return parameter.detach().to_local()
+
+    @staticmethod
+    def _is_plain(weight: Any) -> bool:
+        return _is_distributed(weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, part in self.diablo_layout.items():
+            key = f"{prefix}diablo_blocks.{name}"
+            given = state_dict.get(key)
+            if given is None:
+                continue
+            if _is_distributed(given):
+                if tuple(given.shape) == part.whole.blocks_shape:
+                    # PEFT has cut it, as it cuts everything: along the blocks.
+                    continue
+                # PEFT takes a whole for a slice where the two are of one shape.
+                given = given.to_local()
+            if tuple(given.shape) == part.whole.blocks_shape:
+                state_dict[key] = self._distributed(part.taken_from(given).to(self._weight("weight").device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a model some of whose adapted layers are cut over processes.
+
+    Args:
+        model: the model.
+        what: what cannot be done with it, as the start of the message.
+
+    Raises:
+        ValueError: a layer is cut.
+    """
+    name = next((name for name, module in model.named_modules() if isinstance(module, DiabloParallelLinear)), None)
+    if name is not None:
+        raise ValueError(
+            f"{what} needs all blocks in one process, and {name} is cut over processes: save the adapter, and load it "
+            "into the model without tensor parallelism."
+        )
+
+
+def _gather_blocks(layer: DiabloParallelLinear, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Put the blocks of the whole matrix in the place of this process's."""
+    for name, part in layer.diablo_layout.items():
+        key = f"{prefix}diablo_blocks.{name}"
+        blocks: Any = state_dict.get(key)
+        if not _is_distributed(blocks):
+            continue
+        gathered = blocks.detach().full_tensor().unflatten(0, (layer.slices.mesh.size(), -1))
+        whole = gathered.new_zeros(part.whole.blocks_shape)
+        for own, blocks in zip(layer.slices.parts(part.whole), gathered, strict=True):
+            own.put_into(whole, blocks)
+        state_dict[key] = whole

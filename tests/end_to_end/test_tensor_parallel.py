@@ -1,0 +1,113 @@
+"""A model that transformers has cut over 2 and 4 processes: no collective more, and what one process computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SCENARIOS = Path(__file__).with_name("tensor_parallel_scenarios.py")
+EXACT = 1e-12
+
+# The output layer's 320 rows are cut at 160, 80 and 240; the layers' 32 and 72 at 16, 8 and 24, and 36, 18 and 54. Of
+# 8 blocks each process has whole ones but in the MLP; of 6, of 3 and of 1 the ends of slices cut through blocks
+# everywhere, and neither 6 nor 3 divides 32.
+CASES = {2: (8, 3), 4: (8, 6, 1)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with heads for four processes, and with biases, of which a row-parallel layer may add only one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=4,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def found(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("found")
+    launched = ["-m", "torch.distributed.run", "--nproc_per_node", str(request.param), str(SCENARIOS)]
+    done = subprocess.run(
+        [sys.executable, *launched, str(model), str(folder), *map(str, CASES[request.param])],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    results = json.loads((folder / "found.json").read_text())
+    return {"processes": request.param, **results}
+
+
+def shapes(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every number of blocks, in place and beside."""
+    return [
+        (f"N = {number}, {how}", own)
+        for number in CASES[found["processes"]]
+        for how, own in found[f"N = {number}"].items()
+    ]
+
+
+def test_no_collective_is_added(found):
+    # One reduction in each row-parallel layer and one of the output; backward, one in each column-parallel layer.
+    assert found["frozen"] == {"forward": 6, "backward": 11, "inference": 6}
+    for case, own in shapes(found):
+        assert own["collectives"] == found["frozen"], case
+
+
+def test_losses_gradients_and_steps_are_those_of_one_process(found):
+    for case, own in shapes(found):
+        differences = {what: value for what, value in own.items() if isinstance(value, float)}
+        assert len(differences) == 9, case
+        assert max(differences.values()) < EXACT, (case, differences)
+
+
+def test_blocks_are_in_the_slices_of_the_weights_where_they_are_asked_for(found):
+    for case, own in shapes(found):
+        # Seven layers in each of the two, and the output layer.
+        assert own["layers with blocks in their weights"] == (15 if case.endswith("in place") else 0), case
+
+
+def test_an_adapter_is_saved_whole_and_every_verb_works(found):
+    results = dict(found["saving and merging"])
+    for verb in ("convert_to_lora", "hotswap_adapter"):
+        assert "q_proj is cut over processes: save the adapter, and load it into the model without" in results.pop(verb)
+    assert "Hooks are registered on a linear layer that is cut over processes" in results.pop("hooks")
+    steps = [results.pop(f"trained on, low_cpu_mem_usage={low}") for low in (False, True)]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-9)
+    assert steps[0] > 0
+    assert len(results) == 11
+    assert results.pop("unmerged") == 0
+    assert max(results.values()) < EXACT, results
+    assert found["bf16"]
+
+
+def test_what_cannot_be_adapted_is_refused(found):
+    assert (
+        "model.embed_tokens (a Embedding in the tensor-parallel style 'embedding_rowwise')"
+        in (found["refusals"]["embedding"])
+    )
+    assert "a Linear whose weight is sharded: give it the adapter before fully_shard" in found["refusals"]["sharded"]
