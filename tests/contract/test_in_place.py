@@ -722,3 +722,15 @@ def test_the_preview_says_where_the_blocks_will_stand():
     text = str(preview_targets(tied(), DiabloConfig(num_blocks=4, target_modules=["q_proj", "lm_head"])))
     assert "in the weight" in text
     assert "beside: the weight is shared" in text
+
+
+def test_another_weight_where_the_old_one_was_is_not_taken_for_it():
+    # As a wrapper does that shards weights and gathers them again, often into the memory that they have left.
+    model = get_peft_model(mlp((8, 8, 8)), DiabloConfig(num_blocks=2, target_modules=["up"]))
+    model(torch.ones(1, 8))
+    layer = model.base_model.model.up
+    assert layer.diagonals.held
+    layer.leave_weight()
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data, requires_grad=False)
+    model(torch.ones(1, 8))
+    assert not layer.diagonals.held

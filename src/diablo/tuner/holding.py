@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -27,8 +28,9 @@ class HoldingLayer(DiabloLayer):
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__(base_layer, weights)
         self._can_hold = False
-        # Where the weights were when they were looked at: wrappers that shard or replace them put them elsewhere.
-        self._homes: dict[str, int] = {}
+        # The weights when they were looked at, and where they were: wrappers that shard or replace them make others,
+        # which may well lie where these were. Not held here, so that they can go.
+        self._homes: dict[str, tuple[ReferenceType[torch.Tensor], int]] = {}
 
     @abstractmethod
     def obstacle(self) -> str | None:
@@ -44,7 +46,12 @@ class HoldingLayer(DiabloLayer):
             is_shared: whether another module of the model has one of them too.
         """
         self._can_hold = not is_shared and self.obstacle() is None
-        self._homes = {name: weight.data_ptr() for name, weight in self._matrices().items()} if self._can_hold else {}
+        self._homes = {}
+        if self._can_hold:
+            for name in self.weights:
+                weight = self.base_layer._parameters[name]
+                assert weight is not None
+                self._homes[name] = ref(weight), self._stored(weight).data_ptr()
 
     @staticmethod
     def _is_plain(weight: Any) -> bool:
@@ -71,14 +78,14 @@ class HoldingLayer(DiabloLayer):
         """Whether the weights are those that :meth:`settle` has seen, and frozen."""
         if not self._can_hold:
             return False
-        for name, home in self._homes.items():
+        for name, (seen, home) in self._homes.items():
             weight = self.base_layer._parameters.get(name)
             if weight is None or weight.requires_grad:
                 return False
             # The compiler cannot trace where a tensor lies.
             if torch.compiler.is_compiling():
                 continue
-            if not self._is_plain(weight) or self._stored(weight).data_ptr() != home:
+            if weight is not seen() or self._stored(weight).data_ptr() != home:
                 return False
         return True
 
@@ -123,6 +130,10 @@ class HoldingLayer(DiabloLayer):
         super()._apply(fn, recurse)
         self.settle(not self._can_hold)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # References that are not held cannot be pickled.
+        return self.__dict__ | {"_homes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

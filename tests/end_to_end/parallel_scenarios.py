@@ -1,6 +1,6 @@
-"""What is asked of a model that transformers has cut over several processes; each process runs all of this.
+"""What is asked of a model that several processes share, cut by transformers or sharded by torch: each runs all this.
 
-    torchrun --nproc_per_node 2 tests/end_to_end/tensor_parallel_scenarios.py MODEL FOLDER N ...
+    torchrun --nproc_per_node 2 tests/end_to_end/parallel_scenarios.py MODEL FOLDER N ...
 
 The main process writes what it has found to ``FOLDER/found.json``, for the tests to judge. Everything is in float64, so
 that a difference is a mistake and not rounding.
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM
@@ -234,10 +235,8 @@ def refused(cut: Any, folder: Path) -> dict[str, str]:
 def refusals() -> dict[str, str]:
     """What cannot be adapted, found before anything is changed."""
     found = {}
-    sharded = load(cut=False, dtype=torch.float32)
-    mesh = torch.distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
-    for layer in sharded.model.layers:
-        fully_shard(layer, mesh=mesh)
+    sharded = load(cut=False)
+    shard(sharded, sharded.model.layers)
     for name, model, targets in (("embedding", load(cut=True), ["embed_tokens"]), ("sharded", sharded, ["q_proj"])):
         try:
             adapt(model, 2, target_modules=targets)
@@ -246,14 +245,62 @@ def refusals() -> dict[str, str]:
     return found
 
 
+def shard(model: Any, layers: Any) -> None:
+    """Shard a model as FSDP2 does, layer by layer."""
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def sharding() -> dict[str, Any]:
+    """Data in parallel over sharded weights and blocks, a row of the batch to each process; then a whole adapter."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    rows = torch.randint(3, 300, (count, 10), generator=torch.Generator().manual_seed(2))
+    found: dict[str, Any] = {}
+    for how in ("auto", False):
+        one, sharded = adapt(load(cut=False), 3, in_place=False), adapt(load(cut=False), 3, in_place=how)
+        shard(sharded, sharded.base_model.model.model.layers)
+        norms = {}
+        for model, own in ((one, rows), (sharded, rows[rank : rank + 1])):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                model.train()(own, labels=own).loss.backward()
+                norms[model] = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+        state = get_model_state_dict(sharded, options=options)
+        if rank == 0:
+            folder = OUT / f"sharded-{how}"
+            sharded.save_pretrained(folder, state_dict=state)
+            again = PeftModel.from_pretrained(load(cut=False), folder, autocast_adapter_dtype=False)
+            found[f"in_place={how}"] = {
+                "gradient norm": abs(float(norms[one] - norms[sharded].full_tensor())),
+                "saved": difference(get_peft_model_state_dict(one), get_peft_model_state_dict(again)),
+            }
+        else:
+            norms[sharded].full_tensor()
+    inside = adapt(load(cut=False), 3, in_place=True)
+    shard(inside, inside.base_model.model.model.layers)
+    try:
+        inside(rows)
+    except RuntimeError as error:
+        found["in_place=True"] = str(error)
+    return found
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     frozen = load(cut=True).requires_grad_(False)
     found: dict[str, Any] = {"frozen": collectives(frozen)}
+    column_parallel = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    found["lora"] = collectives(get_peft_model(load(cut=True), LoraConfig(r=4, target_modules=column_parallel)))
     for num_blocks in NUM_BLOCKS:
         found[f"N = {num_blocks}"] = shape_of_blocks(num_blocks)
     found["saving and merging"] = saving_and_merging()
     found["refusals"] = refusals()
+    found["sharding"] = sharding()
     low = adapt(load(cut=True, dtype=torch.bfloat16), 3)
     loss_of(low.train())[0].backward()
     found["bf16"] = bool(torch.isfinite(logits(low)).all())

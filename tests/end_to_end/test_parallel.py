@@ -1,4 +1,4 @@
-"""A model that transformers has cut over 2 and 4 processes: no collective more, and what one process computes."""
+"""Models that 2 and 4 processes share, cut or sharded: no collective more, and what one process computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCENARIOS = Path(__file__).with_name("tensor_parallel_scenarios.py")
+SCENARIOS = Path(__file__).with_name("parallel_scenarios.py")
 EXACT = 1e-12
 
 # The output layer's 320 rows are cut at 160, 80 and 240; the layers' 32 and 72 at 16, 8 and 24, and 36, 18 and 54. Of
@@ -76,6 +76,8 @@ def test_no_collective_is_added(found):
     assert found["frozen"] == {"forward": 6, "backward": 11, "inference": 6}
     for case, own in shapes(found):
         assert own["collectives"] == found["frozen"], case
+    # For comparison, and so that it is seen that they are counted.
+    assert found["lora"]["backward"] == 21
 
 
 def test_losses_gradients_and_steps_are_those_of_one_process(found):
@@ -111,3 +113,11 @@ def test_what_cannot_be_adapted_is_refused(found):
         in (found["refusals"]["embedding"])
     )
     assert "a Linear whose weight is sharded: give it the adapter before fully_shard" in found["refusals"]["sharded"]
+
+
+def test_a_sharded_model_trains_what_one_process_does_and_is_saved_whole(found):
+    results = dict(found["sharding"])
+    assert "in_place=True has become impossible for this Linear" in results.pop("in_place=True")
+    assert results.keys() == {"in_place=auto", "in_place=False"}
+    for how, differences in results.items():
+        assert max(differences.values()) < EXACT, (how, differences)
