@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest-peft lint clean
+.PHONY: quickstart test test-all test-oldest-peft fuzz lint clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -22,6 +22,13 @@ test-oldest-peft: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oldest-peft peft==$(OLDEST_PEFT)
 	PYTHONPATH=.venv/oldest-peft $(BIN)/python -c "import peft; assert peft.__version__ == '$(OLDEST_PEFT)'"
 	PYTHONPATH=.venv/oldest-peft $(BIN)/python -m pytest -m "not slow"
+
+# A minute for each reader of files of others; what is found lands in .venv/fuzz.
+fuzz: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[fuzz]"
+	for reader in recipe dataset adapter authors; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/readers.py $$reader .venv/fuzz/$$reader -max_total_time=60 \
+			-artifact_prefix=.venv/fuzz/$$reader- || exit 1; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -122,8 +122,9 @@ def test_a_file_of_something_else_is_refused(content, words, tiny_model, tmp_pat
 
 def test_a_damaged_or_absent_file_and_a_folder_in_use_are_refused(tiny_model, tmp_path):
     checkpoint = write(tmp_path / "adapter.chkpt", 4)
-    for size in (0, 10, 1000):
-        (tmp_path / "cut.chkpt").write_bytes(checkpoint.read_bytes()[:size])
+    # The last two make torch's own reader fail with an IndexError, as fuzzing has found.
+    for content in (*(checkpoint.read_bytes()[:size] for size in (0, 10, 1000)), b"e", b"\x80\x02K\x01b."):
+        (tmp_path / "cut.chkpt").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
             import_checkpoint(tmp_path / "cut.chkpt", tmp_path / "adapter", base=str(tiny_model))
     with pytest.raises(UserError, match="is no file"):
