@@ -101,8 +101,12 @@ class Plan:
         return [(decode([token]), label != IGNORED) for token, label in zip(row.input_ids, row.labels, strict=True)]
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     """Resolve and check a recipe. Config, tokenizer and data are read; the model is built on the meta device.
+
+    Args:
+        recipe: the recipe.
+        replicas: processes of which each takes ``batch_size`` rows of its own; all that were launched where None.
 
     Raises:
         UserError: something does not fit; the message names the key of the recipe.
@@ -121,13 +125,14 @@ def make_plan(recipe: Recipe) -> Plan:
     preflight.check_supervision(train, "training")
     preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if training.on_nonfinite == "skip" and world > 1:
+    if replicas is None:
+        replicas = int(os.environ.get("WORLD_SIZE", "1"))
+    if training.on_nonfinite == "skip" and replicas > 1:
         raise UserError(
-            f"training.on_nonfinite: found skip with {world} processes, which would leave out different steps; set "
+            f"training.on_nonfinite: found skip with {replicas} processes, which would leave out different steps; set "
             "stop, or train in one process."
         )
-    batch = training.batch_size * training.gradient_accumulation * world
+    batch = training.batch_size * training.gradient_accumulation * replicas
     sampler = LengthGroupedSampler([len(row.input_ids) for row in train], batch, recipe.seed)
     steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(train) / batch))
     return Plan(

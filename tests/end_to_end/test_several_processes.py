@@ -16,6 +16,8 @@ from diablo.errors import UserError
 from diablo.recipe import load_recipe
 from diablo.training import train
 
+ROOT = Path(__file__).parents[2]
+
 
 def write_recipe(tmp_path: Path, model: Path) -> Path:
     recipe = tmp_path / "recipe.yaml"
@@ -28,9 +30,9 @@ def write_recipe(tmp_path: Path, model: Path) -> Path:
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "diablo_cli", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,7 +43,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(ti
     recipe = write_recipe(tmp_path, tiny_model)
     one = train(load_recipe(recipe)).record["training"]
     two = tmp_path / "two"
-    done = launch("train", str(recipe), f"output={two}", "training.batch_size=4")
+    done = launch("-m", "diablo_cli", "train", str(recipe), f"output={two}", "training.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mawps accuracy after") == 1, "only the main process reports"
     record = json.loads((two / "run.json").read_text())["training"]
@@ -60,6 +62,21 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(ti
     assert (resumed["processes"], resumed["steps"]) == (1, 8)
     for name, values in adapter_of(tmp_path / "one").items():
         torch.testing.assert_close(adapter_of(two)[name], values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shard", ["tensor", "fsdp"])
+def test_the_example_trains_on_a_model_that_is_spread_over_processes_what_one_process_does(tiny_model, tmp_path, shard):
+    recipe = write_recipe(tmp_path, tiny_model)
+    train(load_recipe(recipe, ["training.schedule=linear", "training.warmup_steps=2"]))
+    settings = ["training.schedule=linear", "training.warmup_steps=2", f"output={tmp_path / shard}"]
+    settings += ["training.batch_size=4"] if shard == "fsdp" else []
+    done = launch("examples/sharded_training.py", str(recipe), "--shard", shard, *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()[:-1]] == [f"step {n} of 8" for n in range(1, 9)]
+    assert done.stdout.splitlines()[-1] == f"Wrote {tmp_path / shard / 'adapter'}."
+    for name, values in adapter_of(tmp_path / "one").items():
+        assert values.abs().max() > 0
+        torch.testing.assert_close(adapter_of(tmp_path / shard)[name], values, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
