@@ -172,6 +172,8 @@ def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> 
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Detached: a graph that keeps its own outputs through Python is a cycle, which is never freed.
+        tensor = tensor.detach()
         if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
