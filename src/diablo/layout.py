@@ -233,6 +233,10 @@ class BlockLayout:
             for part in slices
         ]
         most = max(part.num_stored_blocks for part in parts)
+        in_order = all(part.first == number * most for number, part in enumerate(parts) if part.tiles)
+        if most * len(parts) == self.num_stored_blocks and not in_order:
+            # All parts together would have the shape of the whole, and who sees one could take it for the other.
+            most += 1
         return [replace(part, num_stored_blocks=most) for part in parts]
 
     def _tiles(self) -> tuple[Tile, ...]:

@@ -20,7 +20,7 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.distributed import DistributedConfig
 
 from diablo import DiabloConfig, convert_to_lora, hotswap_adapter
@@ -157,12 +157,7 @@ def saving_and_merging() -> dict[str, Any]:
     cut = adapt(load(cut=True), 3)
     expected, plain = logits(cut), logits(load(cut=True))
     folder = OUT / "adapter"
-    # All of them gather, and all write the same: each to a folder of its own.
-    own = OUT / f"adapter-{distributed.get_rank()}"
-    cut.save_pretrained(own)
-    distributed.barrier()
-    if distributed.get_rank() == 0:
-        own.rename(folder)
+    cut.save_pretrained(folder, is_main_process=distributed.get_rank() == 0)
     distributed.barrier()
     found: dict[str, Any] = loaded(folder, expected)
 
@@ -175,10 +170,34 @@ def saving_and_merging() -> dict[str, Any]:
     found["unmerged"] = max(
         float((p.to_local() - weights[n]).abs().max()) for n, p in cut.named_parameters() if n in weights
     )
+    found["safe_merge"] = refused_merges(cut)
     found |= several(cut, expected, plain)
     found |= refused(cut, folder)
+    torch.manual_seed(5)
+    dropped = loss_of(adapt(load(cut=True), 3, diablo_dropout=0.3).train())[0]
+    torch.manual_seed(5)
+    found["dropout"] = float((dropped - loss_of(adapt(load(cut=False), 3, diablo_dropout=0.3).train())[0]).abs())
+    found["moved"] = float((logits(adapt(load(cut=True), 3).to(torch.float32)) - expected).abs().max())
     found["merged and unloaded"] = float((logits(adapt(load(cut=True), 3).merge_and_unload()) - expected).abs().max())
     return found
+
+
+def refused_merges(cut: Any) -> list[bool]:
+    """Whether each process refuses to merge blocks of which one process has a NaN, and all stay as they were."""
+    blocks = cut.base_model.model.model.layers[1].mlp.up_proj.diablo_blocks["default"].to_local()
+    kept = blocks.detach().clone()
+    if distributed.get_rank() == 0:
+        blocks.detach()[0, 0, 0] = float("nan")
+    try:
+        cut.merge_adapter(safe_merge=True)
+        refused = False
+    except ValueError:
+        refused = True
+    cut.unmerge_adapter()
+    blocks.detach().copy_(kept)
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, refused)
+    return every
 
 
 def loaded(folder: Path, expected: torch.Tensor) -> dict[str, float]:
@@ -237,12 +256,36 @@ def refusals() -> dict[str, str]:
     found = {}
     sharded = load(cut=False)
     shard(sharded, sharded.model.layers)
-    for name, model, targets in (("embedding", load(cut=True), ["embed_tokens"]), ("sharded", sharded, ["q_proj"])):
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "embedding": (load(cut=True), {"target_modules": ["embed_tokens"]}),
+        "sharded": (sharded, {"target_modules": ["q_proj"]}),
+        "experts": (mixture(), {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+        "saved": (load(cut=True), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    }
+    for name, (model, settings) in cases.items():
         try:
-            adapt(model, 2, target_modules=targets)
-        except TypeError as error:
+            adapt(model, 2, **settings)
+        except (TypeError, ValueError) as error:
             found[name] = str(error)
     return found
+
+
+def mixture() -> Any:
+    """A mixture of experts, cut."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+    )
+    if distributed.get_rank() == 0:
+        MixtralForCausalLM(config).save_pretrained(OUT / "mixture")
+    distributed.barrier()
+    spread = DistributedConfig(tp_size=distributed.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(OUT / "mixture", distributed_config=spread)
 
 
 def shard(model: Any, layers: Any) -> None:
@@ -287,6 +330,14 @@ def sharding() -> dict[str, Any]:
         inside(rows)
     except RuntimeError as error:
         found["in_place=True"] = str(error)
+    early = adapt(load(cut=False), 3)
+    early.train()(rows)
+    shard(early, early.base_model.model.model.layers)
+    for name, action in (("after a forward", lambda: early(rows)), ("merging", sharded.merge_adapter)):
+        try:
+            action()
+        except RuntimeError as error:
+            found[name] = str(error)
     return found
 
 

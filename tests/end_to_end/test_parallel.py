@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 SCENARIOS = Path(__file__).with_name("parallel_scenarios.py")
 EXACT = 1e-12
 
-# The output layer's 320 rows are cut at 160, 80 and 240; the layers' 32 and 72 at 16, 8 and 24, and 36, 18 and 54. Of
-# 8 blocks each process has whole ones but in the MLP; of 6, of 3 and of 1 the ends of slices cut through blocks
-# everywhere, and neither 6 nor 3 divides 32.
-CASES = {2: (8, 3), 4: (8, 6, 1)}
+# 32 features are cut into equal slices; the MLP's 71 and the output layer's 321 are not. Of 8 blocks each process has
+# whole ones but there; of 6, of 3 and of 1 the ends of slices cut through blocks everywhere. 16 blocks of the MLP are
+# of 5 features: the last lies outside, and a slice's end cuts the eighth.
+CASES = {2: (16, 3), 4: (8, 6, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with heads for four processes, and with biases, of which a row-parallel layer may add only one."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=320,
+        vocab_size=321,
         hidden_size=32,
-        intermediate_size=72,
+        intermediate_size=71,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -101,7 +101,9 @@ def test_an_adapter_is_saved_whole_and_every_verb_works(found):
     steps = [results.pop(f"trained on, low_cpu_mem_usage={low}") for low in (False, True)]
     assert steps[0] == pytest.approx(steps[1], rel=1e-9)
     assert steps[0] > 0
-    assert len(results) == 11
+    assert results.pop("safe_merge") == [True] * found["processes"], "all refuse, or none"
+    assert results.pop("moved") < 1e-5
+    assert len(results) == 12
     assert results.pop("unmerged") == 0
     assert max(results.values()) < EXACT, results
     assert found["bf16"]
@@ -113,11 +115,15 @@ def test_what_cannot_be_adapted_is_refused(found):
         in (found["refusals"]["embedding"])
     )
     assert "a Linear whose weight is sharded: give it the adapter before fully_shard" in found["refusals"]["sharded"]
+    assert "experts.down_proj (a parameter that is cut over processes" in found["refusals"]["experts"]
+    assert found["refusals"]["saved"].startswith("modules_to_save has lm_head, which is cut over processes")
 
 
 def test_a_sharded_model_trains_what_one_process_does_and_is_saved_whole(found):
     results = dict(found["sharding"])
     assert "in_place=True has become impossible for this Linear" in results.pop("in_place=True")
+    assert "was sharded or replaced while the blocks of default stood in it" in results.pop("after a forward")
+    assert "is sharded, so that blocks cannot be merged into it" in results.pop("merging")
     assert results.keys() == {"in_place=auto", "in_place=False"}
     for how, differences in results.items():
         assert max(differences.values()) < EXACT, (how, differences)

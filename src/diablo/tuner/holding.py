@@ -126,7 +126,20 @@ class HoldingLayer(DiabloLayer):
         super().train(mode)
         return self
 
+    def _restore(self) -> None:
+        # After a shard was made of the weight with blocks in it, nothing can take them out of there.
+        if any(self.base_layer._parameters.get(name) is not seen() for name, (seen, _) in self._homes.items()):
+            raise RuntimeError(
+                f"The weight of a {type(self.base_layer).__name__} was sharded or replaced while the blocks of "
+                f"{', '.join(self.diagonals.held)} stood in it: take them out before, by unmerge_adapter() where they "
+                "are merged, and else by entering model.disable_adapter() once."
+            )
+        super()._restore()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.leave_weight()
+        # torch does not move a DTensor that is referred to from elsewhere.
+        self._homes = {}
         super()._apply(fn, recurse)
         self.settle(not self._can_hold)
         return self

@@ -185,10 +185,11 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
         return product(grad_y, self._weight("weight").T, None, lower)
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
-        dropped = self.diablo_dropout[adapter_name](x)
-        return block_diagonal_linear(
-            dropped, self._blocks_to_add(adapter_name), self.diablo_layout[adapter_name], result
-        )
+        x = self._dropped(x, adapter_name)
+        return block_diagonal_linear(x, self._blocks_to_add(adapter_name), self.diablo_layout[adapter_name], result)
+
+    def _dropped(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return self.diablo_dropout[adapter_name](x)
 
     def _blocks_to_add(self, adapter_name: str) -> torch.Tensor:
         """The blocks that this process multiplies with."""

@@ -14,7 +14,7 @@ from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.diagonal import Diagonals
-from diablo.tuner.weights import Weight
+from diablo.tuner.weights import Weight, is_distributed
 
 
 class DiabloLayer(nn.Module, BaseTunerLayer):
@@ -209,6 +209,11 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def _stored(self, parameter: torch.Tensor) -> torch.Tensor:
         """The tensor in this process's memory that holds a parameter's values."""
+        if is_distributed(parameter):
+            raise RuntimeError(
+                "The weight of an adapted layer is sharded, so that blocks cannot be merged into it or taken out: do "
+                "that before fully_shard, or save the adapter and merge it into the whole model."
+            )
         # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
         return parameter.detach()
 
@@ -221,9 +226,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         weights = self._matrices()
         self.diagonals.write(weights, adapter_names, self._summed(self._blocks(adapter_names)))
         self.merged_adapters = list(adapter_names)
-        if safe_merge and not self.diagonals.are_finite(weights):
+        if safe_merge and not self._are_finite(weights):
             self._restore()
             raise self._not_finite(adapter_names)
+
+    def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        return self.diagonals.are_finite(weights)
 
     def _blocks(self, adapter_names: Sequence[str]) -> dict[str, Mapping[str, torch.Tensor]]:
         """The adapters' blocks by the names of the adapter and of the weight."""

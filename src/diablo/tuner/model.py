@@ -27,7 +27,7 @@ from diablo.tuner.targets import (
     target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.tensor_parallel import DiabloParallelLinear, slices_of
+from diablo.tuner.tensor_parallel import DiabloParallelLinear, check_saved_modules, slices_of
 from diablo.tuner.weights import Owners, is_quantized
 
 
@@ -68,6 +68,7 @@ class DiabloModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
+        check_saved_modules(model, peft_config.modules_to_save or ())
         ranges = self._new_layer_ranges(peft_config)
         targets = resolve_targets(with_replicated_layers(model, peft_config) if ranges else model, peft_config)
         self._targets: dict[str, dict[str, BlockLayout]] = {}

@@ -24,7 +24,15 @@ from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.in_place import module_obstacle, parameter_obstacle
 from diablo.tuner.quantized import quantization_backend
 from diablo.tuner.tensor_parallel import slice_obstacle, slices_of
-from diablo.tuner.weights import SUPPORTED, Owners, Weight, linear_shape, module_weight, parameter_weight
+from diablo.tuner.weights import (
+    SUPPORTED,
+    Owners,
+    Weight,
+    is_distributed,
+    linear_shape,
+    module_weight,
+    parameter_weight,
+)
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the paper adapts ("qkvud"), by their names in Llama-like models."""
@@ -234,6 +242,8 @@ def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight
     module = model.get_submodule(module_name)
     base_layer = base_layer_of(module)
     if parameter is not None:
+        if is_distributed(base_layer._parameters[parameter]):
+            raise TypeError("a parameter that is cut over processes or sharded")
         return parameter_weight(base_layer, parameter)
     try:
         quantization_backend(base_layer, model)

@@ -8,19 +8,21 @@ is the one of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 from diablo.layout import BlockLayout, LayoutPart
 from diablo.ops.in_place import linear_in_place
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.in_place import has_hooks
 from diablo.tuner.kinds import DiabloLinear
+from diablo.tuner.weights import is_distributed
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,11 @@ class Slices:
 
     def parts(self, layout: BlockLayout) -> list[LayoutPart]:
         """What each process has of the blocks, in the order of the mesh."""
-        from torch.distributed.tensor import Shard
-
         size, count = layout.in_features if self.along_inputs else layout.out_features, self.mesh.size()
-        slices = []
-        for rank in range(count):
-            length, start = Shard.local_shard_size_and_offset(size, count, rank)
-            slices.append((start, start + length))
-        return layout.cut(slices, self.along_inputs)
+        # As torch shards a dimension: all have as many but the last, and those that come after the end.
+        length = -(-size // count)
+        edges = [min(rank * length, size) for rank in range(count + 1)]
+        return layout.cut(list(pairwise(edges)), self.along_inputs)
 
 
 def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
@@ -65,7 +64,10 @@ def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     in_parallel = (getattr(model, "_tp_size", None) or 1) > 1
     chosen = plan.get(_with_wildcards(name)) if in_parallel else None
-    if not _is_distributed(weight):
+    if chosen == "replicate":
+        # Of this style every process has the whole, and nothing is moved.
+        return None
+    if not is_distributed(weight):
         if chosen is not None:
             raise TypeError(f"a {type(module).__name__} in the tensor-parallel style {chosen!r}")
         return None
@@ -95,15 +97,30 @@ def _with_wildcards(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _is_distributed(tensor: torch.Tensor | None) -> bool:
-    return hasattr(tensor, "device_mesh")
+def check_saved_modules(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to train copies of modules that are cut over processes: transformers would go on calling the originals.
+
+    Args:
+        model: the model.
+        names: ``modules_to_save``.
+
+    Raises:
+        ValueError: one of them is cut.
+    """
+    for name, module in model.named_modules():
+        is_named = name in names or name.rpartition(".")[2] in names
+        if is_named and any(is_distributed(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                f"modules_to_save has {name}, which is cut over processes: its copy would not be called, and nothing "
+                "trained; adapt it as one of the target_modules, or leave it out."
+            )
 
 
 class DiabloParallelLinear(DiabloLinear):
     """A linear layer of which each process has a slice, with the slice's part of the blocks.
 
-    What is saved, and loaded, is the blocks of the whole matrix: every process has to call ``save_pretrained``, as for
-    the model itself, and one writes.
+    What is saved, and loaded, is the blocks of the whole matrix: every process has to call ``save_pretrained``, with
+    ``is_main_process`` for the one that writes.
 
     Args:
         base_layer: the layer to adapt, frozen by PEFT.
@@ -138,7 +155,7 @@ class DiabloParallelLinear(DiabloLinear):
     def settle(self, is_shared: bool) -> None:
         """Make the blocks one parameter with those of the other processes, and find out where they can be written."""
         for name, blocks in self.diablo_blocks.items():
-            if not _is_distributed(blocks):
+            if not is_distributed(blocks):
                 whole = nn.Parameter(self._distributed(blocks.detach()), blocks.requires_grad)
                 # Not registered: accelerate's registration of empty parameters cannot copy this class.
                 self.diablo_blocks._parameters[name] = whole
@@ -200,12 +217,27 @@ class DiabloParallelLinear(DiabloLinear):
         if along_inputs and bias is not None and y.requires_grad:
             # The style would leave it out here, since it takes the product of a DTensor to have it already.
             y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
-            y = y.redistribute(placements=[style.output_layouts]) + bias
+            y = y.redistribute(placements=[style.output_layouts]) + bias.to(y.dtype)
         return style.transform_output_post_forward(base_layer, y, mesh)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: load the adapter into the whole model to convert it."""
         return False
+
+    def _dropped(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        dropout: Any = self.diablo_dropout[adapter_name]
+        if not self.slices.along_inputs or not isinstance(dropout, nn.Dropout) or not dropout.training:
+            return super()._dropped(x, adapter_name)
+        # Drawn for the whole input, on each process: their generators stay equal, and the mask is that of one process.
+        part = self.diablo_layout[adapter_name]
+        mask = dropout(x.new_ones(*x.shape[:-1], part.whole.in_features))
+        return x * mask[..., slice(*part.inputs)]
+
+    def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        # All processes merge, or none.
+        finite = torch.tensor(super()._are_finite(weights), dtype=torch.int, device=self._weight("weight").device)
+        distributed.all_reduce(finite, distributed.ReduceOp.MIN, group=self.slices.mesh.get_group())
+        return bool(finite)
 
     def _blocks_to_add(self, adapter_name: str) -> torch.Tensor:
         return self.diablo_blocks[adapter_name].to_local()
@@ -227,7 +259,7 @@ class DiabloParallelLinear(DiabloLinear):
 
     @staticmethod
     def _is_plain(weight: Any) -> bool:
-        return _is_distributed(weight)
+        return is_distributed(weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, part in self.diablo_layout.items():
@@ -235,12 +267,13 @@ class DiabloParallelLinear(DiabloLinear):
             given = state_dict.get(key)
             if given is None:
                 continue
-            if _is_distributed(given):
-                if tuple(given.shape) == part.whole.blocks_shape:
-                    # PEFT has cut it, as it cuts everything: along the blocks.
+            if is_distributed(given):
+                if given.shape == self.diablo_blocks[name].shape:
+                    # PEFT and torch have cut it, as they cut everything: along the blocks.
                     continue
                 # PEFT takes a whole for a slice where the two are of one shape.
-                given = given.to_local()
+                is_whole = tuple(given.shape) == part.whole.blocks_shape
+                given = given.full_tensor() if is_whole else given.to_local()
             if tuple(given.shape) == part.whole.blocks_shape:
                 state_dict[key] = self._distributed(part.taken_from(given).to(self._weight("weight").device))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -269,7 +302,7 @@ def _gather_blocks(layer: DiabloParallelLinear, state_dict: dict[str, Any], pref
     for name, part in layer.diablo_layout.items():
         key = f"{prefix}diablo_blocks.{name}"
         blocks: Any = state_dict.get(key)
-        if not _is_distributed(blocks):
+        if not is_distributed(blocks):
             continue
         gathered = blocks.detach().full_tensor().unflatten(0, (layer.slices.mesh.size(), -1))
         whole = gathered.new_zeros(part.whole.blocks_shape)

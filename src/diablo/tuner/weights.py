@@ -117,6 +117,11 @@ def is_quantized(module: nn.Module) -> bool:
     return not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight)
 
 
+def is_distributed(tensor: torch.Tensor | None) -> bool:
+    """Whether several processes have parts of a tensor, as torch's ``DTensor`` says."""
+    return hasattr(tensor, "device_mesh")
+
+
 class Owners:
     """Which modules of a model share a weight.
 
