@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,17 @@ class Sizes:
     trained: int
     total: int
     memory: list[Memory]
+
+    @property
+    def learning_rate(self) -> float:
+        """A rate to start a sweep of a short run from, to one digit: 0.1 over the rows of a block.
+
+        A step of Adam moves every entry by about the rate, and an output by the sum over the rows of its block. Larger
+        N, which makes blocks smaller, therefore takes a larger rate; ``docs/experiments/choice-of-n.md`` has it from
+        32 steps of SmolLM2-135M.
+        """
+        rows = [BlockLayout(*kind.shape, self.num_blocks).block_in for kind in self.targets for _ in range(kind.count)]
+        return float(f"{0.1 / statistics.median(rows):.0e}")
 
 
 def plan_sizes(

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
-from diablo.sizing import kept_for_backward, plan_sizes
+from diablo.methods import TargetKind
+from diablo.sizing import Sizes, kept_for_backward, plan_sizes
 
 
 def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):
@@ -63,6 +64,13 @@ def test_a_budget_is_kept_and_used(tiny_model, budget):
 def test_what_does_not_fit_is_refused(tiny_model, settings, match):
     with pytest.raises(UserError, match=match):
         plan_sizes(str(tiny_model), length=8, **settings)
+
+
+@pytest.mark.parametrize(("num_blocks", "rate"), [(4, 7e-4), (16, 3e-3), (64, 1e-2), (192, 3e-2)])
+def test_the_learning_rate_grows_with_the_number_of_blocks(num_blocks, rate):
+    # Most of SmolLM2-135M's layers have 576 inputs: 144, 36, 9 and 3 rows a block.
+    kinds = [TargetKind("up_proj", 4, (576, 1536), "", 0), TargetKind("down_proj", 1, (1536, 576), "", 0)]
+    assert Sizes(num_blocks, kinds, 0, 0, []).learning_rate == rate
 
 
 def test_what_is_counted_is_let_go_of():
