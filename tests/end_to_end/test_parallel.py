@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=CASES)
-def found(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("found")
-    launched = ["-m", "torch.distributed.run", "--nproc_per_node", str(request.param), str(SCENARIOS)]
+@pytest.fixture(scope="module")
+def launch(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
+    """Runs the scenarios on so many processes, once."""
+    return functools.cache(lambda count: run_scenarios(model, tmp_path_factory.mktemp("found"), count))
+
+
+@pytest.fixture(params=CASES)
+def found(request: pytest.FixtureRequest, launch: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    return launch(request.param)
+
+
+@pytest.fixture
+def found_by_two(launch: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    return launch(2)
+
+
+def run_scenarios(model: Path, folder: Path, count: int) -> dict[str, Any]:
+    launched = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), str(SCENARIOS)]
     done = subprocess.run(
-        [sys.executable, *launched, str(model), str(folder), *map(str, CASES[request.param])],
+        [sys.executable, *launched, str(model), str(folder), *map(str, CASES[count])],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -59,7 +75,7 @@ def found(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.
     )
     assert done.returncode == 0, done.stderr[-5000:]
     results = json.loads((folder / "found.json").read_text())
-    return {"processes": request.param, **results}
+    return {"processes": count, **results}
 
 
 def shapes(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -93,23 +109,24 @@ def test_blocks_are_in_the_slices_of_the_weights_where_they_are_asked_for(found)
         assert own["layers with blocks in their weights"] == (15 if case.endswith("in place") else 0), case
 
 
-def test_an_adapter_is_saved_whole_and_every_verb_works(found):
-    results = dict(found["saving and merging"])
+def test_an_adapter_is_saved_whole_and_every_verb_works(found_by_two):
+    results = dict(found_by_two["saving and merging"])
     for verb in ("convert_to_lora", "hotswap_adapter"):
         assert "q_proj is cut over processes: save the adapter, and load it into the model without" in results.pop(verb)
     assert "Hooks are registered on a linear layer that is cut over processes" in results.pop("hooks")
     steps = [results.pop(f"trained on, low_cpu_mem_usage={low}") for low in (False, True)]
     assert steps[0] == pytest.approx(steps[1], rel=1e-9)
     assert steps[0] > 0
-    assert results.pop("safe_merge") == [True] * found["processes"], "all refuse, or none"
+    assert results.pop("safe_merge") == [True] * found_by_two["processes"], "all refuse, or none"
     assert results.pop("moved") < 1e-5
     assert len(results) == 12
     assert results.pop("unmerged") == 0
     assert max(results.values()) < EXACT, results
-    assert found["bf16"]
+    assert found_by_two["bf16"]
 
 
-def test_what_cannot_be_adapted_is_refused(found):
+def test_what_cannot_be_adapted_is_refused(found_by_two):
+    found = found_by_two
     assert (
         "model.embed_tokens (a Embedding in the tensor-parallel style 'embedding_rowwise')"
         in (found["refusals"]["embedding"])

@@ -64,12 +64,15 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(ti
         torch.testing.assert_close(adapter_of(two)[name], values, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shard", ["tensor", "fsdp"])
-def test_the_example_trains_on_a_model_that_is_spread_over_processes_what_one_process_does(tiny_model, tmp_path, shard):
+def test_the_example_trains_on_a_model_that_is_spread_over_processes_what_one_process_does(tiny_model, tmp_path):
     recipe = write_recipe(tmp_path, tiny_model)
-    train(load_recipe(recipe, ["training.schedule=linear", "training.warmup_steps=2"]))
-    settings = ["training.schedule=linear", "training.warmup_steps=2", f"output={tmp_path / shard}"]
-    settings += ["training.batch_size=4"] if shard == "fsdp" else []
+    schedule = ["training.schedule=linear", "training.warmup_steps=2"]
+    train(load_recipe(recipe, schedule))
+    for shard, settings in (("tensor", schedule), ("fsdp", [*schedule, "training.batch_size=4"])):
+        check_example(recipe, tmp_path, shard, [*settings, f"output={tmp_path / shard}"])
+
+
+def check_example(recipe: Path, tmp_path: Path, shard: str, settings: list[str]) -> None:
     done = launch("examples/sharded_training.py", str(recipe), "--shard", shard, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.partition(":")[0] for line in done.stdout.splitlines()[:-1]] == [f"step {n} of 8" for n in range(1, 9)]
