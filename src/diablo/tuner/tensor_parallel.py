@@ -133,12 +133,10 @@ class DiabloParallelLinear(DiabloLinear):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig, slices: Slices
     ) -> None:
-        # Before nn.Module's constructor, which the parent calls, no module can be set; these are none.
-        object.__setattr__(self, "slices", slices)
+        # First: the parent's constructor adds the adapter, which is cut as these say.
+        self.slices = slices
         super().__init__(base_layer, adapter_name, layout, config)
         self._register_state_dict_hook(_gather_blocks)
-
-    slices: Slices
 
     def update_layer(
         self,
