@@ -42,6 +42,7 @@ def main(
     rows: int = 64,
     length: int = 512,
     tested: Annotated[int, typer.Option(help="Test rows.")] = 256,
+    keep: Annotated[Path | None, typer.Option(help="Keep the quantized models in this folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="The record; one of the same settings is gone on with.")] = None,
 ) -> None:
     """Measure perplexities on text that the model was not calibrated on."""
@@ -68,22 +69,24 @@ def main(
     for scheme in schemes:
         if (scheme.method, scheme.bits) in done:
             continue
-        scratch = Path(tempfile.mkdtemp())
+        scratch = Path(tempfile.mkdtemp()) if keep is None else keep
+        folder = scratch / f"{scheme.method}-{scheme.bits}bit"
         start = time.perf_counter()
-        report = quantize_model(model, scratch / "model", scheme, tokens, console=Console(stderr=True))
+        report = quantize_model(model, folder, scheme, tokens, console=Console(stderr=True))
         seconds = time.perf_counter() - start
         errors = report.errors.values()
         results.append(
             {
                 "method": scheme.method,
                 "bits": scheme.bits,
-                "perplexity": measure(str(scratch / "model")),
+                "perplexity": measure(str(folder)),
                 "mean_output_error": sum(errors) / len(errors),
                 "bytes": report.bytes_after,
                 "seconds": seconds,
             }
         )
-        shutil.rmtree(scratch)
+        if keep is None:
+            shutil.rmtree(scratch)
         if out is not None:
             write_record(out, QUESTION, settings, results)
     table = [
