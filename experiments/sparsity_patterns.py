@@ -26,7 +26,7 @@ from experiments.patterns import PATTERNS, apply_pattern
 
 QUESTION = "loss, time and memory of patterns of trained entries at equal numbers of them"
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 
 
 def train(plan: Plan, pattern: str, num_blocks: int, rate: float, seed: int) -> tuple[Trajectory, int, int]:
