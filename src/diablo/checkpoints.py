@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError, first_line
@@ -51,7 +52,14 @@ def save_start(model: Any, folder: Path) -> Path | None:
     return folder
 
 
-def save_adapter(model: Any, tokenizer: Any, folder: Path, *, start: Path | None = None) -> None:
+def save_adapter(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    start: Path | None = None,
+    trained: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
     PiSSA has taken its start out of the frozen weights. PEFT saves the difference to that start as plain LoRA of twice
@@ -63,18 +71,37 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, *, start: Path | None
         tokenizer: saved with a whole model.
         folder: where to write.
         start: what :func:`save_start` returned.
+        trained: the trained parameters by name, where the model has them in parts; the model's own where None.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "saved"
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(target), path_initial_model_for_weight_conversion=str(start) if start else None)
+            model.save_pretrained(
+                str(target),
+                state_dict=trained,
+                path_initial_model_for_weight_conversion=str(start) if start else None,
+            )
             if not isinstance(model.active_peft_config, DiabloConfig):
                 _describe(model, target)
         else:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
         _replace(target, folder)
+
+
+def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of this model, by the names of the model's parameters.
+
+    Args:
+        adapter: the adapter's folder.
+        model: the adapted model; it may have its parameters in parts.
+    """
+    named = {name: torch.empty(0) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {id(tensor): name for name, tensor in named.items()}
+    saved = get_peft_model_state_dict(model, state_dict=named)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    return {names[id(tensor)]: tensors[key] for key, tensor in saved.items()}
 
 
 def adapter_folder(path: str | Path) -> Path:

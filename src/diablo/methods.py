@@ -116,8 +116,11 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters, tied ones counted once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    # One that DeepSpeed has in parts looks empty.
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
+    ]
+    return sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
 
 
 def shapes_of(kinds: Iterable[TargetKind]) -> Shapes:

@@ -112,7 +112,7 @@ class TokenMeter:
     def count(self, tokens: int, padded: int) -> None:
         """Add a batch: its tokens, and its size with padding."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = time.perf_counter() - self.paused_seconds
         self.tokens += tokens
         self.padded += padded
 
@@ -132,7 +132,7 @@ class TokenMeter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out the time of what is done inside, such as an evaluation."""
+        """Leave out the time of what is done inside, or in a function that this decorates, such as an evaluation."""
         start = time.perf_counter()
         yield
         self.paused_seconds += time.perf_counter() - start

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from diablo.errors import UserError
+from diablo.planning import make_plan
 from diablo.recipe import load_recipe
 from diablo.training import train
+from diablo.training.engines import check_shardable
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,9 +33,11 @@ def write_recipe(tmp_path: Path, model: Path) -> Path:
     return recipe
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(
+    *arguments: str, processes: int = 2, settings: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (settings or {})
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
@@ -82,12 +88,96 @@ def check_example(recipe: Path, tmp_path: Path, shard: str, settings: list[str])
         torch.testing.assert_close(adapter_of(tmp_path / shard)[name], values, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("variable", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SHARDED = {
+    "fsdp": FSDP,
+    "zero-2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero-3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="DeepSpeed is not installed, or has no compiler for what it builds on CPUs",
 )
-def test_sharding_is_refused_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch, variable, engine):
-    # On CPUs accelerate would silently shard nothing, and on GPUs a shard is not what is saved and scored.
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"accelerate was launched with {engine}, which shards the weights"):
-        train(load_recipe(write_recipe(tmp_path, tiny_model)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "other"),
+    [
+        ("fsdp", "fsdp"),
+        pytest.param("zero-2", "zero-3", marks=NEEDS_DEEPSPEED),
+        pytest.param("zero-3", "zero-2", marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
+    ],
+)
+def test_a_sharded_run_trains_what_one_process_does_and_is_gone_on_with_by_any(tiny_model, tmp_path, engine, other):
+    # Blocks whose number the processes do not divide, and steps of two forwards.
+    recipe = write_recipe(tmp_path, tiny_model)
+    recipe.write_text(recipe.read_text().replace("num_blocks: 4", "num_blocks: 5").replace("64", "60"))
+    one_settings = ["training.batch_size=6"]
+    one = train(load_recipe(recipe, one_settings))
+    two = tmp_path / "two"
+    overrides = ["training.batch_size=1", "training.gradient_accumulation=2", f"output={two}"]
+    command = ["tests/end_to_end/sharding_cpus.py", "train", str(recipe)]
+    done = launch(*command, *overrides, "evaluation.before=true", settings=SHARDED[engine], processes=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((two / "run.json").read_text())
+    assert record["training"]["engine"] == ("FSDP" if engine == "fsdp" else "DEEPSPEED")
+    assert record["parameters"] == one.record["parameters"]
+    kept = record["training"]["parameters_kept"] / record["parameters"]["total"]
+    assert kept == 1 if engine == "zero-2" else 0.3 < kept < 0.45, kept
+    assert record["scores"]["before"]["mawps"]["total"] == 4
+    for mine, theirs in zip(one.record["training"]["loss"], record["training"]["loss"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    for name, values in adapter_of(tmp_path / "one").items():
+        assert values.abs().max() > 0
+        torch.testing.assert_close(adapter_of(two)[name], values, rtol=0, atol=1e-5)
+
+    # As if it had been killed in its last step, gone on with by another engine, and by one process.
+    stopped = adapter_of(two)
+    for folder in (tmp_path / "other", tmp_path / "alone"):
+        shutil.copytree(two, folder)
+        (folder / "run.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-10")
+    resumed = ["training.batch_size=3", f"output={tmp_path / 'other'}", "--resume"]
+    done = launch(*command, *resumed, settings=SHARDED[other])
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_recipe(recipe, [*one_settings, f"output={tmp_path / 'alone'}"]), resume=True)
+    for name, values in stopped.items():
+        torch.testing.assert_close(adapter_of(tmp_path / "other")[name], values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(adapter_of(tmp_path / "alone")[name], values, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(tiny_model, tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, tiny_model)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    # One process: accelerate would silently shard nothing.
+    with pytest.raises(UserError, match="launched with FSDP, with which it shards over two or more GPUs"):
+        train(load_recipe(recipe))
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="launched with FSDP 1, which cannot hold frozen weights beside trained ones"):
+        train(load_recipe(recipe))
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "setting", "message"),
+    [
+        (
+            "{name: diablo, num_blocks: 4}",
+            "{name: full}",
+            "method.name: found full, which changes the weights themselves",
+        ),
+        ("{name: diablo, num_blocks: 4}", "{name: pissa}", "method.name: found pissa"),
+        ("precision: fp32", "quantization: nf4", "quantized weights, which cannot be sharded"),
+        (
+            "precision: fp32",
+            "precision: bf16",
+            "precision: found bf16 or fp16, and on CPUs a sharded model is trained in",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_sharded_is_refused(tiny_model, tmp_path, written, setting, message):
+    recipe = write_recipe(tmp_path, tiny_model)
+    recipe.write_text(recipe.read_text().replace(written, setting))
+    with pytest.raises(UserError, match=message):
+        check_shardable(make_plan(load_recipe(recipe)))

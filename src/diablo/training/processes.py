@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from contextlib import AbstractContextManager
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from diablo.errors import UserError
+from diablo.training.engines import DeepSpeed, launched_engine
 
 
 class Processes:
@@ -22,20 +21,23 @@ class Processes:
     Attributes:
         count: how many there are.
         is_main: whether this is the one that writes.
+        engine: how they hold the model.
 
     Raises:
-        UserError: they were launched to shard the weights, which they cannot yet.
+        UserError: they were launched to shard the model, which they cannot.
     """
 
     def __init__(self) -> None:
-        for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-            if os.environ.get(variable, "false").lower() == "true":
-                raise UserError(
-                    f"accelerate was launched with {engine}, which shards the weights; diablo train runs processes "
-                    "that each hold the model: launch it with --multi_gpu, or with torchrun."
-                )
-        # It also chooses each process's own GPU, which "cuda" means from then on.
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self.engine = launched_engine()
+        on_cpu = not torch.cuda.is_available()
+        # It also chooses each process's own GPU, which "cuda" means from then on. With cpu=True it would forget
+        # DeepSpeed, which can do with CPUs.
+        self._state = (
+            PartialState(cpu=False, backend="gloo")
+            if on_cpu and isinstance(self.engine, DeepSpeed)
+            else PartialState(cpu=on_cpu)
+        )
+        self.engine.check(self._state.distributed_type)
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from diablo.results import (
 )
 from diablo.scoring import score_tasks, write_answers
 from diablo.training import saving
+from diablo.training.engines import Engine, check_shardable
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
@@ -87,43 +89,41 @@ def train(
     checkpoint = _check_output(recipe, console, resume=resume, overwrite=overwrite)
     with processes.main_first():
         plan = make_plan(recipe)
-    if checkpoint is not None:
-        _check_effective_batch(plan, processes.count, checkpoint)
+    _check_processes(processes, plan, checkpoint)
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
 
     start = time.perf_counter()
     is_full = isinstance(recipe.method, FullMethod)
-    model = _load(plan)
+    model = _load(plan, processes.engine)
     timings["load_seconds"] = time.perf_counter() - start
 
-    processes.wait()
-    if processes.is_main:
-        _open_output(recipe, resume=resume)
-        save_start(model, recipe.output / "start")
-    processes.wait()
-    adapter_start = recipe.output / "start" if (recipe.output / "start").is_dir() else None
+    adapter_start = _start_output(processes, recipe, model, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
-    if recipe.evaluation.before:
-        result.before = _score(model, plan, console, "before", write=processes.is_main)
-    losses = Losses()
-    losses.measure(model, plan, 0)
+    losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
-    meter = TokenMeter()
-    asking = StopWhenAsked(console)
-    trainer = make_trainer(model, plan, console, meter, losses, asking)
+    def measure_before() -> None:
+        if recipe.evaluation.before:
+            result.before = _score(model, plan, console, "before", write=processes.is_main)
+        losses.measure(model, plan, 0)
+
+    if not processes.engine.shards:
+        measure_before()
+    trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking)
     _check_first_batch(trainer, plan)
+    trainer.when_sharded = meter.pause()(measure_before)
     start = time.perf_counter()
     _train(trainer, plan, asking, checkpoint)
-    meter.tokens = processes.total(meter.tokens)
+    meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
     losses.measure(model, plan, trainer.state.global_step)
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
+    trained = processes.engine.trained(model)
     if processes.is_main:
         with saving.writing(recipe.output):
-            save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start)
+            save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start, trained=trained)
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
     if processes.is_main:
@@ -137,13 +137,13 @@ def train(
     return result
 
 
-def _load(plan: Plan) -> Any:
-    """The model with the method applied, where it is to be trained."""
+def _load(plan: Plan, engine: Engine) -> Any:
+    """The model with the method applied, where it is to be trained, or on the CPU where it is to be sharded."""
     recipe = plan.recipe
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
     dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
     model = apply_method(load_model(plan.model_name, dtype, recipe.attention, recipe.quantization), recipe.method)
-    return model if is_placed(model) else model.to(plan.device)
+    return model if is_placed(model) or engine.shards else model.to(plan.device)
 
 
 def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
@@ -158,9 +158,24 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    with torch.autocast(plan.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32):
-        moved = {name: values.to(plan.device) for name, values in probe.items()}
+    moved = {name: values.to(model.device) for name, values in probe.items()}
+    lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
+    with lowered, _attention_of(model.device, model):
         preflight.check_gradients(model, moved, checkpointing=checkpointing)
+
+
+@contextmanager
+def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
+    """Attention that the device can do: a model that is to be sharded waits on the CPU, without that of its GPUs."""
+    chosen = model.config._attn_implementation
+    if device.type != "cpu" or chosen == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) -> dict[str, Score]:
@@ -203,6 +218,14 @@ def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkp
             f"on with: diablo train {folder / 'recipe.yaml'} --resume",
             asking.asked,
         )
+
+
+def _check_processes(processes: Processes, plan: Plan, checkpoint: Path | None) -> None:
+    """Check that the processes can train, and save, what the plan says, and go on with what the checkpoint has."""
+    if checkpoint is not None:
+        _check_effective_batch(plan, processes.count, checkpoint)
+    if processes.engine.shards:
+        check_shardable(plan)
 
 
 def _check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
@@ -260,6 +283,16 @@ def _check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None
             f"{plan.effective_batch} rows a step; the run that is to be resumed had {before}: choose what comes to "
             "that."
         )
+
+
+def _start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
+    """Make the output folder; what :func:`diablo.checkpoints.save_start` saves in it, where it does."""
+    processes.wait()
+    if processes.is_main:
+        _open_output(recipe, resume=resume)
+        save_start(model, recipe.output / "start")
+    processes.wait()
+    return recipe.output / "start" if (recipe.output / "start").is_dir() else None
 
 
 def _open_output(recipe: Recipe, *, resume: bool) -> None:
@@ -321,6 +354,7 @@ def _record(
             "steps": trainer.state.global_step,
             "processes": trainer.accelerator.num_processes,
             "engine": trainer.accelerator.distributed_type.value,
+            "parameters_kept": trainer.parameters_kept,
             "effective_batch": plan.effective_batch,
             "tokens_per_second": meter.tokens / timings["train_seconds"],
             "loss": losses.train,

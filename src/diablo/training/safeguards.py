@@ -26,13 +26,15 @@ class FiniteLosses(TrainerCallback):
 
     Args:
         mode: ``"stop"`` or ``"skip"``.
+        can_look: whether one process alone can look into the model for what is not finite.
 
     Attributes:
         skipped: the steps that were left out; a resumed run starts with those before.
     """
 
-    def __init__(self, mode: Literal["stop", "skip"]) -> None:
+    def __init__(self, mode: Literal["stop", "skip"], *, can_look: bool = True) -> None:
         self.mode = mode
+        self.can_look = can_look
         self.skipped: list[int] = []
         self._unseen: list[tuple[int, list[int], torch.Tensor]] = []
         self._leave_out = False
@@ -67,8 +69,9 @@ class FiniteLosses(TrainerCallback):
             self._of_step += value
             return loss
         last = self.skipped[-_MOST_SKIPPED_IN_A_ROW:]
-        runs_away = last == list(range(step - _MOST_SKIPPED_IN_A_ROW, step)) or _not_finite(model)
-        if self.mode == "stop" or runs_away:
+        if self.mode == "stop":
+            raise _error(value, step, rows, _find(model, forward) if self.can_look else "", self.mode)
+        if last == list(range(step - _MOST_SKIPPED_IN_A_ROW, step)) or _not_finite(model):
             raise _error(value, step, rows, _find(model, forward), self.mode)
         self._leave_out = True
         return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros_like(loss))
@@ -105,7 +108,7 @@ class FiniteLosses(TrainerCallback):
             values = torch.stack([loss for _, _, loss in unseen]).tolist()
             for value, (step, rows, _) in zip(values, unseen, strict=True):
                 if not math.isfinite(value):
-                    raise _error(value, step, rows, _not_finite(model), self.mode)
+                    raise _error(value, step, rows, _not_finite(model) if self.can_look else "", self.mode)
 
 
 def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from diablo import preflight
+from diablo.checkpoints import read_trained
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.errors import UserError
 from diablo.evaluation import held_out_loss
@@ -23,6 +25,7 @@ from diablo.losses import summed_completion_loss
 from diablo.planning import Plan
 from diablo.progress import TokenMeter, TrainingProgress
 from diablo.training import saving
+from diablo.training.engines import DeepSpeed, Engine
 from diablo.training.safeguards import FiniteLosses
 
 
@@ -54,19 +57,76 @@ class CompletionTrainer(SFTTrainer):
         plan: gives the sampler and the device.
         progress: the training bar.
         finite: looks after the losses.
+        engine: how the processes hold the model.
         options: arguments of ``SFTTrainer``.
+
+    Attributes:
+        when_sharded: called once the model is spread over the processes, before a checkpoint is loaded.
+        parameters_kept: the parameters that this process keeps.
     """
 
-    def __init__(self, *, plan: Plan, progress: TrainingProgress, finite: FiniteLosses, **options: Any) -> None:
+    lr_scheduler: Any
+
+    def __init__(
+        self, *, plan: Plan, progress: TrainingProgress, finite: FiniteLosses, engine: Engine, **options: Any
+    ) -> None:
         self.sampler: LengthGroupedSampler = plan.sampler
         self.progress = progress
         self.finite = finite
+        self.engine = engine
+        self.when_sharded: Callable[[], None] = lambda: None
         self._staging: Path | None = None
         self._logged = 0
         super().__init__(**options)
+        self.parameters_kept = engine.kept(options["model"])
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
         return self.sampler
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        """The optimizer, checked: an engine makes another of it."""
+        optimizer = super().create_optimizer(*arguments)
+        preflight.check_optimizer(optimizer, self.accelerator.unwrap_model(self.model))
+        # DeepSpeed would drop a group without parameters, and a checkpoint is the same whichever engine writes it.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.engine.created(optimizer)
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.engine.shards:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Its own checkpoints of sharded models fit as many processes as have written them.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        model: Any = self.model
+        self.engine.prepared(model, self.optimizer)
+        self.parameters_kept = self.engine.kept(model)
+        self.when_sharded()
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            self.engine.load_trained(model, read_trained(checkpoint, model))
+            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+            self.engine.load_optimizer_state(self.optimizer, load(checkpoint / OPTIMIZER_NAME))
+            self.lr_scheduler.load_state_dict(load(checkpoint / SCHEDULER_NAME))
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained parameters, whole."""
+        if not self.engine.shards:
+            super().save_model(output_dir, _internal_call)
+            return
+        model: Any = self.model
+        trained = self.engine.trained(model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=trained)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.engine.shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.engine.optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def compute_loss(
         self,
@@ -123,7 +183,10 @@ class CompletionTrainer(SFTTrainer):
         self._logged = state.global_step
         if state.global_step < last_step:
             return False
-        self._load_from_checkpoint(str(checkpoint))
+        if self.engine.shards:
+            self._prepare_for_training(last_step, self.get_train_dataloader(), str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
 
@@ -176,16 +239,6 @@ class HeldOutLoss(TrainerCallback):
                 self.losses.measure_held_out(model, self.plan, state.global_step)
 
 
-class CheckOptimizer(TrainerCallback):
-    """The last check before the first step: the optimizer exists only now."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        """Check it."""
-        preflight.check_optimizer(getattr(optimizer, "optimizer", optimizer), model)
-
-
 class _MeteredCollator:
     """Makes batches that know the numbers of their rows, and counts their tokens."""
 
@@ -200,12 +253,19 @@ class _MeteredCollator:
 
 
 def make_trainer(
-    model: Any, plan: Plan, console: Console, meter: TokenMeter, losses: Losses, asking: TrainerCallback
+    model: Any,
+    plan: Plan,
+    engine: Engine,
+    console: Console,
+    meter: TokenMeter,
+    losses: Losses,
+    asking: TrainerCallback,
 ) -> CompletionTrainer:
     """The trainer of a plan.
 
     Args:
-        model: the adapted model, on its device.
+        model: the adapted model, whole.
+        engine: how the processes are to hold it.
         plan: the plan.
         console: where progress is written.
         meter: counts tokens.
@@ -213,6 +273,7 @@ def make_trainer(
         asking: told of every step before anything is checked, logged or saved.
     """
     training = plan.recipe.training
+    on_cpu = plan.device.type == "cpu"
     config = SFTConfig(
         output_dir=str(plan.recipe.output / "checkpoints"),
         learning_rate=training.learning_rate,
@@ -231,7 +292,8 @@ def make_trainer(
         save_total_limit=training.save_total_limit,
         bf16=plan.dtype == torch.bfloat16,
         fp16=plan.dtype == torch.float16,
-        use_cpu=plan.device.type == "cpu",
+        use_cpu=on_cpu and not isinstance(engine, DeepSpeed),
+        ddp_backend="gloo" if on_cpu and isinstance(engine, DeepSpeed) else None,
         seed=plan.recipe.seed,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -246,19 +308,20 @@ def make_trainer(
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
     progress = TrainingProgress(console, meter)
-    finite = FiniteLosses(training.on_nonfinite)
+    finite = FiniteLosses(training.on_nonfinite, can_look=not engine.shards)
     # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     trainer = CompletionTrainer(
         plan=plan,
         progress=progress,
         finite=finite,
+        engine=engine,
         model=model,
         args=config,
         train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
         processing_class=plan.encoder.tokenizer,
         data_collator=_MeteredCollator(pad_token_id, meter),
-        callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses), CheckOptimizer()],
+        callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses)],
     )
     for parameter, values in trained:
         parameter.data = values

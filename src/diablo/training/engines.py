@@ -1,0 +1,298 @@
+"""Engines that shard a model over processes: what each holds a part of is put together, and taken apart again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diablo.errors import UserError
+from diablo.models import load_config, stored_quantization
+from diablo.planning import Plan
+
+Tensors = dict[str, torch.Tensor]
+"""Tensors by the names of the model's parameters."""
+
+
+class Engine:
+    """How the processes of a run hold the model; this one: each holds all of it.
+
+    A checkpoint is the same whichever engine has written it: the trained parameters and the optimizer's state are whole
+    in it, as in that of one process. All processes call each method together.
+
+    Attributes:
+        shards: whether a process holds but a part of the model in training.
+    """
+
+    shards = False
+
+    def check(self, distributed_type: DistributedType) -> None:
+        """Check that accelerate does what it was launched for.
+
+        Raises:
+            UserError: it would shard nothing.
+        """
+
+    def created(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take note of the optimizer of the whole model."""
+
+    def prepared(self, model: nn.Module, optimizer: Any) -> None:
+        """Look at the model and the optimizer that accelerate has spread over the processes.
+
+        Raises:
+            UserError: its state could not be put together again.
+        """
+
+    def kept(self, model: nn.Module) -> int:
+        """The values of parameters that this process keeps, of all that the model has."""
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def trained(self, model: nn.Module) -> Tensors | None:
+        """The trained parameters, whole, on the CPU; None where the model itself has them whole."""
+        return None
+
+    def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
+        """Give the trained parameters these values, which are whole."""
+        raise NotImplementedError
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """What ``state_dict()`` of the whole model's optimizer would be, on the CPU."""
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """Give the optimizer a state of the whole model."""
+        optimizer.load_state_dict(state)
+
+
+class FullyShardedDataParallel(Engine):
+    """FSDP2: each parameter is a ``DTensor`` over the processes."""
+
+    shards = True
+
+    def __init__(self) -> None:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError(
+                "accelerate was launched with FSDP 1, which cannot hold frozen weights beside trained ones: set "
+                "fsdp_version: 2 in its config file, or launch it with --fsdp_version 2."
+            )
+        # Otherwise only one process would have read the model, which each checks before it is sharded.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+    def check(self, distributed_type: DistributedType) -> None:
+        """Check that there is something to shard over."""
+        if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise UserError(
+                "accelerate was launched with FSDP, with which it shards over two or more GPUs, and would silently do "
+                "without here: launch it without."
+            )
+
+    def kept(self, model: nn.Module) -> int:
+        """This process's part of each parameter."""
+        return sum(_local(parameter).numel() for parameter in model.parameters())
+
+    def trained(self, model: nn.Module) -> Tensors:
+        """The trained parameters, gathered."""
+        return {name: _gather(parameter.detach()) for name, parameter in _trained(model)}
+
+    @torch.no_grad()
+    def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
+        """Keep this process's part of each."""
+        for name, parameter in _trained(model):
+            parameter.copy_(_part_for(parameter, tensors[name]))
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state, gathered."""
+        state = optimizer.state_dict()
+        whole = {
+            number: {name: _gather(value) for name, value in of_parameter.items()}
+            for number, of_parameter in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """Keep this process's part of each moment."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parts = {
+            number: {
+                name: value if name == "step" else _part_for(parameters[number], value)
+                for name, value in of_parameter.items()
+            }
+            for number, of_parameter in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": parts})
+
+
+class DeepSpeed(Engine):
+    """ZeRO: each process optimizes its part of the trained parameters, which it holds as flat tensors in fp32.
+
+    What is beneath DeepSpeed's own functions for such parts is looked up under the names of its releases 0.18 and 0.19.
+    """
+
+    shards = True
+
+    def __init__(self) -> None:
+        # The recipe says what these are.
+        for setting in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"):
+            os.environ[setting] = "auto"
+        # As for FSDP: each process reads the model.
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
+        self._numbers: list[list[int]] = []
+        self._parameters: list[nn.Parameter] = []
+
+    def created(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the parameters, in whose place DeepSpeed puts flat tensors."""
+        self._numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def prepared(self, model: nn.Module, optimizer: Any) -> None:
+        """Check that the optimizer is torch's AdamW in flat tensors, and have adapters gathered in every forward."""
+        from deepspeed import zero
+
+        # What lies in a dictionary of parameters it would only find in a forward of its own, not in the model's.
+        for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+            for held in [module for module in layer.modules() if isinstance(module, nn.ParameterDict)]:
+                for parameter in held.values():
+                    zero.register_external_parameter(layer, parameter)
+        inner = optimizer.optimizer.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            raise UserError(
+                f"DeepSpeed has put {type(inner).__name__} in the place of AdamW, as it does where the optimizer is to "
+                "lie on the CPU: set offload_optimizer_device to none; an adapter's takes little memory."
+            )
+
+    def kept(self, model: nn.Module) -> int:
+        """All, and with stage 3 this process's part of each."""
+        return sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
+
+    def trained(self, model: nn.Module) -> Tensors:
+        """The values in fp32 that the optimizer holds, gathered."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in _trained(model)}
+
+    @torch.no_grad()
+    def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
+        """Keep this process's part in fp32, and what the model computes with."""
+        from deepspeed import zero
+
+        for name, parameter in _trained(model):
+            _keep_part(parameter, tensors[name])
+            with zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensors[name])
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state, gathered parameter by parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = optimizer.optimizer.optimizer
+        flat = next(iter(inner.state.values()))
+        state = {
+            number: {
+                # A tensor of its own for each parameter, which the optimizer counts on in place.
+                name: value.clone().cpu() if name == "step" else safe_get_full_optimizer_state(parameter, name).cpu()
+                for name, value in flat.items()
+            }
+            for number, parameter in enumerate(self._parameters)
+        }
+        groups = [{**live, "params": numbers} for live, numbers in zip(inner.param_groups, self._numbers, strict=True)]
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """Make the flat tensors that the first step would make, and keep this process's part in them."""
+        sharded = optimizer.optimizer
+        inner = sharded.optimizer
+        is_stage_3 = hasattr(sharded, "fp32_partitioned_groups_flat")
+        first = next(iter(state["state"].values()))
+        for flat in sharded.fp32_partitioned_groups_flat if is_stage_3 else sharded.single_partition_of_fp32_groups:
+            inner.state[flat] = {
+                name: value.clone() if name == "step" else torch.zeros_like(flat) for name, value in first.items()
+            }
+        if not is_stage_3:
+            sharded._lazy_init_hp_params_optimizer_state()
+        for number, of_parameter in state["state"].items():
+            for name in of_parameter.keys() - {"step"}:
+                _keep_part(self._parameters[number], of_parameter[name], name)
+        for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+
+def launched_engine() -> Engine:
+    """The engine that ``accelerate launch`` was told to use."""
+    for variable, engine in (
+        ("ACCELERATE_USE_FSDP", FullyShardedDataParallel),
+        ("ACCELERATE_USE_DEEPSPEED", DeepSpeed),
+    ):
+        if os.environ.get(variable, "false").lower() == "true":
+            return engine()
+    return Engine()
+
+
+def check_shardable(plan: Plan) -> None:
+    """Check that what a plan trains can be trained on a sharded model, and saved from it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    without = "train without FSDP and DeepSpeed"
+    method, quantization = plan.recipe.method.name, plan.recipe.quantization
+    if method in ("full", "pissa"):
+        raise UserError(
+            f"method.name: found {method}, which changes the weights themselves, and of a sharded model only what "
+            f"is beside them is saved: choose another method, or {without}."
+        )
+    if quantization is not None or stored_quantization(load_config(plan.model_name)):
+        raise UserError(
+            f"model, quantization: found quantized weights, which cannot be sharded: take a plain model, or {without}."
+        )
+    if plan.device.type == "cpu" and plan.dtype != torch.float32:
+        raise UserError(
+            "precision: found bf16 or fp16, and on CPUs a sharded model is trained in fp32: set precision=fp32, or "
+            f"{without}."
+        )
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _gather(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _part_for(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """A tensor of the parameter's shape, laid out over the processes as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    moved = whole.to(parameter.device, parameter.dtype)
+    return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+
+
+def _keep_part(parameter: Any, whole: torch.Tensor, moment: str | None = None) -> None:
+    """Write this process's part of a parameter's fp32 values, or of a moment, to where ZeRO keeps it."""
+    from deepspeed import utils
+
+    whole = whole.to(parameter.device, torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        if moment is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, moment)
+        return
+    # Parts are equally long: the last is padded. DeepSpeed's functions for whole values do not see to that.
+    length = int(parameter.ds_tensor.ds_numel)
+    padded = F.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
+    part = padded.narrow(0, length * distributed.get_rank(), length)
+    if moment is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, moment)
