@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.harness import print_table
+from benchmarks.tables import print_perplexities
 from diablo.data import RowEncoder
 from diablo.data.encoding import EncodedRow
 from diablo.evaluation import held_out_loss
@@ -89,16 +89,7 @@ def main(
             shutil.rmtree(scratch)
         if out is not None:
             write_record(out, QUESTION, settings, results)
-    table = [
-        [
-            row["method"],
-            str(row["bits"]),
-            *(f"{row['perplexity'][what]:.2f}" for what in texts),
-            f"{row['mean_output_error']:.1%}" if "mean_output_error" in row else "",
-        ]
-        for row in results
-    ]
-    print_table(["method", "bits", *texts, "output error"], table)
+    print_perplexities(results)
 
 
 def _measured_before(out: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -75,7 +75,23 @@ def _training(record: dict[str, Any]) -> None:
     print_table(["trainer", "method", "tokens/s", "ratio", "padding"], rows)
 
 
+def print_perplexities(results: list[dict[str, Any]]) -> None:
+    """Print what the benchmark of quantization has measured, row by row."""
+    texts = list(results[0]["perplexity"])
+    rows = [
+        [
+            row["method"],
+            str(row["bits"]),
+            *(f"{row['perplexity'][text]:,.2f}" for text in texts),
+            f"{row['mean_output_error']:.1%}" if "mean_output_error" in row else "",
+        ]
+        for row in results
+    ]
+    print_table(["method", "bits", *texts, "output error"], rows)
+
+
 _TABLES = {
+    "quantization": lambda record: print_perplexities(record["results"]),
     "layer": _layer,
     "step": _step,
     "switching": _switching,
