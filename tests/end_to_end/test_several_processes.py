@@ -181,3 +181,14 @@ def test_a_recipe_that_cannot_be_sharded_is_refused(tiny_model, tmp_path, writte
     recipe.write_text(recipe.read_text().replace(written, setting))
     with pytest.raises(UserError, match=message):
         check_shardable(make_plan(load_recipe(recipe)))
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.slow
+def test_deepspeed_that_shards_nothing_is_refused(tiny_model, tmp_path):
+    recipe = write_recipe(tmp_path, tiny_model)
+    settings = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
+    done = launch("-m", "diablo_cli", "train", str(recipe), "training.batch_size=4", settings=settings)
+    assert done.returncode != 0
+    assert "which is none of ZeRO-2 or ZeRO-3: set zero_stage to 2 or 3" in done.stderr
+    assert not (tmp_path / "one" / "run.json").exists()

@@ -19,6 +19,9 @@ from diablo.planning import Plan
 Tensors = dict[str, torch.Tensor]
 """Tensors by the names of the model's parameters."""
 
+_FLAT = {2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
+"""Where DeepSpeed's optimizer has its flat tensors, by the stage of ZeRO."""
+
 
 class Engine:
     """How the processes of a run hold the model; this one: each holds all of it.
@@ -159,6 +162,11 @@ class DeepSpeed(Engine):
             for held in [module for module in layer.modules() if isinstance(module, nn.ParameterDict)]:
                 for parameter in held.values():
                     zero.register_external_parameter(layer, parameter)
+        if not (hasattr(optimizer.optimizer, _FLAT[2]) or hasattr(optimizer.optimizer, _FLAT[3])):
+            raise UserError(
+                f"DeepSpeed has made the optimizer a {type(optimizer.optimizer).__name__}, which is none of ZeRO-2 or "
+                "ZeRO-3: set zero_stage to 2 or 3, or launch without DeepSpeed."
+            )
         inner = optimizer.optimizer.optimizer
         if not isinstance(inner, torch.optim.AdamW):
             raise UserError(
@@ -207,9 +215,9 @@ class DeepSpeed(Engine):
         """Make the flat tensors that the first step would make, and keep this process's part in them."""
         sharded = optimizer.optimizer
         inner = sharded.optimizer
-        is_stage_3 = hasattr(sharded, "fp32_partitioned_groups_flat")
+        is_stage_3 = hasattr(sharded, _FLAT[3])
         first = next(iter(state["state"].values()))
-        for flat in sharded.fp32_partitioned_groups_flat if is_stage_3 else sharded.single_partition_of_fp32_groups:
+        for flat in getattr(sharded, _FLAT[3] if is_stage_3 else _FLAT[2]):
             inner.state[flat] = {
                 name: value.clone() if name == "step" else torch.zeros_like(flat) for name, value in first.items()
             }
