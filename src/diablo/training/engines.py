@@ -60,9 +60,11 @@ class Engine:
         """The trained parameters, whole, on the CPU; None where the model itself has them whole."""
         return None
 
+    @torch.no_grad()
     def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
         """Give the trained parameters these values, which are whole."""
-        raise NotImplementedError
+        for name, parameter in _trained(model):
+            parameter.copy_(_part_for(parameter, tensors[name]))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """What ``state_dict()`` of the whole model's optimizer would be, on the CPU."""
@@ -103,12 +105,6 @@ class FullyShardedDataParallel(Engine):
         """The trained parameters, gathered."""
         return {name: _gather(parameter.detach()) for name, parameter in _trained(model)}
 
-    @torch.no_grad()
-    def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
-        """Keep this process's part of each."""
-        for name, parameter in _trained(model):
-            parameter.copy_(_part_for(parameter, tensors[name]))
-
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The state, gathered."""
         state = optimizer.state_dict()
@@ -134,7 +130,7 @@ class FullyShardedDataParallel(Engine):
 class DeepSpeed(Engine):
     """ZeRO: each process optimizes its part of the trained parameters, which it holds as flat tensors in fp32.
 
-    What is beneath DeepSpeed's own functions for such parts is looked up under the names of its releases 0.18 and 0.19.
+    What is beneath DeepSpeed's own functions for such parts is looked up under the names of its release 0.19.
     """
 
     shards = True
