@@ -159,6 +159,13 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(tiny_model,
     assert not (tmp_path / "one").exists()
 
 
+def test_deepspeed_that_is_not_installed_names_the_extra(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("diablo.training.engines.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; install it with: pip install 'diablo-peft\[deepspeed\]'"):
+        train(load_recipe(write_recipe(tmp_path, tiny_model)))
+
+
 @pytest.mark.parametrize(
     ("written", "setting", "message"),
     [

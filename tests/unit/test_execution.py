@@ -400,18 +400,18 @@ def test_a_program_whose_process_could_not_be_confined_is_not_run() -> None:
     assert in_force == {}
 
 
-def script(body: str) -> None:
-    """Run Python with the scripts' folder at hand."""
+def script(body: str) -> tuple[int, str]:
+    """Run Python with the scripts' folder at hand; its exit status, and what it says of a failure."""
     preamble = f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nimport confinement, os, supervisor, time\n"
     command = [sys.executable, "-S", "-c", preamble + body]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert result.returncode == 0, result.stderr
+    return result.returncode, result.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
 def test_grandchildren_in_sessions_of_their_own_are_ended() -> None:
     # What guards where new processes are not refused: to root, on a machine without a filter for its system calls.
-    script("""
+    ended = script("""
 confinement.adopt_orphans()
 r, w = os.pipe()
 if os.fork() == 0:
@@ -432,13 +432,14 @@ except ProcessLookupError:
     sys.exit(0)
 sys.exit("it lives")
 """)
+    assert ended == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's")
 def test_without_landlock_nothing_is_written_anywhere(tmp_path: Path) -> None:
     needs("network")
     (tmp_path / "there").write_text("as it was")
-    script(f"""
+    ended = script(f"""
 os.chdir({str(tmp_path)!r})
 import shutil
 assert confinement._prctl(confinement._PR_SET_NO_NEW_PRIVS, 1)
@@ -459,6 +460,7 @@ for attempt in (
         continue
     sys.exit("written")
 """)
+    assert ended == (0, "")
     assert (tmp_path / "there").read_text() == "as it was"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -136,6 +137,11 @@ class DeepSpeed(Engine):
     shards = True
 
     def __init__(self) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                "accelerate was launched with DeepSpeed, which is not installed; install it with: pip install "
+                "'diablo-peft[deepspeed]'."
+            )
         # The recipe says what these are.
         for setting in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"):
             os.environ[setting] = "auto"
