@@ -122,7 +122,6 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
     for path, module in model.named_modules():
         if not isinstance(module, DiabloLayer):
             continue
-        module.leave_weight()
         layouts = module.layouts_of(adapter_name)
         for parameter, blocks in module.blocks_of(adapter_name).items():
             name = path.removeprefix("base_model.model.")

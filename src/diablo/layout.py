@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -91,6 +92,24 @@ class Tile:
         """The output features that the run writes: ``(tokens, out_features)`` -> ``(count, tokens, block_out)``."""
         return self._split(y, self.out_start, self.block_out)
 
+    def operands(self, x: torch.Tensor, grad_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two factors of the gradient of the run's blocks, views, in as few calls as it takes.
+
+        Args:
+            x: ``(tokens, in_features)``.
+            grad_y: ``(tokens, out_features)``.
+
+        Returns:
+            ``(count, block_in, tokens)`` and ``(count, tokens, block_out)``.
+        """
+        count, rows, columns, tokens = self.count, self.block_in, self.block_out, x.shape[0]
+        token, feature = x.stride()
+        start = x.storage_offset() + self.in_start * feature
+        inputs = x.as_strided((count, rows, tokens), (rows * feature, feature, token), start)
+        token, feature = grad_y.stride()
+        start = grad_y.storage_offset() + self.out_start * feature
+        return inputs, grad_y.as_strided((count, tokens, columns), (columns * feature, token, feature), start)
+
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The run's blocks inside a weight.
 
@@ -137,8 +156,16 @@ class Tile:
         return [tile.transposed for tile in self.transposed.within_outputs(start, stop)]
 
     def _split(self, features: torch.Tensor, start: int, size: int) -> torch.Tensor:
-        run = features[:, start : start + self.count * size]
-        return run.unflatten(1, (self.count, size)).transpose(0, 1)
+        if type(features) is not torch.Tensor:
+            # A compiler wants to know which features are read, and not where they lie.
+            return features.narrow(1, start, self.count * size).unflatten(1, (self.count, size)).transpose(0, 1)
+        token, feature = features.stride()
+        # One call, since layers with few tokens wait for the calls and not for the products.
+        return features.as_strided(
+            (self.count, features.shape[0], size),
+            (size * feature, token, feature),
+            features.storage_offset() + start * feature,
+        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +184,7 @@ class BlockLayout:
 
     Attributes:
         tiles: the diagonal as one run of whole blocks and, where an edge cuts through a block, that block's inner part.
+        is_even: whether the blocks tile the diagonal exactly, so that every entry of the parameter is in the matrix.
 
     Raises:
         TypeError: a size is not an integer.
@@ -169,6 +197,7 @@ class BlockLayout:
     stack: tuple[int, ...] = ()
     # Not a cached property: torch.compile cannot trace the lock that guards one in Python 3.11.
     tiles: tuple[Tile, ...] = field(init=False, repr=False, compare=False)
+    is_even: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "num_blocks"):
@@ -181,6 +210,8 @@ class BlockLayout:
                 f"out_features={self.out_features}: it takes from 1 to {self.max_num_blocks} blocks."
             )
         object.__setattr__(self, "tiles", self._tiles())
+        is_even = self.in_features % self.num_blocks == 0 and self.out_features % self.num_blocks == 0
+        object.__setattr__(self, "is_even", is_even)
 
     @property
     def max_num_blocks(self) -> int:
@@ -276,6 +307,7 @@ class LayoutPart:
     inputs: tuple[int, int]
     outputs: tuple[int, int]
     num_stored_blocks: int = 0
+    is_even: ClassVar[bool] = False
     first: int = field(init=False, repr=False, compare=False)
     tiles: tuple[Tile, ...] = field(init=False, repr=False, compare=False)
 

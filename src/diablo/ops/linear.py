@@ -103,7 +103,7 @@ class _Accumulate(torch.autograd.Function):
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, blocks)
         ctx.layout = layout
-        _accumulate(y, x, blocks, layout)
+        accumulate(y, x, blocks, layout)
         return y
 
     @staticmethod
@@ -141,11 +141,11 @@ def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Ten
     # What is overwritten need not be filled with zeros first.
     is_covered = sum(tile.out_size for tile in layout.tiles) == layout.out_features
     y = x.new_empty(shape) if is_covered else x.new_zeros(shape)
-    _accumulate(y, x, blocks, layout, overwrite=True)
+    accumulate(y, x, blocks, layout, overwrite=True)
     return y
 
 
-def _accumulate(
+def accumulate(
     y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False
 ) -> None:
     """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views.
@@ -159,8 +159,15 @@ def _accumulate(
         product.baddbmm_(tile.of_input(rows), tile.of_blocks(blocks), beta=0 if overwrite else 1)
 
 
+# Up to here a product takes less time than the call that asks for it.
+_FEW_TOKENS = 64
+
+
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
+    if layout.is_even:
+        product = _tile_product(x, grad_y, layout.tiles[0])
+        return product if product.dtype is dtype else product.to(dtype)
     # Entries outside the matrix are in no tile: they keep the zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     for tile in layout.tiles:
@@ -170,6 +177,8 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
 
 def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
     """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
+    if x.shape[0] <= _FEW_TOKENS and type(x) is torch.Tensor:
+        return torch.bmm(*tile.operands(x, grad_y))
     if tile.block_in > tile.block_out:
         # Matrix units do best with the narrower operand's columns as the product's rows.
         return _tile_product(grad_y, x, tile.transposed).transpose(1, 2)
@@ -178,7 +187,7 @@ def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Te
     pair = 2 if tile.block_out * x.element_size() < 64 and tile.count % 2 == 0 else 1
     paired = tile.grouped(pair)
     inputs = paired.of_input(x)
-    if x.device.type == "cpu" and x.element_size() == 2:
+    if x.element_size() == 2 and x.device.type == "cpu":
         # torch's product of 16-bit matrices is up to 4 times slower through these strides.
         inputs = inputs.contiguous()
     product = torch.bmm(inputs.transpose(1, 2), paired.of_output(grad_y))
@@ -188,4 +197,6 @@ def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Te
 
 def as_rows(features: torch.Tensor) -> torch.Tensor:
     """``(..., features)`` -> ``(tokens, features)``; a batch may be empty."""
+    if features.dim() == 2:
+        return features
     return features.reshape(features.shape[:-1].numel(), features.shape[-1])

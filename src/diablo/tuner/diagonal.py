@@ -1,8 +1,8 @@
-"""The diagonals of a layer's base weights: what they were, and whose blocks stand on them now."""
+"""The diagonals of a layer's base weights, while adapters are merged into them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -13,20 +13,16 @@ Sums = Mapping[tuple[str, Layout], torch.Tensor]
 
 
 class Diagonals:
-    """Writes blocks onto the diagonals of weights, and the base values back, to the bit.
+    """Merges blocks into the diagonals of weights, and writes the base values back, to the bit.
 
-    The base values of a diagonal, 1/N of a weight for each layout, are kept as long as blocks stand on it.
-
-    Attributes:
-        held: names of the adapters whose blocks stand on the diagonals.
+    The base values of a diagonal, 1/N of a weight for each layout, are kept as long as blocks are merged into it.
     """
 
     def __init__(self) -> None:
-        self.held: tuple[str, ...] = ()
         self._pristine: dict[tuple[str, Layout], list[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def write(self, weights: Mapping[str, torch.Tensor], adapter_names: Sequence[str], sums: Sums) -> None:
+    def write(self, weights: Mapping[str, torch.Tensor], sums: Sums) -> None:
         """Make the diagonals those of the base plus blocks, whatever stands there now.
 
         Each sum with the base values is formed in fp32, or in the weight's dtype where that is wider, and rounded to
@@ -35,7 +31,6 @@ class Diagonals:
 
         Args:
             weights: the weights by name, each ``(*stack, out_features, in_features)``.
-            adapter_names: the adapters whose blocks these are.
             sums: for each weight's name and layout the blocks, summed over the adapters.
         """
         if sums.keys() != self._pristine.keys():
@@ -44,7 +39,6 @@ class Diagonals:
                 (name, layout): [tile.of_weight(weights[name]).clone() for tile in layout.tiles]
                 for name, layout in sums
             }
-        self.held = tuple(adapter_names)
         if len({name for name, _ in sums}) < len(sums):
             # Diagonals of different layouts overlap: each starts from what the one before it has written.
             self._put_back(weights)
@@ -58,7 +52,7 @@ class Diagonals:
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Write the base values back, and keep them no longer."""
         self._put_back(weights)
-        self._pristine, self.held = {}, ()
+        self._pristine = {}
 
     def are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether every value on the diagonals that are written is finite."""

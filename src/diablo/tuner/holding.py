@@ -1,4 +1,4 @@
-"""Layers whose blocks can stand in their weights while they are trained."""
+"""Layers whose blocks can stand in their weights while a pass runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
+from diablo.layout import Layout
+from diablo.tuner.in_place import hooks_of
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.passes import Watched
 from diablo.tuner.weights import Weight
 
 
 class HoldingLayer(DiabloLayer):
-    """A layer that writes the blocks of its active adapters into its weights while they are trained, where it can.
+    """A layer that has the blocks of its active adapters in its weights while a pass runs, where it can.
 
-    Every forward writes them anew: nothing tells reliably whether an optimizer has changed them. The backward writes
-    them again where something else has been written in between.
+    Adapters that are not trained stand beside the weights, which several threads can then share.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -28,9 +30,8 @@ class HoldingLayer(DiabloLayer):
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__(base_layer, weights)
         self._can_hold = False
-        # The weights when they were looked at, and where they were: wrappers that shard or replace them make others,
-        # which may well lie where these were. Not held here, so that they can go.
-        self._homes: dict[str, tuple[ReferenceType[torch.Tensor], int]] = {}
+        # The weights when they were looked at: wrappers that shard or tie them make others.
+        self._seen: dict[str, ReferenceType[torch.Tensor]] = {}
 
     @abstractmethod
     def obstacle(self) -> str | None:
@@ -46,109 +47,83 @@ class HoldingLayer(DiabloLayer):
             is_shared: whether another module of the model has one of them too.
         """
         self._can_hold = not is_shared and self.obstacle() is None
-        self._homes = {}
-        if self._can_hold:
-            for name in self.weights:
-                weight = self.base_layer._parameters[name]
-                assert weight is not None
-                self._homes[name] = ref(weight), self._stored(weight).data_ptr()
+        parameters = self.base_layer._parameters
+        self._seen = {name: ref(parameters[name]) for name in self.weights} if self._can_hold else {}  # type: ignore
 
-    @staticmethod
-    def _is_plain(weight: Any) -> bool:
-        """Whether a weight is of the kind that blocks can be written into."""
-        return type(weight) is nn.Parameter
+    def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
+        """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights.
 
-    def _names_in_weight(self) -> tuple[str, ...] | None:
-        """The adapters whose blocks this forward has in the weights; None where they stand beside them."""
-        names: tuple[str, ...] = ()
-        if not self.disable_adapters:
-            names = tuple(name for name in self.active_adapters if name in self.diablo_blocks)
-        # An adapter that is not trained stands beside: then the weight can be shared by threads.
-        if names and not any(blocks.requires_grad for name in names for blocks in self.blocks_of(name).values()):
-            return None
-        if not all(self.diablo_in_place[name] for name in names):
-            return None
-        if self._fits_now():
-            return names
-        if any(self.diablo_in_place[name] is True for name in names):
-            raise self._impossible("Set in_place='auto'")
+        Raises:
+            RuntimeError: they have to stand there, by ``in_place=True``, and cannot.
+        """
+        holds = self._holds(names, self._obstacle_now())
+        return (None if self.merged_adapters else self._part(names, not holds)), holds
+
+    @abstractmethod
+    def _part(self, names: tuple[str, ...], is_beside: bool) -> Any:
+        """What the layer computes with where nothing is merged; None where it is :meth:`_run` that computes."""
+
+    def _holds(self, names: tuple[str, ...], obstacle: str | None) -> bool:
+        if self.merged_adapters or not all(self.diablo_in_place[name] for name in names):
+            return False
+        if names and not self._is_trained(names):
+            return False
+        if obstacle is not None and any(self.diablo_in_place[name] is True for name in names):
+            sizes = ", ".join(f"{name} of {w.in_features} -> {w.out_features}" for name, w in self.weights.items())
+            raise RuntimeError(
+                f"in_place=True has become impossible for this {type(self.base_layer).__name__} ({sizes}) since the "
+                f"adapter was added: {obstacle}. Set in_place='auto'."
+            )
+        return obstacle is None
+
+    def _is_trained(self, names: tuple[str, ...]) -> bool:
+        return any(blocks.requires_grad for name in names for blocks in self.blocks_of(name).values())
+
+    def _obstacle_now(self) -> str | None:
+        if reason := self.obstacle():
+            return reason
+        parameters = self.base_layer._parameters
+        if not self._can_hold or any(
+            (weight := parameters.get(name)) is not seen() or weight.requires_grad  # type: ignore[union-attr]
+            for name, seen in self._seen.items()
+        ):
+            return "its weight was trained, tied, sharded or replaced"
         return None
 
-    def _fits_now(self) -> bool:
-        """Whether the weights are those that :meth:`settle` has seen, and frozen."""
-        if not self._can_hold:
-            return False
-        for name, (seen, home) in self._homes.items():
-            weight = self.base_layer._parameters.get(name)
-            if weight is None or weight.requires_grad:
-                return False
-            # The compiler cannot trace where a tensor lies.
-            if torch.compiler.is_compiling():
-                continue
-            if weight is not seen() or self._stored(weight).data_ptr() != home:
-                return False
-        return True
+    def diagonals_of(self, names: tuple[str, ...]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
+        """The weights that a pass with these adapters in them writes to, and what it adds to them by layout."""
+        added: dict[str, dict[Layout, list[torch.Tensor]]] = {}
+        for adapter_name in names:
+            layouts = self.layouts_of(adapter_name)
+            for name, blocks in self._values_of(adapter_name).items():
+                added.setdefault(name, {}).setdefault(layouts[name], []).append(blocks)
+        return [(self._weight(name), by_layout) for name, by_layout in added.items()]
 
-    def _impossible(self, advice: str) -> RuntimeError:
-        reason = self.obstacle() or "its weight was trained, tied, sharded or replaced"
-        sizes = ", ".join(f"{name} of {w.in_features} -> {w.out_features}" for name, w in self.weights.items())
-        return RuntimeError(
-            f"in_place=True has become impossible for this {type(self.base_layer).__name__} ({sizes}) since the "
-            f"adapter was added: {reason}. {advice}."
-        )
+    def watched(self, names: tuple[str, ...]) -> Watched:
+        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+        parameters = self.base_layer._parameters
+        own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters]
+        modules: dict[str, Any] = self._modules
+        return Watched([(modules, "base_layer"), *own, *self._block_tables(names)], self._hooks())
 
-    def _hold(self, names: tuple[str, ...], anew: bool) -> None:
-        """Write blocks into the weights.
+    @abstractmethod
+    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+        """Where torch keeps the blocks of these adapters: a module's table of parameters, and a key of it."""
 
-        Args:
-            names: the adapters whose blocks they are; none for the weights as they were.
-            anew: also where they stand there already.
-        """
-        if not anew and self.diagonals.held == names:
-            return
-        if self.merged:
-            raise RuntimeError(
-                f"{', '.join(self.merged_adapters)} was merged between a forward and its backward, which needs the "
-                "weight as it was: call backward() before merge_adapter()."
-            )
-        weights = self._matrices()
-        if any(weight.is_cuda for weight in weights.values()) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "A CUDA graph is being recorded, which would replay the writing of blocks into the weight without the "
-                "bookkeeping of what stands there: set in_place=False, or train without the graph."
-            )
-        self.diagonals.write(weights, names, self._summed(self._blocks(names)))
-
-    def train(self, mode: bool = True) -> HoldingLayer:
-        """Set training mode; weights that a wrapper has sharded meanwhile are written into no longer."""
-        if any(not self._is_plain(self.base_layer._parameters.get(name)) for name in self._homes):
-            self._can_hold = False
-        super().train(mode)
-        return self
-
-    def _restore(self) -> None:
-        # After a shard was made of the weight with blocks in it, nothing can take them out of there.
-        if any(self.base_layer._parameters.get(name) is not seen() for name, (seen, _) in self._homes.items()):
-            raise RuntimeError(
-                f"The weight of a {type(self.base_layer).__name__} was sharded or replaced while the blocks of "
-                f"{', '.join(self.diagonals.held)} stood in it: take them out before, by unmerge_adapter() where they "
-                "are merged, and else by entering model.disable_adapter() once."
-            )
-        super()._restore()
+    def _hooks(self) -> list[Mapping[int, Any]]:
+        """The base layer's hooks, which would not be called."""
+        return hooks_of(self.base_layer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.leave_weight()
-        # torch does not move a DTensor that is referred to from elsewhere.
-        self._homes = {}
+        self._seen = {}
         super()._apply(fn, recurse)
         self.settle(not self._can_hold)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # References that are not held cannot be pickled.
-        return self.__dict__ | {"_homes": {}}
+        return self.__dict__ | {"_seen": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy, or what was pickled, has weights elsewhere.
         self.settle(not self._can_hold)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.ops.linear import as_rows, outer_product
+from diablo.tuner.passes import LAYERS
 from diablo.tuner.weights import is_quantized
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -47,46 +47,16 @@ def parameter_obstacle(module: nn.Module, name: str) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
-class _Holder(Protocol):
-    def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
-    ) -> torch.Tensor: ...
-
-    def multiply_back(
-        self, grad_y: torch.Tensor, adapter_names: tuple[str, ...], lower: torch.dtype | None
-    ) -> torch.Tensor: ...
+def hooks_of(module: nn.Module) -> list[Mapping[int, Any]]:
+    """The hooks of each kind that are registered on a module."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
-class LayerNumbers:
-    """Layers by number, so that an operator can find the one that it serves: operators take tensors and numbers."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self._layers: WeakValueDictionary[int, _Holder] = WeakValueDictionary()
-
-    def add(self, layer: _Holder) -> torch.Tensor:
-        """A number for a layer, which is not kept alive.
-
-        Returns:
-            A tensor on the CPU: the compiler would specialise on an integer, and compile each layer of a model anew
-            where they are compiled one by one.
-        """
-        number = next(self._numbers)
-        self._layers[number] = layer
-        return torch.tensor(number, device="cpu")
-
-    def __getitem__(self, number: torch.Tensor) -> _Holder:
-        return self._layers[int(number)]
-
-
-LAYERS = LayerNumbers()
-
-# A recorded CUDA graph would replay the writes to the weight and not the bookkeeping of what stands there.
+# A recorded CUDA graph would replay the operator as it ran when it was recorded: where a pass around it had written the
+# blocks, without writing them.
 _TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 
 
@@ -122,7 +92,7 @@ def compiled_linear(
     Returns:
         ``(..., out_features)``.
     """
-    return LAYERS[number].multiply(x, bias, _split(adapter_names), lower)
+    return _layer(number).multiply(x, bias, _split(adapter_names), lower)
 
 
 @compiled_linear.register_fake
@@ -149,7 +119,7 @@ def _grad_x(
     in_features: int,
     lower: torch.dtype | None,
 ) -> torch.Tensor:
-    return LAYERS[number].multiply_back(grad_y, _split(adapter_names), lower)
+    return _layer(number).multiply_back(grad_y, _split(adapter_names), lower)
 
 
 @_grad_x.register_fake
@@ -162,6 +132,10 @@ def _(
     lower: torch.dtype | None,
 ) -> torch.Tensor:
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+def _layer(number: torch.Tensor) -> Any:
+    return LAYERS[int(number)]
 
 
 def _split(adapter_names: str) -> tuple[str, ...]:

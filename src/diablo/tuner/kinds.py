@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout, Layout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
-from diablo.ops.in_place import linear_in_place, lowered, product
+from diablo.ops.adapted_linear import AdaptedLinear, lowered, product, product_back
 from diablo.ops.weight import trained_diagonal
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.holding import HoldingLayer
-from diablo.tuner.in_place import LAYERS, compiled_linear, has_hooks, module_obstacle, parameter_obstacle
+from diablo.tuner.in_place import compiled_linear, has_hooks, module_obstacle, parameter_obstacle
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.passes import Pass
 from diablo.tuner.weights import module_weight, parameter_weight
 
 
@@ -42,31 +43,23 @@ class _ModuleLayer(DiabloLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, {"weight": layout}, config, inference_mode=config.inference_mode)
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    def _run(
+        self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The base layer's output plus the products with the blocks of the active adapters.
+        """The base layer's output, in its dtype, plus the products with the blocks.
 
-        It has the dtype that the base layer gives. The blocks are stored in fp32 where PEFT is left to its default, and
-        cast for the product; activations are not.
-
-        Args:
-            x: what the base layer takes.
-            args: what else the base layer takes.
-            adapter_names: for each row of ``x`` (its first dimension) the adapter to use in place of the active ones,
-                or ``"__base__"`` for none.
-            kwargs: what else the base layer takes.
+        The blocks are stored in fp32 where PEFT is left to its default, and cast for the product; activations are not.
 
         Raises:
             ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
         """
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not self._disable_adapters:
             self._check_rows(x, adapter_names)
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
-        return self._run_beside(x, partial(self._add_updates, adapter_names), *args, **kwargs)
+        return self._run_beside(x, partial(self._add_updates, names, adapter_names), *args, **kwargs)
 
     def _run_beside(
         self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
@@ -74,14 +67,15 @@ class _ModuleLayer(DiabloLayer):
         """The base layer's output with the updates added, given the input and that output, which is overwritten."""
         return add(x, self._result(self.base_layer(x, *args, **kwargs)))
 
-    def _add_updates(self, adapter_names: list[str] | None, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def _add_updates(
+        self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
         if x.is_floating_point():
             # Under autocast the base layer lowers its input by itself; the blocks follow it.
             x = x.to(result.dtype)
         if adapter_names is None:
-            for adapter_name in self.active_adapters:
-                if adapter_name in self.diablo_blocks:
-                    result = self._add_update(x, adapter_name, result)
+            for adapter_name in names:
+                result = self._add_update(x, adapter_name, result)
             return result
         for adapter_name in dict.fromkeys(adapter_names):
             if adapter_name in self.diablo_blocks:
@@ -109,54 +103,56 @@ class _ModuleLayer(DiabloLayer):
 class DiabloLinear(_ModuleLayer, HoldingLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where it can, and an active adapter is
-    trained, it has the blocks in the weight and computes the one product of the base layer; the backward adds the
-    gradient of the blocks, 1/N of a product.
+    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where a pass has the blocks in the weight,
+    it computes the one product of the base layer; the backward adds the gradient of the blocks, 1/N of a product.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
-        super().__init__(base_layer, adapter_name, layout, config)
-        self._number = LAYERS.add(self)
+    def _take_number(self) -> None:
+        super()._take_number()
+        # For the operator of compiled graphs: the compiler would specialise on an integer, and compile each layer of a
+        # model anew where they are compiled one by one.
+        self._number = torch.tensor(self.number, device="cpu")
 
     def obstacle(self) -> str | None:
         """Why the blocks have to stand beside the weight; None where they can be written into it."""
         return module_obstacle(self.base_layer)
 
-    def _fits_now(self) -> bool:
-        # The product is computed here, without calling the base layer.
-        return not has_hooks(self.base_layer) and super()._fits_now()
-
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The base layer's output plus the products with the blocks of the active adapters.
-
-        Arguments, result and errors are those of every adapted module. Where ``in_place=True`` has become impossible
-        since the adapter was added, it is a ``RuntimeError`` that says why.
-        """
-        names = None if self.merged or adapter_names is not None else self._names_in_weight()
-        if names is None:
-            self.leave_weight()
-            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
-        return self._run_in_weight(x, names)
-
-    def _run_in_weight(self, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        base_layer: Any = self.base_layer
+    def _part(self, names: tuple[str, ...], is_beside: bool) -> AdaptedLinear | None:
+        weight: Any = self.base_layer._parameters.get("weight")
+        has_dropout = any(isinstance(self.diablo_dropout[name], nn.Dropout) for name in names)
+        if is_beside and (self.obstacle() is not None or weight.requires_grad or has_dropout):
+            return None
         blocks = [self.diablo_blocks[name] for name in names]
         layouts = [self.diablo_layout[name] for name in names]
-        if torch.compiler.is_compiling():
-            lower = lowered(x)
-            bias = base_layer.bias
-            if lower is not None:
-                x, bias = x.to(lower), None if bias is None else bias.to(lower)
-            counts = [layout.num_blocks for layout in layouts]
-            sizes = (self.in_features, self.out_features)
-            return compiled_linear(x, bias, blocks, self._number, ".".join(names), counts, *sizes, lower)
-        weight = self.weights["weight"].matrix(base_layer.weight)
-        return linear_in_place(x, weight, base_layer.bias, blocks, layouts, self._holding(names))
+        bias: Any = self.base_layer.bias
+        return AdaptedLinear(self._weight("weight"), bias, blocks, layouts, is_beside, self._is_trained(names))
 
-    def _holding(self, names: tuple[str, ...]) -> Callable[[bool], None]:
-        return partial(self._hold, names)
+    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+        return [(self.diablo_blocks._parameters, name) for name in names]
+
+    def _run_part(self, current: Pass, part: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return part(x, current.reach)
+
+    def _run_compiled(
+        self, adapter_names: list[str] | None, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        base_layer: Any = self.base_layer
+        names = self.names_in_use()
+        if adapter_names is not None or not self._holds(names, self._obstacle_in_graph()):
+            return self._run(names, adapter_names, x, *args, **kwargs)
+        blocks = [self.diablo_blocks[name] for name in names]
+        lower, bias = lowered(x), base_layer.bias
+        if lower is not None:
+            x, bias = x.to(lower), None if bias is None else bias.to(lower)
+        counts = [self.diablo_layout[name].num_blocks for name in names]
+        sizes = (self.in_features, self.out_features)
+        return compiled_linear(x, bias, blocks, self._number, ".".join(names), counts, *sizes, lower)
+
+    def _obstacle_in_graph(self) -> str | None:
+        """What the compiler can see of obstacles; the operator looks for the others when it runs."""
+        if not self._can_hold or self.base_layer.weight.requires_grad:
+            return "its weight was trained, tied, sharded or replaced"
+        return "hooks are registered on the layer" if has_hooks(self.base_layer) else None
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
@@ -170,19 +166,36 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
             lower: the dtype that autocast asks for, or None.
 
         Raises:
-            RuntimeError: the weight is no longer the one that was there when the graph was compiled.
+            RuntimeError: the blocks can no longer be written into the weight.
         """
-        if not self._fits_now():
-            raise self._impossible("Set in_place=False, or compile anew after torch.compiler.reset()")
-        self._hold(adapter_names, True)
-        return product(x, self._weight("weight"), bias, lower)
+        with self._in_weight(adapter_names) as weight:
+            return product(x, weight, bias, lower)
 
     def multiply_back(
         self, grad_y: torch.Tensor, adapter_names: tuple[str, ...], lower: torch.dtype | None
     ) -> torch.Tensor:
         """The product of a compiled graph's backward: ``(..., out_features)`` to ``(..., in_features)``."""
-        self._hold(adapter_names, False)
-        return product(grad_y, self._weight("weight").T, None, lower)
+        with self._in_weight(adapter_names) as weight:
+            return product_back(grad_y, weight, lower)
+
+    @contextmanager
+    def _in_weight(self, adapter_names: tuple[str, ...]) -> Iterator[torch.Tensor]:
+        """The weight with the blocks of these adapters in it: that of the pass that runs, or of one of its own."""
+        written = self.passes.written
+        if written is not None and self.number in written.held and written.names[self.number] == adapter_names:
+            yield written.parts[self.number].weight
+            return
+        plan = self.passes.plan([self], adapter_names)
+        plan.check_unmerged()
+        if self.number not in plan.held:
+            reason = self._obstacle_now() or "no adapter of it is trained"
+            raise RuntimeError(
+                f"A graph was compiled with the blocks of {', '.join(adapter_names)} in the weight of a "
+                f"{type(self.base_layer).__name__}, where they cannot be any longer: {reason}. Compile anew after "
+                "torch.compiler.reset()."
+            )
+        with Pass(self.passes, plan):
+            yield plan.parts[self.number].weight
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
         x = self._dropped(x, adapter_name)
@@ -198,11 +211,6 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the update is added to the weight."""
         return True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A copy, or what was pickled, is a layer of its own.
-        self._number = LAYERS.add(self)
 
 
 class DiabloConv(_ModuleLayer):
@@ -302,34 +310,23 @@ class DiabloParameters(HoldingLayer):
         self.diablo_blocks[adapter_name] = nn.ParameterDict(blocks)
         self.diablo_layout[adapter_name] = dict(layouts)
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base layer's output with the blocks of the active adapters added to its parameters.
-
-        Args:
-            args: what the base layer takes.
-            adapter_names: for each row of the batch the adapter to use in place of the active ones; all must be the
-                same, since the module sees the tokens of all rows together.
-            kwargs: what else the base layer takes.
+    def _run(self, names: tuple[str, ...], adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with the blocks added to copies of its parameters.
 
         Raises:
             ValueError: ``adapter_names`` differ, or are given while adapters are merged.
         """
-        held = None if self.merged or adapter_names is not None else self._names_in_weight()
-        if held is not None:
-            return self._run_in_place(held, *args, **kwargs)
-        self.leave_weight()
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        names = self.active_adapters
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not self._disable_adapters:
             if len(set(adapter_names)) > 1:
                 raise ValueError(
                     f"adapter_names has {', '.join(sorted(set(adapter_names)))}; adapted parameters "
                     f"({', '.join(self.weights)}) are used for the tokens of all rows together: give one name for all."
                 )
             self._check_unmerged()
-            names = adapter_names[:1]
-        if self.disable_adapters or self.merged:
+            names = tuple(adapter_names[:1])
+        if self._disable_adapters or self.merged_adapters:
             return self.base_layer(*args, **kwargs)
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:
@@ -342,27 +339,44 @@ class DiabloParameters(HoldingLayer):
 
     def obstacle(self) -> str | None:
         """Why the blocks have to stand beside the parameters; None where they can be written into them."""
-        if torch.compiler.is_compiling():
-            return "the compiler cannot see when the module's backward reads its parameters"
         reasons = (parameter_obstacle(self.get_base_layer(), name) for name in self.weights)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _fits_now(self) -> bool:
-        return not torch.compiler.is_compiling() and super()._fits_now()
+    def _hooks(self) -> list[Mapping[int, Any]]:
+        # The module is called, and its hooks with it.
+        return []
 
-    def _run_in_place(self, adapter_names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-        self._hold(adapter_names, True)
-        parameters = {}
-        for name, weight in self.weights.items():
-            own = [other for other in adapter_names if name in self.layouts_of(other)]
-            blocks = [self.blocks_of(other)[name] for other in own]
-            layouts = [self.layouts_of(other)[name] for other in own]
-            parameters[name] = weight.original(trained_diagonal(self._weight(name), blocks, layouts))
+    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+        return [(self.diablo_blocks[name]._parameters, weight) for name in names for weight in self.layouts_of(name)]
+
+    def _run_compiled(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        # The compiler cannot see when the module's backward reads its parameters: a graph makes copies of them, but where
+        # a pass around it has the blocks in them, or has to have.
+        written = self.passes.written
+        is_asked_for = any(self.diablo_in_place[name] is True for name in self.names_in_use())
+        if adapter_names is None and (is_asked_for or (written is not None and self.number in written.held)):
+            return self._run_outside_of_graph(*args, **kwargs)
+        return super()._run_compiled(adapter_names, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _run_outside_of_graph(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _part(self, names: tuple[str, ...], is_beside: bool) -> dict[str, tuple[Any, ...]] | None:
+        if is_beside:
+            return None
+        parts = {}
+        for name in self.weights:
+            own = [adapter for adapter in names if name in self.layouts_of(adapter)]
+            blocks: list[torch.Tensor] = [self.blocks_of(adapter)[name] for adapter in own]
+            parts[name] = self._weight(name), blocks, [self.layouts_of(adapter)[name] for adapter in own]
+        return parts
+
+    def _run_part(self, current: Pass, part: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = {name: self.weights[name].original(trained_diagonal(*own)) for name, own in part.items()}
         result = functional_call(self.base_layer, parameters, args, kwargs)
-        for output in tree_leaves(result):
-            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-                # The module's backward is about to read the parameters, where something else may stand by now.
-                output.grad_fn.register_prehook(lambda _: self._hold(adapter_names, False))
+        # The module's backward reads the parameters, where other blocks may stand by then.
+        current.mark(result)
         return result
 
 

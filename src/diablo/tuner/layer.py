@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,13 +17,17 @@ from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.diagonal import Diagonals
+from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
 from diablo.tuner.weights import Weight, is_distributed
+
+_NUMBERS = itertools.count()
 
 
 class DiabloLayer(nn.Module, BaseTunerLayer):
     """A module whose weights have DiaBlo adapters.
 
-    This class holds what an adapter is and how it is merged. A subclass says how its module computes with the blocks.
+    This class holds what an adapter is, how it is merged, and that each forward is part of a pass. A subclass says how
+    its module computes with the blocks.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -31,7 +38,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         diablo_dropout: dropout on the input of the blocks, by the adapter's name.
         diablo_layout: the geometry, by the adapter's name.
         diablo_in_place: ``in_place`` of its settings, False where another one rules it out, by the adapter's name.
-        diagonals: what stands on the diagonals of the base weights.
+        diagonals: the base values of the diagonals that adapters are merged into.
+        passes: the passes of the model that the layer is part of.
+        number: its number in ``LAYERS``.
     """
 
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
@@ -48,6 +57,90 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.diagonals = Diagonals()
+        self.passes = Passes()
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_NUMBERS)
+        LAYERS[self.number] = self
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base layer's output, with the blocks of the active adapters.
+
+        It is part of the pass that runs, or a pass by itself.
+
+        Args:
+            args: what the base layer takes.
+            adapter_names: for each row of the batch the adapter to use in place of the active ones, or ``"__base__"``
+                for none.
+            kwargs: what else the base layer takes.
+
+        Raises:
+            RuntimeError: ``in_place=True`` has become impossible since the adapter was added; the message says why.
+            ValueError: ``adapter_names`` do not fit the rows, or are given while adapters are merged.
+        """
+        if torch.compiler.is_compiling():
+            return self._run_compiled(adapter_names, *args, **kwargs)
+        # Layers with few tokens wait for these lines: nothing is asked here that the pass has settled.
+        current = self.passes.running.get(get_ident())
+        if current is not None:
+            plan = current.plan
+            part = plan.parts.get(self.number)
+            if part is not None and adapter_names is None:
+                return self._run_part(current, part, *args, **kwargs)
+            if part is None and (names := plan.names.get(self.number)) is not None:
+                return self._run(names, adapter_names, *args, **kwargs)
+        with self.passes.begin([self], (args, kwargs), bare=adapter_names is not None) as current:
+            result = self.forward(*args, adapter_names=adapter_names, **kwargs)
+            current.mark(result)
+        return result
+
+    def _run_compiled(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """The forward as the compiler traces it, which does not see passes."""
+        return self._run(self.names_in_use(), adapter_names, *args, **kwargs)
+
+    def _run_part(self, current: Pass, part: Any, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer that the pass has prepared.
+
+        Args:
+            current: the pass that runs.
+            part: what :meth:`part` gave, with the blocks in the weights or beside them.
+            args: what the base layer takes.
+            kwargs: what else the base layer takes.
+        """
+        raise AssertionError(f"A {type(self).__name__} has no part in passes.")
+
+    @abstractmethod
+    def _run(self, names: tuple[str, ...], adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a layer as its base layer computes it, whatever that is, and of one with merged adapters.
+
+        Args:
+            names: the adapters that the pass uses.
+            adapter_names: as :meth:`forward` takes them, which then count.
+            args: what the base layer takes.
+            kwargs: what else the base layer takes.
+        """
+
+    def names_in_use(self) -> tuple[str, ...]:
+        """The adapters of this layer that a pass would use now."""
+        if self._disable_adapters:
+            return ()
+        active = self._active_adapter
+        if isinstance(active, str):
+            return (active,) if active in self.diablo_layout else ()
+        return tuple(name for name in active if name in self.diablo_layout)
+
+    def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
+        """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
+        return None, False
+
+    def diagonals_of(self, names: tuple[str, ...]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
+        """The weights that a pass with these adapters in them writes to, and what it adds to them by layout."""
+        return []
+
+    def watched(self, names: tuple[str, ...]) -> Watched:
+        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+        return Watched()
 
     def update_layer(
         self,
@@ -64,7 +157,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             config: its settings.
             inference_mode: whether the adapter starts frozen.
         """
-        self.leave_weight()
         dropout = nn.Dropout(config.diablo_dropout) if config.diablo_dropout else nn.Identity()
         self.diablo_dropout[adapter_name] = dropout
         self.diablo_in_place[adapter_name] = False if config_obstacle(config) else config.in_place
@@ -146,21 +238,15 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         elif self.merged:
             self._restore()
 
-    def leave_weight(self) -> None:
-        """Put the base weight back where training has written blocks into it; what is merged stays."""
-        if self.diagonals.held and not self.merged:
-            self._restore()
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the active adapters; arguments are those of PEFT's layers."""
+        self.passes.changes += 1
+        super().set_adapter(*args, **kwargs)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
-        if not enabled:
-            self.leave_weight()
+        self.passes.changes += 1
         super().enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter."""
-        self.leave_weight()
-        super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's update as a dense tensor of the base weight's shape, in the dtype of the blocks.
@@ -218,13 +304,20 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return parameter.detach()
 
     def _matrices(self) -> dict[str, torch.Tensor]:
+        """The weights, to merge into them or restore them."""
+        written = self.passes.written
+        if written is not None and self.number in written.held:
+            raise RuntimeError(
+                "Adapters cannot be merged or unmerged while a forward or a backward runs, which has blocks in the "
+                "weights: do it before or after."
+            )
         return {name: self._weight(name) for name in self.weights}
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
         weights = self._matrices()
-        self.diagonals.write(weights, adapter_names, self._summed(self._blocks(adapter_names)))
+        self.diagonals.write(weights, self._summed(self._blocks(adapter_names)))
         self.merged_adapters = list(adapter_names)
         if safe_merge and not self._are_finite(weights):
             self._restore()
@@ -263,23 +356,20 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Moved and cast as if no blocks had been written.
-        self.leave_weight()
+        # Plans refer to the weights as they are, and torch does not move a DTensor that others refer to.
+        self.passes.forget()
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
-        # The base layer is saved after this, and with its own weight.
-        self.leave_weight()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # Likewise: what is loaded into the base layer must not be overwritten by what stood there before.
-        self.leave_weight()
-        super()._load_from_state_dict(*args)
-
     def _replicate_for_data_parallel(self) -> Any:
-        self.leave_weight()
-        return super()._replicate_for_data_parallel()
+        raise RuntimeError(
+            "torch's DataParallel copies a model for every step, so that its adapters would not be trained in place: "
+            "use DistributedDataParallel, by torchrun or accelerate launch, or make one GPU visible."
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, or what was pickled, is a layer of its own.
+        self._take_number()
 
 
 def _add_widely(blocks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import peft
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -19,6 +20,7 @@ from diablo.tuner.config import DiabloConfig
 from diablo.tuner.holding import HoldingLayer
 from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.openers import adapted_layers, connect, disconnect
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
 from diablo.tuner.targets import (
     Target,
@@ -131,6 +133,7 @@ class DiabloModel(BaseTuner):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Put an adapter's layers into the model; arguments and result are those of PEFT's ``BaseTuner``."""
         super().inject_adapter(*args, **kwargs)
+        connect(self.model)
         owners = Owners(self.model)
         for layer in self._layers().values():
             if isinstance(layer, HoldingLayer):
@@ -316,8 +319,7 @@ class DiabloModel(BaseTuner):
         return layouts
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        for layer in self._layers().values():
-            layer.leave_weight()
+        disconnect(self.model)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _layers(self) -> dict[str, DiabloLayer]:
@@ -373,10 +375,17 @@ class DiabloModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While the model runs, hand ``adapter_names`` to every adapted layer: rows of one batch differ in adapter."""
+        """What PEFT enters around a forward or a whole generation: one pass for all of it.
+
+        ``adapter_names`` are handed to every adapted layer meanwhile: rows of one batch differ in adapter.
+        """
         names: list[str] | None = kwargs.get("adapter_names")
-        if names is None:
+        if torch.compiler.is_compiling() and names is None:
             yield
+            return
+        if names is None:
+            with self._pass((args, kwargs)):
+                yield
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first.")
@@ -399,10 +408,17 @@ class DiabloModel(BaseTuner):
             for module in modules
         ]
         try:
-            yield
+            with self._pass((args, kwargs), bare=True):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _pass(self, inputs: Any, bare: bool = False) -> AbstractContextManager[Any]:
+        layers = adapted_layers(self.model)
+        if torch.compiler.is_compiling() or not layers:
+            return nullcontext()
+        return layers[0].passes.begin(layers, inputs, bare)
 
     def _encoder_modules(self) -> set[nn.Module]:
         config = getattr(self.model, "config", None)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from diablo.layout import BlockLayout, LayoutPart
-from diablo.ops.in_place import linear_in_place
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.in_place import has_hooks
 from diablo.tuner.kinds import DiabloLinear
+from diablo.tuner.passes import Pass
 from diablo.tuner.weights import is_distributed
 
 
@@ -164,12 +164,8 @@ class DiabloParallelLinear(DiabloLinear):
         return slice_obstacle(self.base_layer)
 
     @torch.compiler.disable
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The base layer's output plus the products with the blocks of the active adapters.
-
-        Arguments, result and errors are those of every adapted module. It runs outside of compiled graphs.
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base layer's output, with the blocks of the active adapters; it runs outside of compiled graphs.
 
         Raises:
             RuntimeError: hooks are registered on the base layer, which would not be called.
@@ -179,7 +175,7 @@ class DiabloParallelLinear(DiabloLinear):
                 "Hooks are registered on a linear layer that is cut over processes and adapted, where they are not "
                 "called: register them on the module that holds it."
             )
-        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        return super().forward(*args, adapter_names=adapter_names, **kwargs)
 
     def _run_beside(
         self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
@@ -187,11 +183,9 @@ class DiabloParallelLinear(DiabloLinear):
         base_layer: Any = self.base_layer
         return self._on_slice(x, lambda x, bias: add(x, F.linear(x, base_layer.weight.to_local(), bias)))
 
-    def _run_in_weight(self, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        blocks = [self.diablo_blocks[name].to_local() for name in names]
-        layouts = [self.diablo_layout[name] for name in names]
-        weight, hold = self._weight("weight"), self._holding(names)
-        return self._on_slice(x, lambda x, bias: linear_in_place(x, weight, bias, blocks, layouts, hold))
+    def _run_part(self, current: Pass, part: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        own = [blocks.to_local() for blocks in part.blocks]
+        return self._on_slice(x, lambda x, bias: part.with_others(bias, own)(x, current.reach))
 
     def _on_slice(
         self, x: torch.Tensor, compute: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -254,10 +248,6 @@ class DiabloParallelLinear(DiabloLinear):
 
     def _stored(self, parameter: Any) -> torch.Tensor:
         return parameter.detach().to_local()
-
-    @staticmethod
-    def _is_plain(weight: Any) -> bool:
-        return is_distributed(weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, part in self.diablo_layout.items():
