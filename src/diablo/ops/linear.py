@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from diablo.layout import BlockLayout, Layout, Tile
+from diablo.ops.backend import kernels_for
 
 
 def block_diagonal_linear_reference(
@@ -161,6 +162,8 @@ def _accumulate(
 
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
+    if (kernels := kernels_for(x.device)) is not None:
+        return kernels.outer_product(x, grad_y, layout, dtype)
     # Entries outside the matrix are in no tile: they keep the zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     for tile in layout.tiles:
