@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -28,13 +28,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return _compiled(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _interpreted() -> ModuleType | None:
     kernels = _imported()
     return kernels if kernels is not None and kernels.INTERPRETED else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(index: int) -> ModuleType | None:
     device = torch.device("cuda", index)
     # Triton has no products of bf16 for what came before Ampere.
@@ -46,9 +46,12 @@ def _compiled(index: int) -> ModuleType | None:
         return None
     try:
         kernels.try_out(device)
-    except Exception as error:  # noqa: BLE001 what a missing compiler or driver raises is Triton's to choose
+    # What a missing compiler or driver raises is Triton's to choose.
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"Triton is installed but compiles no kernel for {device} ({reason}). torch is used.", stacklevel=4)
+        warnings.warn(
+            f"Triton is installed but compiles no kernel for {device} ({reason}). torch is used.", stacklevel=4
+        )
         return None
     return kernels
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,8 +32,12 @@ ROW = tl.constexpr(16)
 BLOCKS_CROSSWISE = tl.constexpr(1)
 SAVED_CROSSWISE = tl.constexpr(2)
 
-# Entries of one program's tile of the table, which 4 warps hold 16 apiece.
-TILE = 2048
+# Entries of a program's tile of the table and warps that share it: each thread has 8, whose addresses in three tensors
+# still leave registers for two programs on a multiprocessor.
+TILE, WARPS = 2048, 8
+
+# Triton 3.9 warns where it is not said whether it may fuse products with sums, and 3.10 does not do so by itself.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Programs that fill a large GPU: two for each of the 132 multiprocessors of an H100, or a little less. A constant and
 # not the number of the GPU at hand, so that the sums of one shape are split alike everywhere.
@@ -102,6 +106,8 @@ class DiagonalTable:
                     sum_type=tl.float64 if torch.float64 in (group.weight_dtype, group.blocks_dtype) else tl.float32,
                     slow_tile=TILE // group.fast_tile,
                     fast_tile=group.fast_tile,
+                    num_warps=WARPS,
+                    **OPTIONS,
                 )
 
     def restore(self) -> None:
@@ -114,14 +120,16 @@ class DiagonalTable:
                     weight_type=TRITON_TYPES[group.weight_dtype],
                     slow_tile=TILE // group.fast_tile,
                     fast_tile=group.fast_tile,
+                    num_warps=WARPS,
+                    **OPTIONS,
                 )
 
 
 def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     """The diagonal blocks of ``x^T grad_y``, the same to the bit whenever it is called with the same values.
 
-    Sums are formed in fp32 and rounded to ``dtype`` once. fp64, and blocks of more than 256 features in both directions,
-    are left to torch, which sums in fp64 or rounds to the dtype of ``x`` in between.
+    Sums are formed in fp32 and rounded to ``dtype`` once. Left to torch are fp64, which is summed in fp64, and blocks
+    of more than 256 features in both directions, which are rounded to the dtype of ``x`` in between.
 
     Args:
         x: ``(tokens, in_features)``, of any strides; copied where the last is not 1.
@@ -234,7 +242,7 @@ def _grouped(count: int, block_in: int, block_out: int) -> int:
 
 
 def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Tensor) -> None:
-    """Write the product of one run of blocks into ``target``, ``(count, block_in, block_out)`` with a last stride of 1."""
+    """Write one run's product into ``target``, ``(count, block_in, block_out)``, whose last stride is 1."""
     tokens, (count, block_in, block_out) = x.shape[0], target.shape
     plan = planned(tokens, count, block_in, block_out, x.element_size())
     tiles = triton.cdiv(plan.group * block_in, plan.rows) * triton.cdiv(plan.group * block_out, plan.columns)
@@ -251,8 +259,8 @@ def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Ten
             x.stride(0),
             grad_y.stride(0),
             partial.stride(0) if plan.splits > 1 else 0,
-            partial.stride(-3),
-            partial.stride(-2),
+            block_stride=partial.stride(-3),
+            row_stride=partial.stride(-2),
             block_in=block_in,
             block_out=block_out,
             group=plan.group,
@@ -262,6 +270,7 @@ def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Ten
             widened=INTERPRETED and x.dtype == torch.bfloat16,
             num_warps=plan.warps,
             num_stages=STAGES,
+            **OPTIONS,
         )
         if plan.splits > 1:
             splits = triton.next_power_of_2(plan.splits)
@@ -271,12 +280,13 @@ def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Ten
                 target,
                 plan.splits,
                 target.numel(),
-                target.stride(0),
-                target.stride(1),
+                block_stride=target.stride(0),
+                row_stride=target.stride(1),
                 block_in=block_in,
                 block_out=block_out,
                 splits_tile=splits,
                 width=width,
+                **OPTIONS,
             )
 
 
@@ -371,8 +381,8 @@ def _ceil_div(numerator: torch.Tensor, denominator: int) -> torch.Tensor:
 
 @triton.jit
 def _write(
-    table: Any,
-    programs: Any,
+    table: tl.tensor,
+    programs: tl.tensor,
     weight_type: tl.constexpr,
     blocks_type: tl.constexpr,
     sum_type: tl.constexpr,
@@ -393,7 +403,11 @@ def _write(
 
 @triton.jit
 def _restore(
-    table: Any, programs: Any, weight_type: tl.constexpr, slow_tile: tl.constexpr, fast_tile: tl.constexpr
+    table: tl.tensor,
+    programs: tl.tensor,
+    weight_type: tl.constexpr,
+    slow_tile: tl.constexpr,
+    fast_tile: tl.constexpr,
 ) -> None:
     entry, count, inner, fast, in_slow, in_fast = _place(table, programs, slow_tile, fast_tile)
     flags = tl.load(entry + 15)
@@ -404,7 +418,7 @@ def _restore(
 
 
 @triton.jit
-def _place(table: Any, programs: Any, slow_tile: tl.constexpr, fast_tile: tl.constexpr) -> Any:
+def _place(table: tl.tensor, programs: tl.tensor, slow_tile: tl.constexpr, fast_tile: tl.constexpr) -> tl.tensor:
     """The program's row of the table and its tile there: indices along each dimension, and which are inside.
 
     The tile runs along the blocks and their slow dimension as if these were one, so that small blocks fill it.
@@ -423,51 +437,62 @@ def _place(table: Any, programs: Any, slow_tile: tl.constexpr, fast_tile: tl.con
 
 @triton.jit
 def _read(
-    address: Any, strides: Any, block: Any, inner: Any, fast: Any, in_slow: Any, in_fast: Any, crosswise: Any
-) -> Any:
+    address: tl.tensor,
+    strides: tl.tensor,
+    block: tl.tensor,
+    inner: tl.tensor,
+    fast: tl.tensor,
+    in_slow: tl.tensor,
+    in_fast: tl.tensor,
+    crosswise: tl.tensor,
+) -> tl.tensor:
     """A ``(slow, fast)`` tile. Threads are put along a tile's last dimension, so a tensor that lies crosswise is read
     as its transpose.
     """
-    down = block.to(tl.int64) * tl.load(strides) + inner.to(tl.int64) * tl.load(strides + 1)
-    across = fast.to(tl.int64) * tl.load(strides + 2)
+    down, across = _offsets(strides, block, inner, fast)
     if crosswise != 0:
-        turned = tl.load(address + across[:, None] + down[None, :], mask=in_fast[:, None] & in_slow[None, :])
+        turned = tl.load(address + (across[:, None] + down[None, :]), mask=in_fast[:, None] & in_slow[None, :])
         values = tl.trans(turned)
     else:
-        values = tl.load(address + down[:, None] + across[None, :], mask=in_slow[:, None] & in_fast[None, :])
+        values = tl.load(address + (down[:, None] + across[None, :]), mask=in_slow[:, None] & in_fast[None, :])
     return values
 
 
 @triton.jit
 def _store(
-    address: Any,
-    strides: Any,
-    values: Any,
-    block: Any,
-    inner: Any,
-    fast: Any,
-    in_slow: Any,
-    in_fast: Any,
-    crosswise: Any,
+    address: tl.tensor,
+    strides: tl.tensor,
+    values: tl.tensor,
+    block: tl.tensor,
+    inner: tl.tensor,
+    fast: tl.tensor,
+    in_slow: tl.tensor,
+    in_fast: tl.tensor,
+    crosswise: tl.tensor,
 ) -> None:
-    down = block.to(tl.int64) * tl.load(strides) + inner.to(tl.int64) * tl.load(strides + 1)
-    across = fast.to(tl.int64) * tl.load(strides + 2)
+    down, across = _offsets(strides, block, inner, fast)
     if crosswise != 0:
-        turned = address + across[:, None] + down[None, :]
+        turned = address + (across[:, None] + down[None, :])
         tl.store(turned, tl.trans(values), mask=in_fast[:, None] & in_slow[None, :])
     else:
-        tl.store(address + down[:, None] + across[None, :], values, mask=in_slow[:, None] & in_fast[None, :])
+        tl.store(address + (down[:, None] + across[None, :]), values, mask=in_slow[:, None] & in_fast[None, :])
 
 
 @triton.jit
-def _rounded(values: Any, dtype: tl.constexpr) -> Any:
+def _offsets(strides: tl.tensor, block: tl.tensor, inner: tl.tensor, fast: tl.tensor) -> tl.tensor:
+    """int64 offsets along both dimensions of a tile."""
+    down = block.to(tl.int64) * tl.load(strides) + inner.to(tl.int64) * tl.load(strides + 1)
+    return down, fast.to(tl.int64) * tl.load(strides + 2)
+
+
+@triton.jit
+def _rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """fp32 or fp64 values in ``dtype``, to the nearest, ties to even, as torch rounds them."""
     if dtype == tl.bfloat16:
         # Written out because Triton's interpreter cuts the digits off: so what is tested there is what a GPU does.
-        single = values.to(tl.float32)
-        bits = single.to(tl.uint32, bitcast=True)
+        bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
         upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        upper = tl.where(single != single, 0x7FC0, upper)
+        upper = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, upper)  # not a number
         return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     if dtype == tl.float16:
         # torch goes from fp64 to fp16 through fp32.
@@ -477,16 +502,16 @@ def _rounded(values: Any, dtype: tl.constexpr) -> Any:
 
 @triton.jit(do_not_specialize=["tokens", "tokens_of_split", "split_stride"])
 def _outer_product(
-    x: Any,
-    grad_y: Any,
-    target: Any,
-    tokens: Any,
-    tokens_of_split: Any,
-    x_stride: Any,
-    grad_stride: Any,
-    split_stride: Any,
-    block_stride: Any,
-    row_stride: Any,
+    x: tl.tensor,
+    grad_y: tl.tensor,
+    target: tl.tensor,
+    tokens: tl.tensor,
+    tokens_of_split: tl.tensor,
+    x_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    split_stride: tl.tensor,
+    block_stride: tl.constexpr,
+    row_stride: tl.constexpr,
     block_in: tl.constexpr,
     block_out: tl.constexpr,
     group: tl.constexpr,
@@ -497,7 +522,8 @@ def _outer_product(
 ) -> None:
     """One tile of a group of blocks, summed over one split of the tokens.
 
-    The blocks' sizes are known to the compiler: from them it sees how many features it can load at once.
+    The blocks' sizes are known to the compiler: from them it sees how many features it can load at once, and it need
+    hold no addresses of the result in registers.
     """
     tiles_down: tl.constexpr = (group * block_in + rows - 1) // rows
     tiles_across: tl.constexpr = (group * block_out + columns - 1) // columns
@@ -547,12 +573,12 @@ def _outer_product(
 
 @triton.jit(do_not_specialize=["splits"])
 def _add_partial(
-    partial: Any,
-    target: Any,
-    splits: Any,
-    size: Any,
-    block_stride: Any,
-    row_stride: Any,
+    partial: tl.tensor,
+    target: tl.tensor,
+    splits: tl.tensor,
+    size: tl.tensor,
+    block_stride: tl.constexpr,
+    row_stride: tl.constexpr,
     block_in: tl.constexpr,
     block_out: tl.constexpr,
     splits_tile: tl.constexpr,
