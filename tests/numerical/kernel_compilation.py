@@ -44,6 +44,11 @@ class Compiler:
                 constants[(index,)] = value
                 continue
             signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if type(value) is int and value == 1 and not parameter.do_not_specialize:
+                # Triton makes a constant of it at the launch.
+                signature[parameter.name] = "constexpr"
+                constants[(index,)] = value
+                continue
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if number % 16 == 0 and not parameter.do_not_specialize:
                 hints[(index,)] = [["tt.divisibility", 16]]
@@ -67,6 +72,7 @@ def main():
         ((128, 448, 2), 600, torch.bfloat16),
         ((144, 48, 16), 64, torch.bfloat16),
         ((128, 448, 2), 64, torch.float32),
+        ((1, 1, 1), 600, torch.float32),
     ]:
         x, grad_y = (torch.zeros(tokens, features, dtype=dtype) for features in size[:2])
         kernels.outer_product(x, grad_y, BlockLayout(*size), torch.float32)

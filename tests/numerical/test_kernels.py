@@ -341,6 +341,15 @@ def test_restoring_keeps_the_bits_of_what_is_no_number():
     assert torch.equal(bits(weight), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in add:RuntimeWarning")
+def test_no_number_stays_none_whatever_its_bits():
+    # The GPU's own has all bits set, which a carry would turn into a zero.
+    added = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32).view(1, 3, 1)
+    weight = torch.ones(1, 3, 1, dtype=torch.bfloat16)
+    kernels.DiagonalTable([weight], [added], [torch.empty_like(weight)]).write()
+    assert weight.isnan().all()
+
+
 class Launches:
     def __init__(self):
         self.grids = []
@@ -402,6 +411,55 @@ def test_errors_name_what_does_not_fit():
         table([weight.to(torch.int8)], [blocks], [weight.to(torch.int8)])
     with pytest.raises(ValueError, match=r"on one device, got \['cpu', 'meta'\]"):
         table([weight], [blocks.to("meta")], [weight.clone()])
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """What the choice of kernels asks of a GPU is answered as by one that has them compiled."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "try_out", lambda device: None)
+    backend._compiled.cache_clear()
+    yield torch.device("cuda", 0)
+    backend._compiled.cache_clear()
+
+
+def test_a_gpu_has_the_kernels(a_gpu):
+    assert backend.kernels_for(a_gpu) is kernels
+
+
+def test_a_gpu_may_be_told_not_to_use_them(a_gpu, monkeypatch):
+    monkeypatch.setenv(backend.SWITCH, "0")
+    assert backend.kernels_for(a_gpu) is None
+
+
+def test_a_gpu_of_before_bf16_has_none(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backend.kernels_for(a_gpu) is None
+
+
+def test_the_interpreter_is_not_let_near_a_gpu(a_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    assert backend.kernels_for(a_gpu) is None
+
+
+def test_where_triton_cannot_compile_torch_is_used_and_one_warning_says_so(a_gpu, monkeypatch):
+    def try_out(device):
+        raise RuntimeError("Failed to find C compiler.\nMore lines.")
+
+    monkeypatch.setattr(kernels, "try_out", try_out)
+    with pytest.warns(UserWarning, match=r"for cuda:0 \(RuntimeError: Failed to find C compiler\.\)") as warned:
+        chosen = [backend.kernels_for(a_gpu) for _ in range(2)]
+    assert chosen == [None, None]
+    assert len(warned) == 1
+
+
+def test_what_is_tried_out_is_a_kernel(monkeypatch):
+    launched = Launches()
+    monkeypatch.setattr(kernels, "_outer_product", launched)
+    kernels.try_out(torch.device("cpu"))
+    assert launched.grids == [(1, 1)]
 
 
 def run_python(*args, **environment):

@@ -20,8 +20,10 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     tests: with ``TRITON_INTERPRET=1`` from before Triton is imported, and ``DIABLO_KERNELS=cpu``. While torch.compile
     traces, and where ``DIABLO_KERNELS=0``, none do.
     """
+    if torch.compiler.is_compiling():
+        return None
     wanted = os.environ.get(SWITCH, "")
-    if device.type not in ("cuda", "cpu") or wanted == "0" or torch.compiler.is_compiling():
+    if device.type not in ("cuda", "cpu") or wanted == "0":
         return None
     if device.type == "cpu":
         return _interpreted() if wanted == "cpu" else None

@@ -251,8 +251,8 @@ def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Ten
         partial = x.new_empty((plan.splits, *target.shape), dtype=torch.float32)
     with _on(x.device):
         _outer_product[(count // plan.group * tiles, plan.splits)](
-            x[:, tile.in_start :],
-            grad_y[:, tile.out_start :],
+            x[:, tile.in_start :] if tile.in_start else x,
+            grad_y[:, tile.out_start :] if tile.out_start else grad_y,
             partial,
             tokens,
             plan.tokens,
