@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from diablo.layout import BlockLayout, Layout, Tile
+from diablo.ops.backend import kernels_for
 
 
 def block_diagonal_linear_reference(
@@ -165,6 +166,9 @@ _FEW_TOKENS = 64
 
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
+    is_small = x.is_cpu and x.shape[0] <= _FEW_TOKENS
+    if not is_small and (kernels := kernels_for(x.device)) is not None:
+        return kernels.outer_product(x, grad_y, layout, dtype)
     if layout.is_even:
         product = _tile_product(x, grad_y, layout.tiles[0])
         return product if product.dtype is dtype else product.to(dtype)
