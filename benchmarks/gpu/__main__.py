@@ -127,6 +127,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="The record, or a folder for it.")] = None,
 ) -> None:
     """Measure, print the tables, and write one record. The exit code is 1 where a part failed."""
+    # Whoever stops this process by a signal stops the one that measures.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     deadline = time.time() + 60 * minutes
     chosen = [part for part in PARTS if part in parts.split(",")]
     if unknown := set(parts.split(",")) - set(PARTS):
@@ -160,9 +162,9 @@ def main(
     }
     slug = re.sub(r"[^a-z0-9]+", "-", described["device_name"].lower()).strip("-")
     path = target if target.suffix == ".json" else folder / f"gpu-{'tiny-' * tiny}{slug}.json"
-    print_record({"settings": settings, "results": results})
     write_record(path, QUESTION, settings, results)
     rows.unlink(missing_ok=True)
+    print_record({"settings": settings, "results": results})
     if any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)
 

@@ -92,25 +92,25 @@ def gradient(
 def diagonal(
     shape: tuple[int, int, int, int], by: str, what: str, bandwidth: float, sizes: Sizes, device: torch.device
 ) -> dict[str, Any]:
-    """Writing the diagonals of several weights of one shape, or restoring them: all in one kernel, or layer by layer."""
+    """Writing the diagonals of several weights of one shape, or restoring them, in one kernel or layer by layer."""
     table = our_kernels(device).DiagonalTable if by == KERNEL else TorchTable
     in_features, out_features, num_blocks, _ = shape
     (tile,) = BlockLayout(in_features, out_features, num_blocks).tiles
     torch.manual_seed(0)
-    weights = [
-        torch.randn(out_features, in_features, device=device, dtype=DTYPES["bf16"]) for _ in range(sizes.tables)
-    ]
+    weights = [torch.randn(out_features, in_features, device=device, dtype=DTYPES["bf16"]) for _ in range(sizes.tables)]
     views = [tile.of_weight(weight) for weight in weights]
-    saved = [view.clone(memory_format=torch.contiguous_format) for view in views]
-    blocks = [torch.randn_like(values, dtype=torch.float32) for values in saved]
-    written = [(values.float() + own).to(values.dtype) for values, own in zip(saved, blocks, strict=True)]
+    before = [view.clone() for view in views]
+    # With the strides of the weight, along which the memory is read in order.
+    saved = [torch.empty_like(values) for values in before]
+    blocks = [torch.randn(view.shape, device=device) for view in views]
+    written = [(values.float() + own).to(values.dtype) for values, own in zip(before, blocks, strict=True)]
     diagonals = table(views, blocks, saved)
     diagonals.write()
     is_written = all(map(torch.equal, views, written))
     diagonals.restore()
-    is_restored = all(map(torch.equal, views, saved))
-    # Read are what was saved and the blocks in fp32, written is the diagonal; or what was saved goes back.
-    moved = sum(values.numel() for values in saved) * (2 + 4 + 2 if what == "write" else 2 + 2)
+    is_restored = all(map(torch.equal, views, before))
+    # Read are the diagonal and the blocks in fp32, written are what is saved and the diagonal; or that goes back.
+    moved = sum(values.numel() for values in saved) * (2 + 4 + 2 + 2 if what == "write" else 2 + 2)
     figures = figures_of([getattr(diagonals, what)], moved, bandwidth, sizes, device)
     return {"exact": is_written if what == "write" else is_restored, **figures}
 
@@ -121,15 +121,16 @@ class TorchTable:
     Args:
         weights: views of the weights' diagonals.
         blocks: what is added.
-        saved: the diagonals as they were.
+        saved: where the diagonals as they were go.
     """
 
     def __init__(self, weights: list[torch.Tensor], blocks: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
         self.weights, self.blocks, self.saved = weights, blocks, saved
 
     def write(self) -> None:
-        """Make each diagonal the sum of what it was and its blocks."""
+        """Save each diagonal, and make it the sum of what it was and its blocks."""
         for weight, own, values in zip(self.weights, self.blocks, self.saved, strict=True):
+            values.copy_(weight)
             torch.add(values, own, out=weight)
 
     def restore(self) -> None:
@@ -153,6 +154,4 @@ def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
             recorder.row(partial(gradient, shape, by, bandwidth, sizes, device), what="gradient", by=by, **keys)
         for what in ("write", "restore"):
             for by in (TORCH, KERNEL):
-                recorder.row(
-                    partial(diagonal, shape, by, what, bandwidth, sizes, device), what=what, by=by, **keys
-                )
+                recorder.row(partial(diagonal, shape, by, what, bandwidth, sizes, device), what=what, by=by, **keys)

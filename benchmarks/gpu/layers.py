@@ -49,7 +49,7 @@ class Bench:
     def runner(self, model: nn.Module, called: Any = None) -> Run:
         """The forward and backward of a model, or of what stands for it."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        call = called or model
+        call = model if called is None else called
 
         def run() -> None:
             self.x.grad = None

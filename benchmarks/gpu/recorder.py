@@ -70,7 +70,9 @@ class Recorder:
         took = round(time.time() - start, 1)
         self.write({"part": self.part, "event": "row", "keys": keys, **figures, "took": took})
         outcome = figures.get("error") or figures.get("note") or ""
-        print(f"{took:6.1f} s  {self.part}: {', '.join(map(str, keys.values()))} {outcome}", file=sys.stderr, flush=True)
+        print(
+            f"{took:6.1f} s  {self.part}: {', '.join(map(str, keys.values()))} {outcome}", file=sys.stderr, flush=True
+        )
         self._clean_up("error" in figures)
 
     def write(self, line: dict[str, Any]) -> None:

@@ -111,13 +111,12 @@ FULL = Sizes(
 )
 
 TINY = Sizes(
-    layers=((64, 64, 32), (64, 96, 32)),
+    layers=((64, 96, 32),),
     layer_blocks=8,
     languages=(
         Language("tiny Llama", {**_LLAMA, **_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2}, 2, 16, 8),
-        Language("tiny SmolLM2", {**_SMOLLM2, **_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2}, 2, 8, 4),
     ),
-    kernels=((64, 96, 8, 32), (96, 64, 8, 32)),
+    kernels=((64, 96, 8, 32),),
     tables=2,
     copied_bytes=2**20,
     uncached_bytes=0,

@@ -1,4 +1,4 @@
-"""A training step of a language model: eager, under torch.compile and as a CUDA graph, and whether it repeats itself."""
+"""A training step of a language model, eager, compiled and as a CUDA graph, and whether it repeats itself."""
 
 from __future__ import annotations
 
