@@ -63,7 +63,9 @@ def time_interleaved(
     gc.collect()
     gc.disable()
     try:
-        for round_ in track(range(-warmup, rounds), description="rounds", transient=True):
+        for round_ in track(
+            range(-warmup, rounds), description="rounds", transient=True, disable=not sys.stdout.isatty()
+        ):
             turn = round_ % len(names)
             for name in names[turn:] + names[:turn]:
                 taken = once(methods[name], repeats[name])

@@ -72,7 +72,14 @@ def adapted(name: str, base: nn.Sequential, num_blocks: int) -> Any:
 
 
 def measure(
-    width: int, layers: int, rows: int, num_blocks: int, dtype: torch.dtype, device: torch.device, rounds: int
+    width: int,
+    layers: int,
+    rows: int,
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    at_least: float = 0.05,
 ) -> list[dict[str, Any]]:
     """Time every method on layers in a row.
 
@@ -105,8 +112,8 @@ def measure(
 
         return run
 
-    times = time_interleaved({name: both(model) for name, model in models.items()}, rounds, device)
-    forwards = time_interleaved({name: forward(model) for name, model in models.items()}, rounds, device)
+    times = time_interleaved({name: both(model) for name, model in models.items()}, rounds, device, 2, at_least)
+    forwards = time_interleaved({name: forward(model) for name, model in models.items()}, rounds, device, 2, at_least)
 
     def added(name: str) -> float:
         return statistics.median(_differences(times[name], times[FROZEN])) / layers * 1e6

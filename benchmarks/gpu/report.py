@@ -87,6 +87,8 @@ def _steps(rows: list[Row]) -> None:
             ("repeats to the bit", _repeats),
             ("distance to eager", _figure("distance_to_eager", form=".1e")),
         ]
+        if mode == "compiled":
+            columns += [("graphs", _figure("graphs", form="d")), ("breaks", _figure("graph_breaks", form="d"))]
         _print(group, columns)
 
 

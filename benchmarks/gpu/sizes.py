@@ -103,11 +103,11 @@ FULL = Sizes(
         (576, 576, 64, 2048),
         (576, 192, 64, 2048),
     ),
-    tables=8,
+    tables=32,
     copied_bytes=2**30,
     uncached_bytes=2**28,
     rounds=7,
-    at_least=0.05,
+    at_least=0.03,
 )
 
 TINY = Sizes(

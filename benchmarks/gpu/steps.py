@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from benchmarks.gpu.measuring import timed
 from benchmarks.gpu.models import COMPILED, EAGER, GRAPH, Training, copies, give_back, load_language
@@ -41,6 +42,7 @@ class Bench:
             raise NotThereError("not applicable without a GPU")
         if mode == COMPILED:
             self.release()
+            counters.clear()
         training = self._trained_twice(method, mode)
         alike = training.pop("alike")
         run: Training = training.pop("run")
@@ -54,6 +56,10 @@ class Bench:
         elif alone:
             reference = self._frozen_seconds.get(mode)
             figures["ratio_to_frozen"] = figures["seconds"] / reference if reference else None
+        if mode == COMPILED:
+            # A layer's forward is one graph, in which nothing breaks, where it was compiled as it should be.
+            figures["graphs"] = counters["stats"]["unique_graphs"]
+            figures["graph_breaks"] = sum(counters["graph_break"].values())
         return {
             "weights": self.weights,
             "parameters": count_parameters(run.adapted)[0],
@@ -124,7 +130,7 @@ def distance(update: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Torch's deterministic algorithms where it has them."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
