@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.recorder import describe
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.harness import paired_ratio, time_interleaved
 
@@ -29,13 +30,13 @@ def timed(run: Run, reference: Run | None, sizes: Sizes, device: torch.device) -
     return {
         "seconds": times["run"].median,
         "ratio_to_frozen": paired_ratio(times["run"], times.get("reference", times["run"])),
-        "gpu_seconds": gpu_seconds(run, device),
+        **gpu_time(run, device),
         "rounds": times["run"].seconds,
     }
 
 
-def gpu_seconds(run: Run, device: torch.device, calls: int = 1) -> float | None:
-    """The sum of the times of all kernels and copies of a run, by torch's profiler; None without a GPU.
+def gpu_time(run: Run, device: torch.device, calls: int = 1) -> dict[str, Any]:
+    """``gpu_seconds``: the sum of the times of all kernels and copies of a run, by torch's profiler; None without one.
 
     Args:
         run: what is profiled.
@@ -43,10 +44,20 @@ def gpu_seconds(run: Run, device: torch.device, calls: int = 1) -> float | None:
         calls: how many calls the run is made of; the time of one is returned.
     """
     if device.type != "cuda":
-        return None
+        return {"gpu_seconds": None}
     run()
     torch.cuda.synchronize(device)
+    try:
+        seconds = _profiled_seconds(run, device)
+    except Exception as error:
+        # A machine may not let its GPU be profiled. What was timed by the clock stands.
+        return {"gpu_seconds": None, "profiler_error": describe(error)}
+    return {"gpu_seconds": seconds / calls if seconds else None}
+
+
+def _profiled_seconds(run: Run, device: torch.device) -> float:
     # The CPU's events cost time to collect and to read; where kernels do not show up without them, they are asked for.
+    microseconds = 0.0
     for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CPU, ProfilerActivity.CUDA]):
         with profile(activities=activities) as profiler:
             run()
@@ -57,8 +68,8 @@ def gpu_seconds(run: Run, device: torch.device, calls: int = 1) -> float | None:
             if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         )
         if microseconds:
-            return microseconds / 1e6 / calls
-    return None
+            break
+    return microseconds / 1e6
 
 
 def start_peak(device: torch.device) -> int:

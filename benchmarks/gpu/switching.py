@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import diablo
-from benchmarks.gpu.measuring import gpu_seconds
+from benchmarks.gpu.measuring import gpu_time
 from benchmarks.gpu.models import TARGETS, load_language
 from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.sizes import Sizes
@@ -48,7 +48,7 @@ def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
         return {
             "layers": len(switched),
             "seconds": times["both"].median / 2,
-            "gpu_seconds": gpu_seconds(both, device, 2),
+            **gpu_time(both, device, 2),
             "rounds": [seconds / 2 for seconds in times["both"].seconds],
         }
 
