@@ -29,7 +29,7 @@ from benchmarks.gpu.recorder import BROKEN, row_name
 from benchmarks.gpu.report import print_record
 from benchmarks.gpu.sizes import PARTS
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE
-from diablo.results import write_record
+from diablo.results import commit_of, write_record
 
 QUESTION = "layers, steps, memory, switching and kernels on one GPU"
 GRACE_SECONDS = 20
@@ -125,6 +125,7 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="Sizes for a rehearsal.")] = False,
     minutes: Annotated[float, typer.Option(help="No row is begun after that.")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="The record, or a folder for it.")] = None,
+    commit: Annotated[str | None, typer.Option(help="What is measured, where this is no git checkout.")] = None,
 ) -> None:
     """Measure, print the tables, and write one record. The exit code is 1 where a part failed."""
     # Whoever stops this process by a signal stops the one that measures.
@@ -153,6 +154,7 @@ def main(
     settings = {
         **described,
         "driver": driver_version() if device == "cuda" else None,
+        "commit": commit or commit_of(Path(__file__)),
         "dtype": "bf16",
         "device": device,
         "tiny": tiny,

@@ -166,7 +166,13 @@ def print_record(record: dict[str, Any]) -> None:
     settings = record["settings"]
     on = ", ".join(
         f"{name} {settings[key]}"
-        for key, name in (("driver", "driver"), ("torch", "torch"), ("cuda", "CUDA"), ("triton", "Triton"))
+        for key, name in (
+            ("driver", "driver"),
+            ("torch", "torch"),
+            ("cuda", "CUDA"),
+            ("triton", "Triton"),
+            ("commit", "commit"),
+        )
         if settings.get(key)
     )
     print(f"\n{settings['device_name']}, {on}")
