@@ -48,24 +48,24 @@ def time_interleaved(
     """
 
     def once(run: Callable[[], Any], repeats: int) -> float:
-        _wait(device)
-        start = time.perf_counter()
+        stop = _start_clock(device)
         for _ in range(repeats):
             run()
-        _wait(device)
-        return (time.perf_counter() - start) / repeats
+        return stop() / repeats
 
     keep_freed_memory()
     names = list(methods)
     repeats = {}
     for name in names:
         once(methods[name], 1)
-        repeats[name] = max(1, round(at_least / once(methods[name], 1)))
+        repeats[name] = max(1, round(at_least / max(once(methods[name], 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
-        for round_ in track(range(-warmup, rounds), description="rounds", transient=True):
+        for round_ in track(
+            range(-warmup, rounds), description="rounds", transient=True, disable=not sys.stdout.isatty()
+        ):
             turn = round_ % len(names)
             for name in names[turn:] + names[:turn]:
                 taken = once(methods[name], repeats[name])
@@ -94,9 +94,21 @@ def keep_freed_memory() -> None:
             libc.mallopt(mmap_threshold, 2**30)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _start_clock(device: torch.device) -> Callable[[], float]:
+    """Start a clock, the GPU's own where there is one; what is returned stops it and gives the seconds."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        return lambda: time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record()
+
+    def stop() -> float:
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    return stop
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:

@@ -98,7 +98,10 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
     """
 
     def config(make: Callable[..., PeftConfig], *allowed: Callable[[int, int, int], bool]) -> PeftConfig:
-        return make(equal_size(make, model, targets, num_blocks, *allowed), target_modules=targets)
+        key = (name, frozenset(target_shapes(model, targets).items()), num_blocks)
+        if key not in _SIZES:
+            _SIZES[key] = equal_size(make, model, targets, num_blocks, *allowed)
+        return make(_SIZES[key], target_modules=targets)
 
     if name == FROZEN:
         return model.requires_grad_(False).train()
@@ -125,5 +128,8 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
     }
     return get_peft_model(model, configs[name]()).train()
 
+
+# Finding a size takes longer than adapting a model with it, and some benchmarks build the same model many times.
+_SIZES: dict[tuple[str, frozenset[tuple[tuple[int, int], int]], int], int] = {}
 
 METHODS = (FROZEN, IN_PLACE, BESIDE, "LoRA", "DoRA", "MiSS", "SHiRA", "C3A", "OFT", "loralib", "einsum")

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import host
+from benchmarks.gpu.report import print_record
 from benchmarks.harness import print_table
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -91,6 +93,8 @@ def print_perplexities(results: list[dict[str, Any]]) -> None:
 
 
 _TABLES = {
+    "gpu": print_record,
+    "host": lambda record: host.print_rows(record["results"]),
     "quantization": lambda record: print_perplexities(record["results"]),
     "layer": _layer,
     "step": _step,

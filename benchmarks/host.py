@@ -1,0 +1,187 @@
+"""How much of the host's time does an adapter take, a layer?
+
+    python -m benchmarks.host
+
+The layers are so narrow that what is timed is the Python and the dispatch around the products: what a GPU has to wait
+for, and what a CPU spends on short inputs. A floor stands beside the methods: one autograd function that does for the
+blocks what has to be done and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import nn
+
+from benchmarks.harness import DTYPES, Device, Dtype, Timing, print_table, time_interleaved
+from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
+from diablo.methods import count_parameters
+from diablo.results import write_record
+
+QUESTION = "microseconds of the host for the forward and backward of one narrow adapted linear layer"
+BARE = "bare autograd function"
+METHODS = (FROZEN, BARE, IN_PLACE, BESIDE, "LoRA", "DoRA", "MiSS", "OFT", "loralib")
+
+
+class _Bare(torch.autograd.Function):
+    """A product with a weight in which the blocks stand, and the gradients of the input and of the blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.count = blocks.shape[0]
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_y,) = grads
+        x, weight = ctx.saved_tensors
+        tokens, count = x.shape[0], ctx.count
+        inputs, outputs = x.view(tokens, count, -1), grad_y.view(tokens, count, -1)
+        return grad_y @ weight, None, torch.bmm(inputs.permute(1, 2, 0), outputs.transpose(0, 1))
+
+
+class BareLinear(nn.Module):
+    """A linear layer whose forward is the function alone: the least that training blocks in a weight can cost."""
+
+    def __init__(self, weight: nn.Parameter, num_blocks: int) -> None:
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.weight = weight
+        self.blocks = nn.Parameter(weight.new_zeros(num_blocks, in_features // num_blocks, out_features // num_blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(tokens, in_features)`` to ``(tokens, out_features)``."""
+        return _Bare.apply(x, self.weight, self.blocks)
+
+
+def adapted(name: str, base: nn.Sequential, num_blocks: int) -> Any:
+    """A copy of the layers under a method, or under the floor."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    if name == BARE:
+        return nn.Sequential(*(BareLinear(layer.weight, num_blocks) for layer in model))
+    return build(name, model, [layer for layer, _ in model.named_children()], num_blocks)
+
+
+def measure(
+    width: int,
+    layers: int,
+    rows: int,
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    at_least: float = 0.05,
+) -> list[dict[str, Any]]:
+    """Time every method on layers in a row.
+
+    Returns:
+        One row a method: microseconds a layer of a forward and backward and of a forward without gradients, what is
+        added to the frozen layer's, and that as a share of what LoRA adds; or why the method was left out.
+    """
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).to(device, dtype)
+    x = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(rows, width, device=device, dtype=dtype)
+    notes = {} if find_spec("loralib") else {"loralib": "not installed"}
+    models = {name: adapted(name, base, num_blocks) for name in METHODS if name not in notes}
+
+    def both(model: nn.Module) -> Callable[[], None]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def run() -> None:
+            x.grad = None
+            for parameter in trained:
+                parameter.grad = None
+            model(x).backward(grad)
+
+        return run
+
+    def forward(model: nn.Module) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            model(x)
+
+        return run
+
+    times = time_interleaved({name: both(model) for name, model in models.items()}, rounds, device, 2, at_least)
+    forwards = time_interleaved({name: forward(model) for name, model in models.items()}, rounds, device, 2, at_least)
+
+    def added(name: str) -> float:
+        return statistics.median(_differences(times[name], times[FROZEN])) / layers * 1e6
+
+    return [
+        {
+            "method": name,
+            "parameters": count_parameters(models[name])[0],
+            "microseconds": times[name].median / layers * 1e6,
+            "added_microseconds": added(name),
+            "added_over_loras": added(name) / added("LoRA"),
+            "forward_microseconds": forwards[name].median / layers * 1e6,
+            "seconds": times[name].seconds,
+            "forward_seconds": forwards[name].seconds,
+        }
+        for name in models
+    ] + [{"method": name, "note": note} for name, note in notes.items()]
+
+
+def _differences(timing: Timing, reference: Timing) -> Iterator[float]:
+    """What a method took longer than the reference in the same round."""
+    return (a - b for a, b in zip(timing.seconds, reference.seconds, strict=True))
+
+
+def print_rows(results: list[dict[str, Any]]) -> None:
+    """Print the record's rows as a table."""
+    print_table(
+        ["method", "us a layer", "us added", "added / LoRA's", "us, forward alone"],
+        [
+            [
+                row["method"],
+                *(f"{row[key]:.1f}" for key in ("microseconds", "added_microseconds")),
+                f"{row['added_over_loras']:.2f}",
+                f"{row['forward_microseconds']:.1f}",
+            ]
+            if "note" not in row
+            else [row["method"], row["note"], "", "", ""]
+            for row in results
+        ],
+    )
+
+
+def main(
+    dtype: Dtype = "fp32",
+    device: Device = "cpu",
+    width: int = 64,
+    layers: int = 24,
+    rows: int = 2,
+    num_blocks: int = 8,
+    rounds: int = 21,
+    out: Path | None = None,
+) -> None:
+    """Time narrow layers in a row under every method, in one thread."""
+    torch.set_num_threads(1)
+    results = measure(width, layers, rows, num_blocks, DTYPES[dtype], torch.device(device), rounds)
+    print(f"\n{layers} layers of {width} x {width}, {rows} rows, N = {num_blocks}, {dtype} on {device}\n")
+    print_rows(results)
+    settings = {
+        "dtype": dtype,
+        "device": device,
+        "width": width,
+        "layers": layers,
+        "rows": rows,
+        "num_blocks": num_blocks,
+        "rounds": rounds,
+    }
+    write_record(out or Path(f"docs/results/host-{device}-{dtype}.json"), QUESTION, settings, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)

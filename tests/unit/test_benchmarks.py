@@ -1,0 +1,77 @@
+"""What the benchmarks measure is what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import host
+from benchmarks.gpu import steps
+from benchmarks.gpu.recorder import NotThereError, Recorder, row_name
+from benchmarks.methods import IN_PLACE
+
+
+def test_the_floor_has_the_output_and_the_gradients_of_diablo():
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3)))
+    found = []
+    for name in (host.BARE, IN_PLACE):
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        model = host.adapted(name, base, 4)
+        y = model(x)
+        y.square().sum().backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        found.append([y, x.grad, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_hosts_time_is_measured_for_every_method():
+    rows = host.measure(16, 2, 2, 4, torch.float32, torch.device("cpu"), rounds=2, at_least=0.0)
+    assert {row["method"] for row in rows} == set(host.METHODS)
+    measured = {row["method"]: row for row in rows if "note" not in row}
+    assert measured["frozen"]["added_microseconds"] == 0
+    assert measured["LoRA"]["added_over_loras"] == 1
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_is_measured(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    recorder = Recorder(path, float("inf"), {row_name("part", {"method": "done"})}, torch.device("cpu"))
+
+    def fail(error: Exception) -> dict:
+        raise error
+
+    def part() -> None:
+        recorder.row(lambda: fail(AssertionError("measured again")), method="done")
+        recorder.row(lambda: fail(torch.OutOfMemoryError("no memory\nand more")), method="large")
+        recorder.row(lambda: fail(NotThereError("not installed")), method="missing")
+        recorder.row(lambda: {"seconds": 1.0}, method="small")
+        recorder.deadline = 0
+        recorder.row(lambda: {"seconds": 1.0}, method="late")
+        raise ValueError("outside of a row")
+
+    recorder.run_part("part", part)
+    *lines, end = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {line["keys"]["method"]: line for line in lines if line["event"] == "row"}
+    assert list(rows) == ["large", "missing", "small", "late"]
+    assert rows["large"]["error"] == "OutOfMemoryError: no memory"
+    assert rows["missing"]["note"] == "not installed"
+    assert rows["small"]["seconds"] == 1.0
+    assert rows["late"]["left_out"] == "the time was up"
+    assert end["event"] == "part"
+    assert end["error"] == "ValueError: outside of a row"
+
+
+def test_steps_that_do_not_repeat_themselves_are_seen():
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    assert steps.equal(values, steps.copies(values))
+    assert not steps.equal(values, [values[0], torch.tensor([3.0000002])])
+    assert steps.distance(values, values) == 0
+    assert steps.distance([values[0], torch.tensor([5.0])], values) == pytest.approx((4 / 14) ** 0.5)
+    with steps.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
