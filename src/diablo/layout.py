@@ -86,29 +86,11 @@ class Tile:
 
     def of_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input features that the run reads: ``(tokens, in_features)`` -> ``(count, tokens, block_in)``, a view."""
-        return self._split(x, self.in_start, self.block_in)
+        return _split(x, self.count, self.in_start, self.block_in)
 
     def of_output(self, y: torch.Tensor) -> torch.Tensor:
         """The output features that the run writes: ``(tokens, out_features)`` -> ``(count, tokens, block_out)``."""
-        return self._split(y, self.out_start, self.block_out)
-
-    def operands(self, x: torch.Tensor, grad_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two factors of the gradient of the run's blocks, views, in as few calls as it takes.
-
-        Args:
-            x: ``(tokens, in_features)``.
-            grad_y: ``(tokens, out_features)``.
-
-        Returns:
-            ``(count, block_in, tokens)`` and ``(count, tokens, block_out)``.
-        """
-        count, rows, columns, tokens = self.count, self.block_in, self.block_out, x.shape[0]
-        token, feature = x.stride()
-        start = x.storage_offset() + self.in_start * feature
-        inputs = x.as_strided((count, rows, tokens), (rows * feature, feature, token), start)
-        token, feature = grad_y.stride()
-        start = grad_y.storage_offset() + self.out_start * feature
-        return inputs, grad_y.as_strided((count, tokens, columns), (columns * feature, token, feature), start)
+        return _split(y, self.count, self.out_start, self.block_out)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The run's blocks inside a weight.
@@ -154,18 +136,6 @@ class Tile:
     def within_inputs(self, start: int, stop: int) -> list[Tile]:
         """The run's parts that read some of the inputs, which are counted from ``start`` on."""
         return [tile.transposed for tile in self.transposed.within_outputs(start, stop)]
-
-    def _split(self, features: torch.Tensor, start: int, size: int) -> torch.Tensor:
-        if type(features) is not torch.Tensor:
-            # A compiler wants to know which features are read, and not where they lie.
-            return features.narrow(1, start, self.count * size).unflatten(1, (self.count, size)).transpose(0, 1)
-        token, feature = features.stride()
-        # One call, since layers with few tokens wait for the calls and not for the products.
-        return features.as_strided(
-            (self.count, features.shape[0], size),
-            (size * feature, token, feature),
-            features.storage_offset() + start * feature,
-        )
 
 
 @dataclass(frozen=True)
@@ -368,3 +338,16 @@ Layout = BlockLayout | LayoutPart
 
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def _split(features: torch.Tensor, count: int, start: int, size: int) -> torch.Tensor:
+    """``(tokens, features)`` -> ``(count, tokens, size)``: runs of neighbouring features from ``start`` on, a view."""
+    if type(features) is not torch.Tensor:
+        # A compiler wants to know which features are read, and not where they lie.
+        return features.narrow(1, start, count * size).unflatten(1, (count, size)).transpose(0, 1)
+    # In one call, since layers with few tokens wait for the calls and not for the products.
+    token, feature = features.stride()
+    shape, strides = (count, features.shape[0], size), (size * feature, token, feature)
+    if start == 0:
+        return features.as_strided(shape, strides)
+    return features.as_strided(shape, strides, features.storage_offset() + start * feature)

@@ -246,14 +246,10 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the base model's parameters, by the names that they have without an adapter.
-
-    From the state dict: while an adapter is trained, the parameters themselves have its blocks on their diagonals.
-    """
-    state = model.state_dict()
+    """Copies of the base model's parameters, by the names that they have without an adapter."""
     return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): state[name].clone()
-        for name, _ in model.named_parameters()
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
         if "diablo_" not in name
     }
 

@@ -127,7 +127,8 @@ def shape_of_blocks(num_blocks: int) -> dict[str, Any]:
         losses, inputs = zip(*(loss_of(model.train()) for model in (one, cut)), strict=True)
         for loss in losses:
             loss.backward()
-        held = [layer for layer in cut.modules() if isinstance(layer, DiabloLayer) and layer.diagonals.held]
+        cut_layers = [layer for layer in cut.modules() if isinstance(layer, DiabloLayer)]
+        held = cut_layers[0].passes.plan(cut_layers).held
         state = copies(get_peft_model_state_dict(one))
         # Entries of the last block that lie outside of the matrix have no effect, and are not kept.
         inside = {name: (values != 0) for name, values in get_peft_model_state_dict(cut).items()}

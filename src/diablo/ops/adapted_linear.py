@@ -127,22 +127,21 @@ class _Linear(torch.autograd.Function):
         # Before what is kept is asked for: under checkpointing, that runs the layers forward again.
         ctx.reach()
         x, *blocks = ctx.saved_tensors
-        linear, lower = ctx.linear, ctx.lower
-        needs_x, needs_bias, _, _, _, *needed = ctx.needs_input_grad
+        linear, lower, needed = ctx.linear, ctx.lower, ctx.needs_input_grad
         grad_x = grad_bias = None
-        if needs_x and torch.is_grad_enabled():
+        if needed[0] and torch.is_grad_enabled():
             back = linear.transposed(blocks)
             grad_x = _apply(grad_y, None, back, ctx.reach, lower, *back.blocks)
-        elif needs_x:
+        elif needed[0]:
             grad_x = product_back(grad_y, linear.weight, lower)
             if linear.is_beside:
                 for own, layout in zip(blocks, linear.layouts, strict=True):
                     accumulate(grad_x, grad_y, own.transpose(1, 2), layout.transposed)
-        if needs_bias:
+        if needed[1]:
             grad_bias = as_rows(grad_y).sum(0)
         grads_of_blocks = [
             outer_product(x, grad_y, layout, own.dtype) if wanted else None
-            for own, layout, wanted in zip(blocks, linear.layouts, needed, strict=True)
+            for own, layout, wanted in zip(blocks, linear.layouts, needed[5:], strict=True)
         ]
         return grad_x, grad_bias, None, None, None, *grads_of_blocks
 

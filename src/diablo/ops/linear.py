@@ -146,18 +146,17 @@ def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Ten
     return y
 
 
-def accumulate(
-    y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False
-) -> None:
+def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False) -> None:
     """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views.
 
     With ``overwrite`` what stood in the columns of the blocks is not added to, nor read.
     """
     rows, target = as_rows(x), as_rows(y)
-    blocks = blocks.to(x.dtype)
+    if blocks.dtype is not x.dtype:
+        blocks = blocks.to(x.dtype)
     for tile in layout.tiles:
-        product = tile.of_output(target)
-        product.baddbmm_(tile.of_input(rows), tile.of_blocks(blocks), beta=0 if overwrite else 1)
+        own = blocks if layout.is_even else tile.of_blocks(blocks)
+        tile.of_output(target).baddbmm_(tile.of_input(rows), own, beta=0 if overwrite else 1)
 
 
 # Up to here a product takes less time than the call that asks for it.
@@ -181,8 +180,8 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
 
 def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
     """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
-    if x.shape[0] <= _FEW_TOKENS and type(x) is torch.Tensor:
-        return torch.bmm(*tile.operands(x, grad_y))
+    if x.shape[0] <= _FEW_TOKENS:
+        return torch.bmm(tile.of_input(x).transpose(1, 2), tile.of_output(grad_y))
     if tile.block_in > tile.block_out:
         # Matrix units do best with the narrower operand's columns as the product's rows.
         return _tile_product(grad_y, x, tile.transposed).transpose(1, 2)

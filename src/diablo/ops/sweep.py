@@ -10,6 +10,7 @@ import torch
 
 from diablo.layout import Layout
 from diablo.ops.backend import kernels_for
+from diablo.ops.weight import summed
 
 Diagonals = Mapping[Layout, Sequence[torch.Tensor]]
 """The blocks that are added to one weight: the parameters of equal layout together."""
@@ -24,10 +25,10 @@ class _Table(Protocol):
 class DiagonalSweep:
     """The diagonals of many weights, written with blocks and restored together.
 
-    A sweep reads and writes the diagonals alone, 1/N of the weights. On a GPU it is one kernel for all of them, and on a
-    CPU one call that does not come back to Python between the weights. The base values are copied when the blocks are
-    written, so that what :meth:`restore` puts back is what stood there, to the bit. Addresses are looked up once: a
-    sweep is made anew where a tensor has moved.
+    A sweep reads and writes the diagonals alone, 1/N of the weights. On a GPU it is one kernel for all of them, and on
+    a CPU one call that does not come back to Python between the weights. The base values are copied when the blocks
+    are written, so that what :meth:`restore` puts back is what stood there, to the bit. Addresses are looked up once:
+    a sweep is made anew where a tensor has moved.
 
     Args:
         diagonals: pairs of a weight, ``(*stack, out_features, in_features)`` of any strides, and what is added to its
@@ -47,9 +48,7 @@ class DiagonalSweep:
     def write(self) -> None:
         """Copy the base values, and add the blocks as they are now."""
         for total, blocks in self._sums:
-            total.copy_(blocks[0])
-            for other in blocks[1:]:
-                total.add_(other)
+            summed(blocks, out=total)
         for table in self._tables:
             table.write()
 
@@ -58,31 +57,27 @@ class DiagonalSweep:
         for table in reversed(self._tables):
             table.restore()
 
-    def _tables_of(
-        self, turn: Sequence[tuple[torch.Tensor, Layout, Sequence[torch.Tensor]] | None]
-    ) -> list[_Table]:
+    def _tables_of(self, turn: Sequence[tuple[torch.Tensor, Layout, Sequence[torch.Tensor]] | None]) -> list[_Table]:
         """One table for each device."""
         views: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for weight, layout, blocks in filter(None, turn):
-            values = self._summed([own.detach() for own in blocks])
+            values = [own.detach() for own in blocks]
+            total = summed(values)
+            if len(values) > 1:
+                self._sums.append((total, values))
             weights, added = views.setdefault(weight.device, ([], []))
             for tile in layout.tiles:
                 weights.append(tile.of_weight(weight.detach()))
-                added.append(tile.of_blocks(values))
+                added.append(tile.of_blocks(total))
         return [_table(device, *of_device) for device, of_device in views.items()]
-
-    def _summed(self, blocks: list[torch.Tensor]) -> torch.Tensor:
-        if len(blocks) == 1:
-            return blocks[0]
-        wide = torch.float32
-        for own in blocks:
-            wide = torch.promote_types(wide, own.dtype)
-        total = torch.empty_like(blocks[0], dtype=wide)
-        self._sums.append((total, blocks))
-        return total
 
 
 def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch.Tensor]) -> _Table:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A CUDA graph is being recorded in the first step of an adapted model, or the first one after a weight, a "
+            "parameter or the choice of adapters has changed: run a step before, as torch.cuda.graph asks for."
+        )
     # Copies in the order of the weights' memory: the sweep is limited by its bandwidth.
     saved = [weight.clone() for weight in weights]
     kernels = kernels_for(device)

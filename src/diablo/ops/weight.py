@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -35,6 +36,25 @@ def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout
     for tile in layout.tiles:
         view = tile.of_weight(weight)
         view.copy_(view.to(wide) + tile.of_blocks(blocks).to(view.device, wide))
+
+
+@torch.no_grad()
+def summed(blocks: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of blocks of one shape, in fp32, or in the widest dtype where that is wider.
+
+    Args:
+        blocks: one or more; a single one is the sum itself.
+        out: what an earlier call for the same blocks gave, to be written to.
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    if out is None:
+        dtypes = (own.dtype for own in blocks)
+        out = torch.empty_like(blocks[0], dtype=reduce(torch.promote_types, dtypes, torch.float32))
+    out.copy_(blocks[0])
+    for other in blocks[1:]:
+        out.add_(other)
+    return out
 
 
 @torch.no_grad()

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from diablo.layout import Layout
-from diablo.ops.weight import set_diagonal, write_to_diagonal
+from diablo.ops.weight import set_diagonal, summed, write_to_diagonal
 
-Sums = Mapping[tuple[str, Layout], torch.Tensor]
+Added = Mapping[str, Mapping[Layout, Sequence[torch.Tensor]]]
 
 
 class Diagonals:
     """Merges blocks into the diagonals of weights, and writes the base values back, to the bit.
 
-    The base values of a diagonal, 1/N of a weight for each layout, are kept as long as blocks are merged into it.
+    The base values of a diagonal, 1/N of a weight for each layout, are kept as long as blocks are merged into it. They
+    are kept by themselves, so that the weights can be moved, cast and copied meanwhile.
     """
 
     def __init__(self) -> None:
         self._pristine: dict[tuple[str, Layout], list[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def write(self, weights: Mapping[str, torch.Tensor], sums: Sums) -> None:
-        """Make the diagonals those of the base plus blocks, whatever stands there now.
+    def write(self, weights: Mapping[str, torch.Tensor], added: Added) -> None:
+        """Make the diagonals those of the base plus blocks, whatever is merged into them now.
 
         Each sum with the base values is formed in fp32, or in the weight's dtype where that is wider, and rounded to
         the weight's dtype once for each layout. Where the layouts are those of the last call, one pass over the
@@ -31,21 +32,24 @@ class Diagonals:
 
         Args:
             weights: the weights by name, each ``(*stack, out_features, in_features)``.
-            sums: for each weight's name and layout the blocks, summed over the adapters.
+            added: for each weight's name and layout the blocks of the adapters.
         """
-        if sums.keys() != self._pristine.keys():
+        keys = [(name, layout) for name, by_layout in added.items() for layout in by_layout]
+        if set(keys) != self._pristine.keys():
             self.restore(weights)
             self._pristine = {
                 (name, layout): [tile.of_weight(weights[name]).clone() for tile in layout.tiles]
-                for name, layout in sums
+                for name, layout in keys
             }
-        if len({name for name, _ in sums}) < len(sums):
-            # Diagonals of different layouts overlap: each starts from what the one before it has written.
+        # Diagonals of different layouts overlap: each starts from what the one before it has written.
+        overlap = any(len(by_layout) > 1 for by_layout in added.values())
+        if overlap:
             self._put_back(weights)
-            for (name, layout), blocks in sums.items():
+        for name, layout in keys:
+            blocks = summed(added[name][layout])
+            if overlap:
                 write_to_diagonal(weights[name], blocks, layout)
-        else:
-            for (name, layout), blocks in sums.items():
+            else:
                 set_diagonal(weights[name], self._pristine[name, layout], blocks, layout)
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 
-from diablo.layout import Layout
 from diablo.tuner.in_place import hooks_of
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.passes import Watched
@@ -89,15 +88,6 @@ class HoldingLayer(DiabloLayer):
         ):
             return "its weight was trained, tied, sharded or replaced"
         return None
-
-    def diagonals_of(self, names: tuple[str, ...]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
-        """The weights that a pass with these adapters in them writes to, and what it adds to them by layout."""
-        added: dict[str, dict[Layout, list[torch.Tensor]]] = {}
-        for adapter_name in names:
-            layouts = self.layouts_of(adapter_name)
-            for name, blocks in self._values_of(adapter_name).items():
-                added.setdefault(name, {}).setdefault(layouts[name], []).append(blocks)
-        return [(self._weight(name), by_layout) for name, by_layout in added.items()]
 
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""

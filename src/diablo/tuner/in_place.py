@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
+from diablo.ops.adapted_linear import product, product_back
 from diablo.ops.linear import as_rows, outer_product
 from diablo.tuner.passes import LAYERS
 from diablo.tuner.weights import is_quantized
@@ -92,21 +94,13 @@ def compiled_linear(
     Returns:
         ``(..., out_features)``.
     """
-    return _layer(number).multiply(x, bias, _split(adapter_names), lower)
+    with _weight(number, adapter_names) as weight:
+        return product(x, weight, bias, lower)
 
 
 @compiled_linear.register_fake
-def _(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    blocks: list[torch.Tensor],
-    number: torch.Tensor,
-    adapter_names: str,
-    num_blocks: list[int],
-    in_features: int,
-    out_features: int,
-    lower: torch.dtype | None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, out_features, _ = others
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -119,27 +113,19 @@ def _grad_x(
     in_features: int,
     lower: torch.dtype | None,
 ) -> torch.Tensor:
-    return _layer(number).multiply_back(grad_y, _split(adapter_names), lower)
+    with _weight(number, adapter_names) as weight:
+        return product_back(grad_y, weight, lower)
 
 
 @_grad_x.register_fake
-def _(
-    grad_y: torch.Tensor,
-    blocks: list[torch.Tensor],
-    number: torch.Tensor,
-    adapter_names: str,
-    in_features: int,
-    lower: torch.dtype | None,
-) -> torch.Tensor:
+def _(grad_y: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, in_features, _ = others
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
 
 
-def _layer(number: torch.Tensor) -> Any:
-    return LAYERS[int(number)]
-
-
-def _split(adapter_names: str) -> tuple[str, ...]:
-    return tuple(adapter_names.split(".")) if adapter_names else ()
+def _weight(number: torch.Tensor, adapter_names: str) -> AbstractContextManager[torch.Tensor]:
+    layer: Any = LAYERS[int(number)]
+    return layer.in_weight(tuple(adapter_names.split(".")) if adapter_names else ())
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

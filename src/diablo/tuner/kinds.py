@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout, Layout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding, block_diagonal_linear
-from diablo.ops.adapted_linear import AdaptedLinear, lowered, product, product_back
+from diablo.ops.adapted_linear import AdaptedLinear, lowered
 from diablo.ops.weight import trained_diagonal
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.holding import HoldingLayer
@@ -103,8 +103,8 @@ class _ModuleLayer(DiabloLayer):
 class DiabloLinear(_ModuleLayer, HoldingLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where a pass has the blocks in the weight,
-    it computes the one product of the base layer; the backward adds the gradient of the blocks, 1/N of a product.
+    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where a pass has the blocks in the
+    weight, it computes the one product of the base layer; the backward adds the gradient of the blocks, 1/N of one.
     """
 
     def _take_number(self) -> None:
@@ -154,33 +154,15 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
             return "its weight was trained, tied, sharded or replaced"
         return "hooks are registered on the layer" if has_hooks(self.base_layer) else None
 
-    def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, adapter_names: tuple[str, ...], lower: torch.dtype | None
-    ) -> torch.Tensor:
-        """The product of a compiled graph's forward, with the adapters' blocks as they are now.
+    @contextmanager
+    def in_weight(self, adapter_names: tuple[str, ...]) -> Iterator[torch.Tensor]:
+        """For the operators of compiled graphs: the weight with the blocks of these adapters in it, as they are now.
 
-        Args:
-            x: ``(..., in_features)``.
-            bias: ``(out_features,)`` or None.
-            adapter_names: the adapters that were active when it was compiled.
-            lower: the dtype that autocast asks for, or None.
+        It is that of the pass that runs, or of one of its own.
 
         Raises:
             RuntimeError: the blocks can no longer be written into the weight.
         """
-        with self._in_weight(adapter_names) as weight:
-            return product(x, weight, bias, lower)
-
-    def multiply_back(
-        self, grad_y: torch.Tensor, adapter_names: tuple[str, ...], lower: torch.dtype | None
-    ) -> torch.Tensor:
-        """The product of a compiled graph's backward: ``(..., out_features)`` to ``(..., in_features)``."""
-        with self._in_weight(adapter_names) as weight:
-            return product_back(grad_y, weight, lower)
-
-    @contextmanager
-    def _in_weight(self, adapter_names: tuple[str, ...]) -> Iterator[torch.Tensor]:
-        """The weight with the blocks of these adapters in it: that of the pass that runs, or of one of its own."""
         written = self.passes.written
         if written is not None and self.number in written.held and written.names[self.number] == adapter_names:
             yield written.parts[self.number].weight
@@ -350,8 +332,8 @@ class DiabloParameters(HoldingLayer):
         return [(self.diablo_blocks[name]._parameters, weight) for name in names for weight in self.layouts_of(name)]
 
     def _run_compiled(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        # The compiler cannot see when the module's backward reads its parameters: a graph makes copies of them, but where
-        # a pass around it has the blocks in them, or has to have.
+        # The compiler cannot see when the module's backward reads its parameters: a graph makes copies of them, but
+        # where a pass around it has the blocks in them, or has to have.
         written = self.passes.written
         is_asked_for = any(self.diablo_in_place[name] is True for name in self.names_in_use())
         if adapter_names is None and (is_asked_for or (written is not None and self.number in written.held)):

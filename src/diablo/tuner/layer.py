@@ -134,9 +134,18 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
         return None, False
 
-    def diagonals_of(self, names: tuple[str, ...]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
-        """The weights that a pass with these adapters in them writes to, and what it adds to them by layout."""
-        return []
+    def added(self, names: Sequence[str]) -> dict[str, dict[Layout, list[torch.Tensor]]]:
+        """What adapters add to the diagonals of the weights: their blocks, by the weight's name and by layout."""
+        added: dict[str, dict[Layout, list[torch.Tensor]]] = {}
+        for adapter_name in names:
+            layouts = self.layouts_of(adapter_name)
+            for name, blocks in self._values_of(adapter_name).items():
+                added.setdefault(name, {}).setdefault(layouts[name], []).append(blocks)
+        return added
+
+    def diagonals_of(self, names: Sequence[str]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
+        """The weights that a pass with these adapters in them writes to, and what it adds to them."""
+        return [(self._weight(name), by_layout) for name, by_layout in self.added(names).items()]
 
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
@@ -317,7 +326,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
         weights = self._matrices()
-        self.diagonals.write(weights, self._summed(self._blocks(adapter_names)))
+        self.diagonals.write(weights, self.added(adapter_names))
         self.merged_adapters = list(adapter_names)
         if safe_merge and not self._are_finite(weights):
             self._restore()
@@ -326,24 +335,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
         return self.diagonals.are_finite(weights)
 
-    def _blocks(self, adapter_names: Sequence[str]) -> dict[str, Mapping[str, torch.Tensor]]:
-        """The adapters' blocks by the names of the adapter and of the weight."""
-        return {name: self._values_of(name) for name in adapter_names}
-
     def _values_of(self, adapter_name: str) -> Mapping[str, torch.Tensor]:
         """An adapter's blocks in this process's memory, by the name of the weight."""
         return self.blocks_of(adapter_name)
-
-    @torch.no_grad()
-    def _summed(self, blocks: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[tuple[str, Layout], torch.Tensor]:
-        """The adapters' blocks summed for each weight and layout: in fp32, or in the widest dtype among them."""
-        sums: dict[tuple[str, Layout], torch.Tensor] = {}
-        for adapter_name, by_weight in blocks.items():
-            layouts = self.layouts_of(adapter_name)
-            for name, own in by_weight.items():
-                key = (name, layouts[name])
-                sums[key] = _add_widely(sums[key], own) if key in sums else own
-        return sums
 
     def _not_finite(self, adapter_names: list[str]) -> ValueError:
         return ValueError(
@@ -370,9 +364,3 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         # A copy, or what was pickled, is a layer of its own.
         self._take_number()
-
-
-def _add_widely(blocks: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """A sum in fp32, or in the widest dtype where that is wider."""
-    wide = torch.promote_types(torch.promote_types(blocks.dtype, others.dtype), torch.float32)
-    return blocks.to(wide) + others.to(wide)

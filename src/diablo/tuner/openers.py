@@ -84,9 +84,10 @@ def _opening(plain: Any) -> type:
             current.is_claimed = False
         return result
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
         # The class cannot be found by its name, which is that of the class it was made of.
-        _, (_, *args), *state = object.__reduce_ex__(self, max(2, protocol))
+        kept: Any = object.__reduce_ex__(self, max(2, protocol))
+        _, (_, *args), *state = kept
         return _new, (plain, *args), *state
 
     def fill(namespace: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def _opening(plain: Any) -> type:
             __module__=plain.__module__,
             __qualname__=plain.__qualname__,
             __doc__=plain.__doc__,
-            __reduce_ex__=__reduce_ex__,
+            __reduce_ex__=reduced,
             forward=forward,
             _diablo_plain_class=plain,
         )

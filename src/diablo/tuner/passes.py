@@ -89,20 +89,19 @@ class Plan:
         self._hooks = [hooks for own in watched for hooks in own.hooks]
         self._hooked = list(map(bool, self._hooks))
 
-    def is_chosen(self, layers: Sequence[DiabloLayer]) -> bool:
-        """Whether the choice of adapters is still that of the plan."""
-        return list(map(_CHOICE, layers)) == self._choices
-
-    def is_of_these(self) -> bool:
-        """Whether weights and parameters are still the same, where they were, and frozen or trained as they were."""
+    def is_there(self) -> bool:
+        """Whether the weights and parameters are still the same ones, where they were."""
         try:
-            found = map(getitem, self._tables, self._keys)
-            if not all(map(is_, found, self._found)):
+            if not all(map(is_, map(getitem, self._tables, self._keys), self._found)):
                 return False
         except KeyError:
             return False
+        return list(map(_ADDRESS, self._parameters)) == self._addresses
+
+    def is_chosen(self, layers: Sequence[DiabloLayer]) -> bool:
+        """Whether the adapters are chosen, trained and frozen as they were, and hooks registered."""
         return (
-            list(map(_ADDRESS, self._parameters)) == self._addresses
+            list(map(_CHOICE, layers)) == self._choices
             and list(map(_REQUIRES_GRAD, self._parameters)) == self._trained
             and list(map(bool, self._hooks)) == self._hooked
         )
@@ -158,6 +157,8 @@ class Pass:
                 del passes.running[thread]
             else:
                 passes.running[thread] = self._outer
+            # A graph may hold this pass for long.
+            self._outer = None
             passes.settle()
 
     def reach(self) -> None:
@@ -250,12 +251,12 @@ class Passes:
         # Modules that have the same layers inside of them are around one another, and plan alike.
         key = (layers[0].number, len(layers), names, bare)
         for plan in self._plans.get(key, ()):
-            if (names is not None or plan.is_chosen(layers)) and plan.is_of_these():
+            if (names is not None or plan.is_chosen(layers)) and plan.is_there():
                 return plan
         plan = Plan(layers, {layer.number: layer.names_in_use() if names is None else names for layer in layers}, bare)
         with self.lock:
             # Those of weights that are no longer there would keep them alive.
-            plans = {other: [old for old in own if old.is_of_these()] for other, own in self._plans.items()}
+            plans = {other: [old for old in own if old.is_there()] for other, own in self._plans.items()}
             plans[key] = [plan, *plans.get(key, ())][:_MOST_PLANS]
             self._plans = plans
         return plan
@@ -327,7 +328,7 @@ class Passes:
             self.backwards.add(backward)
             self.opened += 1
             try:
-                Variable._execution_engine.queue_callback(_End(self, backward))  # type: ignore[attr-defined]
+                Variable._execution_engine.queue_callback(_End(self, backward))
             except BaseException:
                 self.finish(backward)
                 raise
@@ -335,11 +336,13 @@ class Passes:
     def _plan_of_backward(self, layers: Sequence[DiabloLayer]) -> Plan:
         if self.reached is not None and self.reached.covers(layers):
             return self.reached
-        if len(self._recomputable) > 1:
+        if len(possible := self._recomputable) > 1:
+            # This backward ends here, and the next one is another.
+            self._recomputable = set()
             raise RuntimeError(
                 "A recomputation under reentrant gradient checkpointing cannot tell whether its forward had the "
-                f"adapters {' or '.join(', '.join(names) for names in sorted(self._recomputable))}: set "
-                "use_reentrant=False, call the whole model and not parts of it, or call backward() before set_adapter()."
+                f"adapters {' or '.join(', '.join(names) for names in sorted(possible))}: set "
+                "use_reentrant=False, call the whole model and not its parts, or call backward() before set_adapter()."
             )
         return self.plan(layers)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diablo.layout import BlockLayout
-from diablo.ops.weight import write_to_diagonal
+from diablo.ops.weight import summed, write_to_diagonal
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.kinds import DiabloLinear
 from diablo.tuner.weights import is_quantized
@@ -134,8 +134,8 @@ class DiabloQuantizedLinear(DiabloLinear):
         if self.merged:
             self._restore()
         weight = self._dequantized().clone()
-        for (_, layout), blocks in self._summed(self._blocks(adapter_names)).items():
-            write_to_diagonal(weight, blocks, layout)
+        for layout, blocks in self.added(adapter_names)["weight"].items():
+            write_to_diagonal(weight, summed(blocks), layout)
         if safe_merge and not torch.isfinite(weight).all():
             raise self._not_finite(adapter_names)
         warnings.warn(
