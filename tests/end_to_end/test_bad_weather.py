@@ -368,7 +368,11 @@ def test_memory_that_runs_out_says_what_to_lower(tiny_model, tmp_path, monkeypat
         assert name in str(caught.value)
     assert "set training.gradient_checkpointing=selective" in str(caught.value)
     calls.clear()
-    overrides = ["training.gradient_checkpointing=selective", "output=" + str(tmp_path / "selective")]
+    overrides = [
+        "training.epochs=4",
+        "training.gradient_checkpointing=selective",
+        "output=" + str(tmp_path / "selective"),
+    ]
     with pytest.raises(UserError, match=r"set training\.gradient_checkpointing=full"):
         train(settings_of(write_recipe(tmp_path, tiny_model, *overrides)))
     calls.clear()

@@ -202,7 +202,7 @@ def test_selective_checkpointing_is_refused_under_zero_3_alone(tiny_model, tmp_p
     for stage in (2, 3):
         monkeypatch.setattr("diablo.training.engines.DeepSpeedPlugin", lambda n=stage: SimpleNamespace(zero_stage=n))
         with (
-            pytest.raises(UserError, match="found selective under ZeRO-3, .*: set full")
+            pytest.raises(UserError, match=r"found selective under ZeRO-3, .*: set full")
             if stage == 3
             else nullcontext()
         ):
