@@ -1,32 +1,40 @@
 """How much memory does a training step take under each method?
 
     python -m benchmarks.memory
+    python -m benchmarks.memory times
 
-What autograd keeps is counted, tensor by tensor; the peak of a step is measured in a process of its own for each
-method.
+What a forward leaves to its backward is counted, tensor by tensor; the peak of a step is measured in a process of its
+own for each method. A method may have a way of gradient checkpointing after it, such as ``DiaBlo in place, selective``;
+what these cost in time is measured apart, in turn.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.harness import DTYPES, Device, Dtype, print_table
+from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
+from diablo.checkpointing import checkpointing_options
 from diablo.methods import count_parameters
 from diablo.results import write_record
 from diablo.sizing import kept_for_backward
 from diablo.tuner.targets import PAPER_TARGETS
 
-QUESTION = "memory of a training step: bytes that autograd keeps, and the peak over the loaded model"
-METHODS = f"{FROZEN},{IN_PLACE},{BESIDE},LoRA,DoRA,MiSS,SHiRA,C3A,OFT"
+QUESTION = "memory of a training step: bytes that a forward leaves to its backward, and the peak over the loaded model"
+CHECKPOINTING = "forward and backward of a language model under gradient checkpointing, as a ratio to the same without"
+CHECKPOINTED = [f"{name}, {choice}" for name in (IN_PLACE, BESIDE, "LoRA") for choice in ("selective", "full")]
+METHODS = ";".join([FROZEN, IN_PLACE, BESIDE, "LoRA", *CHECKPOINTED, "DoRA", "MiSS", "SHiRA", "C3A", "OFT"])
+TIMED = ";".join([FROZEN, IN_PLACE, "LoRA", *CHECKPOINTED])
 LENGTHS = (64, 256, 1024)
 
 app = typer.Typer()
@@ -36,8 +44,7 @@ app = typer.Typer()
 def one(method: str, model: str, dtype: str, device: str, length: int, num_blocks: int) -> None:
     """Measure one method in this process, and print the figures as JSON."""
     where = torch.device(device)
-    adapted = build(method, language_model(model, DTYPES[dtype]).to(where), list(PAPER_TARGETS), num_blocks)
-    adapted.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+    adapted = _build(method, language_model(model, DTYPES[dtype]).to(where), num_blocks)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     ids = torch.randint(adapted.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(where)
@@ -49,8 +56,55 @@ def one(method: str, model: str, dtype: str, device: str, length: int, num_block
             optimizer.step()
             optimizer.zero_grad()
     peak = _peak(where) - before
-    saved = kept_for_backward(adapted, lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss)
+    saved = kept_for_backward(lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss)
     print(json.dumps({"saved": saved, "peak": peak, "parameters": count_parameters(adapted)[0]}))
+
+
+@app.command()
+def times(
+    model: str = "builtin:smollm2-135m",
+    dtype: Dtype = "bf16",
+    device: Device = "cpu",
+    rows: int = 4,
+    length: int = 256,
+    num_blocks: int = 64,
+    rounds: int = 7,
+    methods: Annotated[str, typer.Option(help="Separated by semicolons.")] = TIMED,
+    out: Path | None = None,
+) -> None:
+    """Time the forward and the backward of a step with and without gradient checkpointing."""
+    where = torch.device(device)
+    base = language_model(model, DTYPES[dtype]).to(where)
+    ids = torch.randint(base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(where)
+
+    def stepper(name: str) -> Callable[[], None]:
+        adapted = _build(name, copy.deepcopy(base), num_blocks)
+
+        def step() -> None:
+            adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            adapted.zero_grad()
+
+        return step
+
+    names = methods.split(";")
+    timings = time_interleaved({name: stepper(name) for name in names}, rounds, where)
+    results = [
+        {
+            "method": name,
+            "median_seconds": timings[name].median,
+            "ratio_to_frozen": paired_ratio(timings[name], timings[FROZEN]),
+            "ratio_to_none": paired_ratio(timings[name], timings.get(name.partition(", ")[0], timings[FROZEN])),
+            "seconds": timings[name].seconds,
+        }
+        for name in names
+    ]
+    print_table(
+        ["method", "seconds", "ratio to frozen", "ratio to none"],
+        [[r["method"], r["median_seconds"], r["ratio_to_frozen"], r["ratio_to_none"]] for r in results],
+    )
+    settings = {"model": model, "dtype": dtype, "device": device, "rows": rows, "length": length, "rounds": rounds}
+    path = out or Path(f"docs/results/checkpointing-{device}-{dtype}.json")
+    write_record(path, CHECKPOINTING, settings | {"num_blocks": num_blocks}, results)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,7 +114,7 @@ def every(
     dtype: Dtype = "bf16",
     device: Device = "cpu",
     num_blocks: int = 64,
-    methods: Annotated[str, typer.Option(help="Separated by commas.")] = METHODS,
+    methods: Annotated[str, typer.Option(help="Separated by semicolons.")] = METHODS,
     out: Path | None = None,
 ) -> None:
     """Measure every method at three lengths of one row."""
@@ -68,7 +122,7 @@ def every(
         return
     results: list[dict[str, Any]] = []
     for length in LENGTHS:
-        for name in methods.split(","):
+        for name in methods.split(";"):
             command = [sys.executable, "-m", "benchmarks.memory", "one", name, model, dtype, device]
             done = subprocess.run([*command, str(length), str(num_blocks)], capture_output=True, text=True, check=True)
             results.append({"method": name, "length": length, **json.loads(done.stdout.strip().splitlines()[-1])})
@@ -78,6 +132,16 @@ def every(
     )
     settings = {"model": model, "dtype": dtype, "device": device, "num_blocks": num_blocks}
     write_record(out or Path(f"docs/results/memory-{device}-{dtype}.json"), QUESTION, settings, results)
+
+
+def _build(method: str, model: Any, num_blocks: int) -> Any:
+    """A method on a model, with the gradient checkpointing that is named after it."""
+    name, _, checkpointing = method.partition(", ")
+    adapted = build(name, model, list(PAPER_TARGETS), num_blocks)
+    adapted.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+    if checkpointing:
+        adapted.gradient_checkpointing_enable(checkpointing_options(checkpointing))
+    return adapted
 
 
 def _start_peak(device: torch.device) -> int:

@@ -51,6 +51,11 @@ def _memory(record: dict[str, Any]) -> None:
     print_table(["method", *(f"{length} tokens" for length in lengths)], rows)
 
 
+def _checkpointing(record: dict[str, Any]) -> None:
+    rows = [[row["method"], row["ratio_to_frozen"], row["ratio_to_none"]] for row in record["results"]]
+    print_table(["method", "ratio to frozen", "ratio to none"], rows)
+
+
 def _scaling(record: dict[str, Any]) -> None:
     points: dict[tuple[int, int, int], dict[str, float]] = {}
     for row in record["results"]:
@@ -100,6 +105,7 @@ _TABLES = {
     "step": _step,
     "switching": _switching,
     "memory": _memory,
+    "checkpointing": _checkpointing,
     "scaling": _scaling,
     "training": _training,
 }

@@ -34,7 +34,7 @@ def train(plan: Plan, pattern: str, num_blocks: int, rate: float, seed: int) -> 
     model = load_model(plan.model_name, plan.dtype, plan.recipe.attention).to(plan.device)
     apply_pattern(model, pattern, num_blocks, {kind.kind for kind in plan.targets}, seed)
     longest = max(plan.sampler.batches(), key=lambda batch: max(len(plan.train[index].input_ids) for index in batch))
-    kept = kept_for_backward(model, lambda: completion_loss(model.train(), batch_of(plan, longest)))
+    kept = kept_for_backward(lambda: completion_loss(model.train(), batch_of(plan, longest)))
     return finetune(model, plan, rate), count_parameters(model)[0], kept
 
 

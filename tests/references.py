@@ -5,6 +5,8 @@ They are loops over single blocks and entries, so that whoever reads them can se
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -85,3 +87,24 @@ class SavedBytes:
     @property
     def total(self) -> int:
         return sum(self.storages.values())
+
+
+def allocations(forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], None]) -> tuple[int, int]:
+    """Bytes that torch's allocator for the CPU has given out and not taken back, over those at the start.
+
+    Returns:
+        Those at the end of ``forward``, while its result lives, and the most until the end of ``backward`` of it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = forward()
+        with torch.profiler.record_function("end of forward"):
+            pass
+        backward(result)
+    held = most = at_end = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+        elif event.name() == "end of forward":
+            at_end = held
+    return at_end, most

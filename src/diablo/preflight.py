@@ -116,7 +116,7 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
     if without:
         hint = (
             "under gradient checkpointing the inputs must require gradients (model.enable_input_require_grads()), or "
-            "set training.gradient_checkpointing to false"
+            "set training.gradient_checkpointing to none"
             if checkpointing
             else "they take no part in the forward pass; narrow method.target_modules"
         )

@@ -142,6 +142,10 @@ class Data(Section):
     )
 
 
+Checkpointing = Literal["none", "selective", "full"]
+"""What a layer keeps for its backward: all that autograd wants; what costs much to compute; or its input alone."""
+
+
 class Training(Section):
     """The optimisation."""
 
@@ -155,7 +159,9 @@ class Training(Section):
     warmup_steps: int = Field(0, ge=0, description="an integer of at least 0")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="a number of at least 0")
     max_grad_norm: float = Field(1.0, gt=0, description="a number above 0")
-    gradient_checkpointing: bool = Field(False, description="true or false")
+    gradient_checkpointing: Checkpointing = Field(
+        "none", description="none, selective or full: what is computed again in the backward in place of being kept"
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
     )

@@ -85,8 +85,8 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         table.add_row(name, *(format_bytes(getattr(row, name)) for row in sizes.memory))
     out.print(table)
     out.print(
-        "Activations are what autograd keeps with fused attention and the loss on every token, without gradient "
-        "checkpointing; buffers of kernels and of the allocator come on top."
+        "Activations are the most that is kept for the backward at a time, with fused attention and the loss on every "
+        "token; buffers of kernels and of the allocator come on top."
     )
 
 

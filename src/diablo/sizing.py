@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
+from diablo.checkpointing import selective_contexts
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.methods import TargetKind, apply_method, count_parameters, nearest_size, shapes_of, target_kinds
 from diablo.models import load_config, meta_model, resolve_model
-from diablo.recipe import DiabloMethod, FullMethod, LoraMethod
+from diablo.recipe import Checkpointing, DiabloMethod, FullMethod, LoraMethod
 from diablo.tuner import DiabloLayer
 
 _ATTENTION = "diablo_sizing"
@@ -33,7 +39,8 @@ class Memory:
         adapter: the adapter's parameters and, for DiaBlo, the base values of the diagonals.
         gradients: of the trained parameters, in fp32.
         optimizer: AdamW's two moments, in fp32.
-        activations: what autograd keeps between forward and backward.
+        activations: the most that is kept for the backward at a time: all that the forward keeps or, where layers are
+            computed again, what is left of it and what one of them then keeps.
     """
 
     method: str
@@ -89,6 +96,7 @@ def plan_sizes(
     batch_size: int = 1,
     length: int = 1024,
     dtype: torch.dtype = torch.bfloat16,
+    checkpointing: str = "none",
 ) -> Sizes:
     """Work out what training a model would take. Only its config is read; the model is built on the meta device.
 
@@ -100,10 +108,16 @@ def plan_sizes(
         batch_size: rows of a forward.
         length: tokens of a row.
         dtype: dtype of the frozen weights and of the activations.
+        checkpointing: ``training.gradient_checkpointing`` of the recipe.
 
     Raises:
-        UserError: the model is not known, both or neither of the two sizes fit, or no N keeps to the budget.
+        UserError: the model is not known, both or neither of the two sizes fit, no N keeps to the budget, or the way of
+            gradient checkpointing is not known.
     """
+    if checkpointing not in get_args(Checkpointing):
+        raise UserError(
+            f"--gradient-checkpointing: found {checkpointing!r}; allowed: {', '.join(get_args(Checkpointing))}."
+        )
     if num_blocks is not None and budget is not None:
         raise UserError(f"--num-blocks and --budget: found {num_blocks} and {budget:.3%}; give one of the two.")
     if budget is not None and not 0 < budget < 1:
@@ -118,11 +132,16 @@ def plan_sizes(
     targets = target_kinds(adapted)
     rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained)
     lora = LoraMethod(name="lora", r=rank, target_modules=target_modules)
+    # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
+    full = _adapted(config, FullMethod(name="full"), dtype)
+
+    def kept(adapted: nn.Module) -> int:
+        return _kept_on_meta(adapted, batch_size, length, checkpointing)
+
     memory = [
-        _memory(f"DiaBlo, N = {method.num_blocks}", adapted, batch_size, length),
-        _memory(f"LoRA, r = {rank}", _adapted(config, lora, dtype), batch_size, length),
-        # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
-        _memory("full fine-tuning", _adapted(config, FullMethod(name="full"), dtype), batch_size, length, full=True),
+        _memory(f"DiaBlo, N = {method.num_blocks}", adapted, kept(adapted)),
+        _memory(f"LoRA, r = {rank}", other := _adapted(config, lora, dtype), kept(other)),
+        _memory("full fine-tuning", full, kept(full), full=True),
     ]
     return Sizes(method.num_blocks, targets, trained, total, memory)
 
@@ -151,7 +170,7 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     )
 
 
-def _memory(name: str, model: nn.Module, batch_size: int, length: int, *, full: bool = False) -> Memory:
+def _memory(name: str, model: nn.Module, activations: int, *, full: bool = False) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
@@ -169,31 +188,83 @@ def _memory(name: str, model: nn.Module, batch_size: int, length: int, *, full: 
         adapter=0 if full else adapter,
         gradients=4 * count,
         optimizer=8 * count,
-        activations=kept_for_backward(model, lambda: _loss_on_meta(model, batch_size, length)),
+        activations=activations,
     )
 
 
-def kept_for_backward(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd keeps of a forward, parameters aside, on any device.
+def kept_for_backward(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of what a forward makes and only its graph keeps, on any device, whatever way the graph keeps it.
 
     Args:
-        model: its parameters are not counted.
         forward: runs it and returns the loss.
     """
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    with _Made() as made:
+        loss = forward()
+        alive = made.alive() - {loss.untyped_storage()._cdata}
+    del loss
+    # A graph may refer to itself through Python.
+    gc.collect()
+    return made.bytes_of(alive - made.alive())
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Detached: a graph that keeps its own outputs through Python is a cycle, which is never freed.
-        tensor = tensor.detach()
-        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The graph has to live while its tensors are counted.
-        _loss = forward()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def _kept_on_meta(model: Any, batch_size: int, length: int, checkpointing: str) -> int:
+    if checkpointing == "none":
+        return kept_for_backward(lambda: _loss_on_meta(model, batch_size, length))
+    forward_and_again = selective_contexts if checkpointing == "selective" else lambda: (nullcontext(), nullcontext())
+    counts: list[set[int]] = []
+
+    def contexts() -> tuple[Any, Any]:
+        forward, again = forward_and_again()
+        return forward, look_after(again)
+
+    @contextmanager
+    def look_after(again: Any) -> Iterator[None]:
+        try:
+            with again:
+                yield
+        finally:
+            counts.append(made.alive())
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    with _Made() as made:
+        loss = _loss_on_meta(model, batch_size, length)
+        counts.append(made.alive())
+        loss.backward()
+    del loss
+    gc.collect()
+    left = made.alive()
+    return max(made.bytes_of(alive - left) for alive in counts)
+
+
+class _Made(TorchDispatchMode):
+    """Keeps an eye on the memory of what is computed, without keeping it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        given = {tensor.untyped_storage()._cdata for tensor in _strided((args, kwargs))}
+        for tensor in _strided(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                # Whoever is referred to keeps its number, also after its death.
+                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def alive(self) -> set[int]:
+        """The numbers of what is still there."""
+        return {number for number, (reference, _) in self._made.items() if not reference.expired()}
+
+    def bytes_of(self, numbers: set[int]) -> int:
+        """The bytes of these."""
+        return sum(self._made[number][1] for number in numbers)
+
+
+def _strided(values: Any) -> list[torch.Tensor]:
+    leaves = tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
 
 
 def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
@@ -206,8 +277,9 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        # The operator itself, by which selective checkpointing knows it.
+        output, of_rows, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+        ctx.save_for_backward(query, key, value, output, of_rows)
         return output
 
     @staticmethod

@@ -89,6 +89,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32.")] = "bf16",
+    gradient_checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
@@ -112,5 +113,7 @@ def plan(
         batch_size=batch_size,
         length=length,
         dtype=parse_dtype(dtype),
+        checkpointing=gradient_checkpointing,
     )
-    print_sizes(out, sizes, model, f"{batch_size} x {length} tokens in {dtype}")
+    batch = f"{batch_size} x {length} tokens in {dtype}, gradient checkpointing: {gradient_checkpointing}"
+    print_sizes(out, sizes, model, batch)

@@ -366,8 +366,17 @@ def test_memory_that_runs_out_says_what_to_lower(tiny_model, tmp_path, monkeypat
         train(settings_of(write_recipe(tmp_path, tiny_model, "training.epochs=4")))
     for name in ("batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "quantization"):
         assert name in str(caught.value)
+    assert "set training.gradient_checkpointing=selective" in str(caught.value)
     calls.clear()
-    overrides = ["training.batch_size=1", "training.gradient_checkpointing=true", "output=" + str(tmp_path / "other")]
+    overrides = [
+        "training.epochs=4",
+        "training.gradient_checkpointing=selective",
+        "output=" + str(tmp_path / "selective"),
+    ]
+    with pytest.raises(UserError, match=r"set training\.gradient_checkpointing=full"):
+        train(settings_of(write_recipe(tmp_path, tiny_model, *overrides)))
+    calls.clear()
+    overrides = ["training.batch_size=1", "training.gradient_checkpointing=full", "output=" + str(tmp_path / "other")]
     with pytest.raises(UserError, match=r"Out of memory in training with 1 row of up to") as caught:
         train(settings_of(write_recipe(tmp_path, tiny_model, *overrides)))
     assert "batch_size" not in str(caught.value)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from diablo import checkpointing
+
 SHORT = [
     "data.limit=48",
     "evaluation.limit=6",
@@ -74,16 +76,18 @@ def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("checkpoint", ["none", "selective"])
 @pytest.mark.parametrize(
     "method",
     # 10 does not divide the inputs, as MiSS would rather have it.
     [*(f"{{name: {name}, r: 2}}" for name in ("lora", "rslora", "dora", "pissa")), "{name: miss, r: 10}", "full"],
     ids=["lora", "rslora", "dora", "pissa", "miss", "full fine-tuning"],
 )
-def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, method):
+def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, method, checkpoint):
     run = tmp_path / "run"
     arguments = [a for a in quickstart_on(tiny_model, run, "training.learning_rate=1e-2") if "num_blocks" not in a]
-    status, _, _ = diablo(*arguments, f"method={method}", "evaluation.before=false", "evaluation.after=false")
+    arguments += [f"method={method}", f"training.gradient_checkpointing={checkpoint}"]
+    status, _, _ = diablo(*arguments, "evaluation.before=false", "evaluation.after=false")
     assert status == 0
     record = json.loads((run / "run.json").read_text())
     held_out = [loss for _, loss in record["training"]["held_out_loss"]]
@@ -94,9 +98,12 @@ def test_other_methods_run_in_the_same_harness(diablo, tiny_model, tmp_path, met
     assert diablo("generate", run, "Problem: 2 and 3 ?", "--max-new-tokens", 4)[0] == 0
 
 
-def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(diablo, tiny_model, tmp_path):
+@pytest.mark.parametrize("checkpoint", ["none", "selective"])
+def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(diablo, tiny_model, tmp_path, monkeypatch, checkpoint):
+    monkeypatch.setattr(checkpointing, "SHORT_SUM", 8)
     run = tmp_path / "run"
     no_scores = ["evaluation.before=false", "evaluation.after=false", "training.save_steps=2"]
+    no_scores.append(f"training.gradient_checkpointing={checkpoint}")
     arguments = quickstart_on(tiny_model, run, *no_scores, "method.dropout=0.1")
     assert diablo(*arguments)[0] == 0
     undisturbed = blocks_of(run)
@@ -125,19 +132,25 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(diablo, tiny_
     assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
 
 
-def test_gradient_accumulation_and_checkpointing_change_memory_not_the_result(diablo, tiny_model, tmp_path):
+def test_gradient_accumulation_and_checkpointing_change_memory_not_the_result(
+    diablo, tiny_model, tmp_path, monkeypatch
+):
+    # The tiny model's products are of shorter sums than are worth keeping.
+    monkeypatch.setattr(checkpointing, "SHORT_SUM", 8)
     no_scores = ["evaluation.before=false", "evaluation.after=false"]
     variants = {
         "plain": [],
         "accumulated": ["training.batch_size=2", "training.gradient_accumulation=4"],
-        "checkpointed": ["training.gradient_checkpointing=true"],
+        "selective": ["training.gradient_checkpointing=selective"],
+        "full": ["training.gradient_checkpointing=full"],
     }
     blocks = {}
     for name, overrides in variants.items():
         assert diablo(*quickstart_on(tiny_model, tmp_path / name, *no_scores, *overrides))[0] == 0
         blocks[name] = blocks_of(tmp_path / name)
     for name, values in blocks["plain"].items():
-        torch.testing.assert_close(blocks["checkpointed"][name], values)
+        assert torch.equal(blocks["selective"][name], values)
+        assert torch.equal(blocks["full"][name], values)
         torch.testing.assert_close(blocks["accumulated"][name], values, rtol=1e-3, atol=1e-5)
 
 
@@ -202,6 +215,7 @@ def test_own_data_as_conversations(diablo, tiny_model, tmp_path):
         (["model=builtin:other"], "builtin:smollm2-135m"),
         (["task=mawsp"], "task: found 'mawsp'; allowed: mawps"),
         (["precision=fp16"], "precision"),
+        (["training.gradient_checkpointing=true"], "found True; allowed: none, selective or full"),
         (["training.max_length=8", "data.on_long=error"], "training.max_length"),
     ],
 )
@@ -246,6 +260,12 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
         assert method in out
     status, out, _ = diablo("plan", tmp_path, "--budget", "5%", "--length", 32)
     assert status == 0
+    status, out, _ = diablo("plan", tmp_path, "--num-blocks", 4, "--gradient-checkpointing", "selective")
+    assert status == 0
+    assert "gradient checkpointing: selective" in out
+    status, _, error = diablo("plan", tmp_path, "--gradient-checkpointing", "true")
+    assert status == 2
+    assert "--gradient-checkpointing: found 'true'; allowed: none, selective, full" in error
     status, _, error = diablo("plan", tmp_path, "--budget", "much")
     assert status == 2
     assert "--budget: found 'much'" in error

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +118,8 @@ def test_a_sharded_run_trains_what_one_process_does_and_is_gone_on_with_by_any(t
     one = train(load_recipe(recipe, one_settings))
     two = tmp_path / "two"
     overrides = ["training.batch_size=1", "training.gradient_accumulation=2", f"output={two}"]
+    # Layers are computed again while what FSDP gathers comes and goes.
+    overrides += ["training.gradient_checkpointing=selective"] if engine == "fsdp" else []
     command = ["tests/end_to_end/sharding_cpus.py", "train", str(recipe)]
     done = launch(*command, *overrides, "evaluation.before=true", settings=SHARDED[engine], processes=3)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -188,6 +192,21 @@ def test_a_recipe_that_cannot_be_sharded_is_refused(tiny_model, tmp_path, writte
     recipe.write_text(recipe.read_text().replace(written, setting))
     with pytest.raises(UserError, match=message):
         check_shardable(make_plan(load_recipe(recipe)))
+
+
+def test_selective_checkpointing_is_refused_under_zero_3_alone(tiny_model, tmp_path, monkeypatch):
+    plan = make_plan(load_recipe(write_recipe(tmp_path, tiny_model), ["training.gradient_checkpointing=selective"]))
+    check_shardable(plan)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("diablo.training.engines.find_spec", lambda name: object())
+    for stage in (2, 3):
+        monkeypatch.setattr("diablo.training.engines.DeepSpeedPlugin", lambda n=stage: SimpleNamespace(zero_stage=n))
+        with (
+            pytest.raises(UserError, match=r"found selective under ZeRO-3, .*: set full")
+            if stage == 3
+            else nullcontext()
+        ):
+            check_shardable(plan)
 
 
 @NEEDS_DEEPSPEED

@@ -8,10 +8,11 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
-from references import SavedBytes
-from transformers import AutoModelForCausalLM
+from references import SavedBytes, allocations
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig
+from diablo.checkpointing import checkpointing_options
 from diablo.errors import UserError
 from diablo.methods import TargetKind
 from diablo.sizing import Sizes, kept_for_backward, plan_sizes
@@ -32,6 +33,36 @@ def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):
     # In fp32 the blocks, and the diagonals as they were.
     assert estimate.adapter == 8 * trained
     assert (estimate.gradients, estimate.optimizer) == (4 * trained, 8 * trained)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Wide enough that products are worth keeping, and deep enough that what one layer needs is a part of the whole."""
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_activations_under_gradient_checkpointing_are_what_the_allocator_gives_out(llama, checkpointing):
+    estimate = plan_sizes(str(llama), batch_size=2, length=128, dtype=torch.float32, checkpointing=checkpointing)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), DiabloConfig(num_blocks=64)).train()
+    model.enable_input_require_grads()
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable(checkpointing_options(checkpointing))
+    ids = torch.zeros(2, 128, dtype=torch.long)
+
+    def forward() -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    # The gradients of the blocks, which are counted by themselves, are there from now on.
+    forward().backward()
+    kept, most = allocations(forward, lambda loss: loss.backward())
+    # Gradients of activations and buffers of kernels come on top.
+    assert 0.97 * kept < estimate.memory[0].activations < most < 1.25 * estimate.memory[0].activations
 
 
 def test_the_methods_are_compared_at_equal_parameters(tiny_model):
@@ -59,6 +90,7 @@ def test_a_budget_is_kept_and_used(tiny_model, budget):
         ({"budget": 0.1, "num_blocks": 4}, "give one of the two"),
         ({"num_blocks": 4096}, "takes at most 32 blocks, not 4096"),
         ({"target_modules": ["nothing"]}, "nothing match"),
+        ({"checkpointing": "some"}, "--gradient-checkpointing: found 'some'; allowed: none, selective, full"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny_model, settings, match):
@@ -82,6 +114,6 @@ def test_what_is_counted_is_let_go_of():
         outputs.append(weakref.ref(result))
         return result.sum()
 
-    assert kept_for_backward(model, forward) == 4 * (2 * 4 + 2 * 8)
+    assert kept_for_backward(forward) == 4 * (2 * 4 + 2 * 8)
     gc.collect()
     assert outputs[0]() is None

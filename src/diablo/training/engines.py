@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -260,11 +260,20 @@ def check_shardable(plan: Plan) -> None:
         raise UserError(
             f"model, quantization: found quantized weights, which cannot be sharded: take a plain model, or {without}."
         )
+    if plan.recipe.training.gradient_checkpointing == "selective" and _is_zero_3():
+        raise UserError(
+            "training.gradient_checkpointing: found selective under ZeRO-3, which takes the weights apart between a "
+            "forward and its recomputation, as only full can do with: set full, or launch with zero_stage 2."
+        )
     if plan.device.type == "cpu" and plan.dtype != torch.float32:
         raise UserError(
             "precision: found bf16 or fp16, and on CPUs a sharded model is trained in fp32: set precision=fp32, or "
             f"{without}."
         )
+
+
+def _is_zero_3() -> bool:
+    return isinstance(launched_engine(), DeepSpeed) and DeepSpeedPlugin().zero_stage == 3
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

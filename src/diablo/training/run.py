@@ -154,7 +154,7 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], plan.encoder.tokenizer.pad_token_id)
-    checkpointing = plan.recipe.training.gradient_checkpointing
+    checkpointing = plan.recipe.training.gradient_checkpointing != "none"
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)

@@ -221,8 +221,9 @@ def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> User
     advice = []
     if size > 1:
         advice.append("lower training.batch_size and raise training.gradient_accumulation by as much")
-    if not training.gradient_checkpointing:
-        advice.append("set training.gradient_checkpointing=true")
+    if training.gradient_checkpointing != "full":
+        more = "selective" if training.gradient_checkpointing == "none" else "full"
+        advice.append(f"set training.gradient_checkpointing={more}")
     advice.append("lower training.max_length")
     if recipe.quantization is None and recipe.method.name not in ("full", "pissa"):
         advice.append("set quantization=nf4")

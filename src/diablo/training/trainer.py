@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from diablo import preflight
+from diablo.checkpointing import checkpointing_options
 from diablo.checkpoints import read_trained
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.errors import UserError
@@ -285,7 +286,8 @@ def make_trainer(
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=training.gradient_checkpointing != "none",
+        gradient_checkpointing_kwargs=checkpointing_options(training.gradient_checkpointing),
         logging_steps=training.logging_steps,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
