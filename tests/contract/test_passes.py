@@ -357,6 +357,21 @@ def test_a_recomputation_uses_the_adapters_of_its_forward(in_place, use_reentran
     assert_same_gradients(model, expected)
 
 
+@pytest.mark.parametrize("settings", [{"in_place": True}, {"in_place": False}, {"diablo_dropout": 0.1}], ids=str)
+def test_a_recomputation_while_adapters_are_switched_off_has_those_of_its_forward(settings):
+    expected, model = (BY_NAME["llama"].adapted(torch.float32, **settings).train() for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in (expected, model):
+        each.enable_input_require_grads()
+        torch.manual_seed(0)
+        loss = loss_of(each, inputs(each, 1))
+        each.base_model.disable_adapter_layers()
+        for layer in tuner_layers(each).values():
+            layer.diablo_blocks.requires_grad_(True)
+        loss.backward()
+    assert_same_gradients(model, expected)
+
+
 def test_a_recomputation_that_cannot_know_its_adapters_is_an_error():
     model = with_other(BY_NAME["ragged"].adapted(torch.float32, in_place=True).train())
     layer = next(iter(tuner_layers(model).values()))

@@ -147,11 +147,16 @@ def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Ten
 
 
 def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False) -> None:
-    """Write ``y += x * blockdiag(blocks)`` into a contiguous ``y``, run by run, through strided views.
+    """Write ``y += x * blockdiag(blocks)`` into ``y``, run by run, through strided views.
 
-    With ``overwrite`` what stood in the columns of the blocks is not added to, nor read.
+    Args:
+        y: ``(..., out_features)``, contiguous or of two dimensions.
+        x: ``(..., in_features)``, of the dtype of ``y``.
+        blocks: of ``layout.blocks_shape``; cast to that dtype.
+        layout: the geometry.
+        overwrite: what stood in the columns of the blocks is not added to, nor read.
     """
-    rows, target = as_rows(x), as_rows(y)
+    rows, target = as_rows(x), y.view(y.shape[:-1].numel(), y.shape[-1])
     if blocks.dtype is not x.dtype:
         blocks = blocks.to(x.dtype)
     for tile in layout.tiles:

@@ -55,12 +55,14 @@ class HoldingLayer(DiabloLayer):
         Raises:
             RuntimeError: they have to stand there, by ``in_place=True``, and cannot.
         """
-        holds = self._holds(names, self._obstacle_now())
-        return (None if self.merged_adapters else self._part(names, not holds)), holds
+        obstacle = self._obstacle_now()
+        holds = self._holds(names, obstacle)
+        is_read = holds or (obstacle is None and not self.merged_adapters)
+        return self._part(names, not holds) if is_read else None, holds
 
     @abstractmethod
     def _part(self, names: tuple[str, ...], is_beside: bool) -> Any:
-        """What the layer computes with where nothing is merged; None where it is :meth:`_run` that computes."""
+        """What the layer computes with where it reads the weights itself; None where it calls its base layer."""
 
     def _holds(self, names: tuple[str, ...], obstacle: str | None) -> bool:
         if self.merged_adapters or not all(self.diablo_in_place[name] for name in names):

@@ -53,13 +53,12 @@ class _ModuleLayer(DiabloLayer):
         Raises:
             ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
         """
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        if adapter_names is not None and not self._disable_adapters:
-            self._check_rows(x, adapter_names)
-        if self._disable_adapters or self.merged_adapters:
+        rows = self._rows(adapter_names)
+        if rows is not None:
+            self._check_rows(x, rows)
+        if self.merged_adapters or not (rows or names):
             return self.base_layer(x, *args, **kwargs)
-        return self._run_beside(x, partial(self._add_updates, names, adapter_names), *args, **kwargs)
+        return self._run_beside(x, partial(self._add_updates, names, rows), *args, **kwargs)
 
     def _run_beside(
         self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
@@ -118,9 +117,7 @@ class DiabloLinear(_ModuleLayer, HoldingLayer):
         return module_obstacle(self.base_layer)
 
     def _part(self, names: tuple[str, ...], is_beside: bool) -> AdaptedLinear | None:
-        weight: Any = self.base_layer._parameters.get("weight")
-        has_dropout = any(isinstance(self.diablo_dropout[name], nn.Dropout) for name in names)
-        if is_beside and (self.obstacle() is not None or weight.requires_grad or has_dropout):
+        if any(isinstance(self.diablo_dropout[name], nn.Dropout) for name in names):
             return None
         blocks = [self.diablo_blocks[name] for name in names]
         layouts = [self.diablo_layout[name] for name in names]
@@ -298,17 +295,16 @@ class DiabloParameters(HoldingLayer):
         Raises:
             ValueError: ``adapter_names`` differ, or are given while adapters are merged.
         """
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
-        if adapter_names is not None and not self._disable_adapters:
-            if len(set(adapter_names)) > 1:
+        rows = self._rows(adapter_names)
+        if rows is not None:
+            if len(set(rows)) > 1:
                 raise ValueError(
-                    f"adapter_names has {', '.join(sorted(set(adapter_names)))}; adapted parameters "
+                    f"adapter_names has {', '.join(sorted(set(rows)))}; adapted parameters "
                     f"({', '.join(self.weights)}) are used for the tokens of all rows together: give one name for all."
                 )
             self._check_unmerged()
-            names = tuple(adapter_names[:1])
-        if self._disable_adapters or self.merged_adapters:
+            names = tuple(rows[:1])
+        if self.merged_adapters or not names:
             return self.base_layer(*args, **kwargs)
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:

@@ -100,14 +100,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return self._run(self.names_in_use(), adapter_names, *args, **kwargs)
 
     def _run_part(self, current: Pass, part: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a layer that the pass has prepared.
-
-        Args:
-            current: the pass that runs.
-            part: what :meth:`part` gave, with the blocks in the weights or beside them.
-            args: what the base layer takes.
-            kwargs: what else the base layer takes.
-        """
+        """The forward of a layer that the current pass has prepared, given what :meth:`part` said then."""
         raise AssertionError(f"A {type(self).__name__} has no part in passes.")
 
     @abstractmethod
@@ -200,6 +193,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def _rows(self, adapter_names: list[str] | None) -> list[str] | None:
+        """The adapters of the rows, where each has its own and adapters are switched on; what is merged goes if not."""
+        if not self._disable_adapters:
+            return adapter_names
+        if self.merged_adapters:
+            self.unmerge()
+        return None
 
     def _check_unmerged(self) -> None:
         if self.merged:
