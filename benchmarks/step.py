@@ -10,6 +10,7 @@ parameter: its backward runs through to the embeddings' output, which requires a
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +24,12 @@ from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from diablo.methods import count_parameters
 from diablo.models import load_model, resolve_model
 from diablo.results import write_record
+from diablo.tuner import DiabloLayer
 from diablo.tuner.targets import PAPER_TARGETS
 
 QUESTION = "a training step of a language model, as a ratio to the frozen model's"
 RANDOM = "random-0.5b"
+SWEEPS = "the four sweeps"
 METHODS = f"{FROZEN},{IN_PLACE},{BESIDE},LoRA,DoRA,MiSS,SHiRA,C3A,OFT"
 
 
@@ -45,6 +48,19 @@ def language_model(name: str, dtype: torch.dtype) -> Any:
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype)
+
+
+def sweeps_of(model: nn.Module) -> Callable[[], None]:
+    """What a step in place does beside its products: the blocks are written and taken out twice."""
+    layers = [layer for layer in model.modules() if isinstance(layer, DiabloLayer)]
+    sweep = layers[0].passes.plan(layers).sweep
+
+    def run() -> None:
+        for _ in range(2):
+            sweep.write()
+            sweep.restore()
+
+    return run
 
 
 def main(
@@ -82,7 +98,11 @@ def main(
         return step, adapted
 
     steppers = {name: stepper(name) for name in methods.split(",")}
-    times = time_interleaved({name: step for name, (step, _) in steppers.items()}, rounds, where)
+    timed = {name: step for name, (step, _) in steppers.items()}
+    if IN_PLACE in steppers:
+        timed[SWEEPS] = sweeps_of(steppers[IN_PLACE][1])
+    times = time_interleaved(timed, rounds, where)
+    sweeps = times.pop(SWEEPS, None)
     results = [
         {
             "method": name,
@@ -108,6 +128,10 @@ def main(
             for row in results
         ],
     )
+    if sweeps is not None:
+        share = paired_ratio(sweeps, times[IN_PLACE])
+        results.append({"method": SWEEPS, "median_seconds": sweeps.median, "ratio_to_in_place": share})
+        print(f"\n{SWEEPS}: {sweeps.median * 1e3:.1f} ms, {share:.2%} of the step in place")
     settings = {
         "model": model,
         "dtype": dtype,

@@ -31,8 +31,12 @@ def _step(record: dict[str, Any]) -> None:
     rows = [
         [row["method"], f"{row['parameters']:,}", row["ratio_to_frozen"], round(row["tokens_per_second"])]
         for row in record["results"]
+        if "parameters" in row
     ]
     print_table(["method", "parameters", "ratio to frozen", "tokens/s"], rows)
+    for row in record["results"]:
+        if "ratio_to_in_place" in row:
+            print(f"\n{row['method']}: {row['median_seconds'] * 1e3:.1f} ms, {row['ratio_to_in_place']:.2%}")
 
 
 def _switching(record: dict[str, Any]) -> None:

@@ -88,6 +88,10 @@ class Tile:
         """The input features that the run reads: ``(tokens, in_features)`` -> ``(count, tokens, block_in)``, a view."""
         return _split(x, self.count, self.in_start, self.block_in)
 
+    def of_input_transposed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as ``(count, block_in, tokens)``."""
+        return _split(x, self.count, self.in_start, self.block_in, transposed=True)
+
     def of_output(self, y: torch.Tensor) -> torch.Tensor:
         """The output features that the run writes: ``(tokens, out_features)`` -> ``(count, tokens, block_out)``."""
         return _split(y, self.count, self.out_start, self.block_out)
@@ -340,14 +344,20 @@ def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def _split(features: torch.Tensor, count: int, start: int, size: int) -> torch.Tensor:
-    """``(tokens, features)`` -> ``(count, tokens, size)``: runs of neighbouring features from ``start`` on, a view."""
+def _split(features: torch.Tensor, count: int, start: int, size: int, transposed: bool = False) -> torch.Tensor:
+    """``(tokens, features)`` -> ``(count, tokens, size)``: runs of neighbouring features from ``start`` on, a view.
+
+    Or ``(count, size, tokens)``, transposed.
+    """
     if type(features) is not torch.Tensor:
         # A compiler wants to know which features are read, and not where they lie.
-        return features.narrow(1, start, count * size).unflatten(1, (count, size)).transpose(0, 1)
+        runs = features.narrow(1, start, count * size).unflatten(1, (count, size))
+        return runs.permute(1, 2, 0) if transposed else runs.transpose(0, 1)
     # In one call, since layers with few tokens wait for the calls and not for the products.
     token, feature = features.stride()
     shape, strides = (count, features.shape[0], size), (size * feature, token, feature)
+    if transposed:
+        shape, strides = (count, size, features.shape[0]), (size * feature, feature, token)
     if start == 0:
         return features.as_strided(shape, strides)
     return features.as_strided(shape, strides, features.storage_offset() + start * feature)

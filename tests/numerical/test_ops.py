@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diablo import BlockLayout, block_diagonal_linear, block_diagonal_linear_reference
+from diablo.ops.linear import outer_product
 
 ALL_LAYOUTS = pytest.mark.parametrize("size", LAYOUTS.values(), ids=LAYOUTS.keys())
 # gradcheck takes one forward pass for each entry: the large layouts are compared with the dense product instead.
@@ -332,3 +333,16 @@ def test_fast_equals_loop_and_dense_for_any_size(data):
     assert_close(y, expected)
     for actual, grad in zip(torch.autograd.grad(y, (x, blocks), weights), wanted, strict=True):
         assert_close(actual, grad)
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+@pytest.mark.parametrize("sizes", [(8, 24), (24, 8), (9, 24), (24, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_lies_in_memory_as_the_parameter_does(sizes, dtype, tokens):
+    layout = BlockLayout(*sizes, 4)
+    x, grad_y = torch.randn(tokens, sizes[0], dtype=dtype), torch.randn(tokens, sizes[1], dtype=dtype)
+    with torch.no_grad():
+        grad = outer_product(x, grad_y, layout, torch.float32)
+    assert grad.is_contiguous()
+    assert grad.dtype == torch.float32
+    assert tuple(grad.shape) == layout.blocks_shape

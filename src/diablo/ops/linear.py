@@ -175,7 +175,10 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
         return kernels.outer_product(x, grad_y, layout, dtype)
     if layout.is_even:
         product = _tile_product(x, grad_y, layout.tiles[0])
-        return product if product.dtype is dtype else product.to(dtype)
+        if product.dtype is dtype and product.is_contiguous():
+            return product
+        # Some optimizers take the gradient for one row of numbers, as the parameter is.
+        return product.new_empty(layout.blocks_shape, dtype=dtype).copy_(product)
     # Entries outside the matrix are in no tile: they keep the zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     for tile in layout.tiles:
@@ -186,7 +189,7 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
 def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
     """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
     if x.shape[0] <= _FEW_TOKENS:
-        return torch.bmm(tile.of_input(x).transpose(1, 2), tile.of_output(grad_y))
+        return torch.bmm(tile.of_input_transposed(x), tile.of_output(grad_y))
     if tile.block_in > tile.block_out:
         # Matrix units do best with the narrower operand's columns as the product's rows.
         return _tile_product(grad_y, x, tile.transposed).transpose(1, 2)
