@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import pytest
 import test_in_place
 import torch
-from peft import inject_adapter_in_model
+from peft import get_peft_model, inject_adapter_in_model
 from test_in_place import BY_NAME, assert_same_gradients, gradients, inputs, loss_of, trainable, twins
 from tiny_models import assert_same_bits, base_weights, fill, llama, tuner_layers
 from torch import nn
@@ -355,6 +355,44 @@ def test_a_recomputation_uses_the_adapters_of_its_forward(in_place, use_reentran
     names = {name.split(".")[-1] for name in gradients(expected)}
     assert names == {"default", "other"}
     assert_same_gradients(model, expected)
+
+
+class ReturnsItsInputToo(nn.Module):
+    """Three squares after a linear layer, recomputed, and the input as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.lin(x).square().square().square(), x, use_reentrant=False), x
+
+
+def test_a_module_that_returns_what_another_pass_gave_does_not_take_its_recomputation_over():
+    torch.manual_seed(0)
+    base = ReturnsItsInputToo()
+    grads = []
+    for in_place in (True, False):
+        config = DiabloConfig(num_blocks=2, target_modules=["lin"], in_place=in_place)
+        model = with_other(fill(get_peft_model(copy.deepcopy(base), config))).train()
+        model.base_model.set_adapter("default")
+        x = torch.full((3, 8), 0.5, requires_grad=True)
+        first, _ = model(x)
+        model.base_model.set_adapter("other")
+        second, again = model(first)
+        (second.sum() + again.sum()).backward()
+        grads.append(x.grad)
+    dense = copy.deepcopy(base)
+    x = torch.full((3, 8), 0.5, requires_grad=True)
+    y = x
+    total = 0
+    for name in ("default", "other"):
+        weight = dense.lin.weight.detach() + tuner_layers(model)["lin"].get_delta_weight(name).detach()
+        total = total + (y.sum() if name == "other" else 0)
+        y = nn.functional.linear(y, weight, dense.lin.bias).square().square().square()
+    (total + y.sum()).backward()
+    for grad in grads:
+        assert (grad - x.grad).norm() <= 1e-5 * x.grad.norm()
 
 
 @pytest.mark.parametrize("settings", [{"in_place": True}, {"in_place": False}, {"diablo_dropout": 0.1}], ids=str)

@@ -174,8 +174,11 @@ class Pass:
         """
         if torch.is_grad_enabled():
             for output in tree_leaves(result):
-                if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-                    output.grad_fn.register_prehook(lambda _: self.reach())
+                node = output.grad_fn if isinstance(output, torch.Tensor) else None
+                # A module may return what it was given, which is another pass's.
+                if node is not None and "diablo" not in node.metadata:
+                    node.metadata["diablo"] = "marked"
+                    node.register_prehook(lambda _: self.reach())
 
 
 class Passes:
