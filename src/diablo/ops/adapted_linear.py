@@ -110,10 +110,11 @@ class _Linear(torch.autograd.Function):
         lower: torch.dtype | None,
         *blocks: torch.Tensor,
     ) -> torch.Tensor:
-        # The blocks are kept so that autograd notices where they are overwritten before backward. The weight is not,
-        # since every pass writes to it; `reach` sees to it that it is right when it is read. What is kept hangs on the
-        # pass and not on the moment, so that a recomputation under checkpointing keeps the same.
-        ctx.save_for_backward(x if linear.is_trained else None, *blocks)
+        # Blocks and weight are kept so that autograd notices where they are overwritten before backward. A weight with
+        # blocks in it is not, since every pass writes to it; `reach` sees to it that it is right when it is read. What
+        # is kept hangs on the pass and not on the moment, so that a recomputation under checkpointing keeps the same.
+        kept = linear.weight if linear.is_beside else None
+        ctx.save_for_backward(x if linear.is_trained else None, kept, *blocks)
         ctx.linear, ctx.reach, ctx.lower = linear, reach, lower
         y = product(x, linear.weight, bias, lower)
         if linear.is_beside:
@@ -126,7 +127,7 @@ class _Linear(torch.autograd.Function):
         (grad_y,) = grads
         # Before what is kept is asked for: under checkpointing, that runs the layers forward again.
         ctx.reach()
-        x, *blocks = ctx.saved_tensors
+        x, _, *blocks = ctx.saved_tensors
         linear, lower, needed = ctx.linear, ctx.lower, ctx.needs_input_grad
         grad_x = grad_bias = None
         if needed[0] and torch.is_grad_enabled():

@@ -91,13 +91,18 @@ class _TorchTable:
 
     def __init__(self, weights: list[torch.Tensor], blocks: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
         self._weights, self._blocks, self._saved = weights, blocks, saved
+        self._is_saved = False
 
     def write(self) -> None:
         torch._foreach_copy_(self._saved, self._weights)
+        # From here on, and not before, an interruption has to be followed by a restore.
+        self._is_saved = True
         torch._foreach_add_(self._weights, self._blocks)
 
     def restore(self) -> None:
-        torch._foreach_copy_(self._weights, self._saved)
+        if self._is_saved:
+            torch._foreach_copy_(self._weights, self._saved)
+            self._is_saved = False
 
 
 class _KernelTable:
@@ -105,14 +110,22 @@ class _KernelTable:
 
     def __init__(self, table: _Table, weights: list[torch.Tensor]) -> None:
         self._table, self._weights = table, weights
+        self._is_saved = False
 
     def write(self) -> None:
-        self._table.write()
+        try:
+            self._table.write()
+        finally:
+            # Where the launch was interrupted, nobody knows whether it came to pass: the values before are then those
+            # of the last write.
+            self._is_saved = True
         self._tell_autograd()
 
     def restore(self) -> None:
-        self._table.restore()
-        self._tell_autograd()
+        if self._is_saved:
+            self._table.restore()
+            self._is_saved = False
+            self._tell_autograd()
 
     def _tell_autograd(self) -> None:
         # A kernel writes to addresses. A graph that has kept one of the weights must notice, and raise an error.

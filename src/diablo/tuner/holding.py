@@ -9,11 +9,15 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diablo.tuner.in_place import hooks_of
 from diablo.tuner.layer import DiabloLayer
-from diablo.tuner.passes import Watched
+from diablo.tuner.passes import LAYERS, Watched
 from diablo.tuner.weights import Weight
+
+# The numbers of the layers that have ever seen a weight.
+_HOLDERS: Any = WeakIdKeyDictionary()
 
 
 class HoldingLayer(DiabloLayer):
@@ -46,8 +50,19 @@ class HoldingLayer(DiabloLayer):
             is_shared: whether another module of the model has one of them too.
         """
         self._can_hold = not is_shared and self.obstacle() is None
-        parameters = self.base_layer._parameters
-        self._seen = {name: ref(parameters[name]) for name in self.weights} if self._can_hold else {}  # type: ignore
+        self._seen = {}
+        if self._can_hold:
+            for name in self.weights:
+                weight: Any = self.base_layer._parameters[name]
+                self._seen[name] = ref(weight)
+                _HOLDERS.setdefault(weight, set()).add(self.number)
+                for other in self._others(weight):
+                    other.passes.forget()
+
+    def _others(self, weight: torch.Tensor) -> list[DiabloLayer]:
+        """Layers of other models that would write blocks into a weight."""
+        layers = (LAYERS.get(number) for number in _HOLDERS.get(weight, ()))
+        return [layer for layer in layers if layer is not None and layer.passes is not self.passes]
 
     def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
         """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights.
@@ -89,6 +104,9 @@ class HoldingLayer(DiabloLayer):
             for name, seen in self._seen.items()
         ):
             return "its weight was trained, tied, sharded or replaced"
+        seen = (own() for own in self._seen.values())
+        if any(self._others(weight) for weight in seen if weight is not None):
+            return "another adapted model has its weight too"
         return None
 
     def watched(self, names: tuple[str, ...]) -> Watched:
@@ -96,7 +114,9 @@ class HoldingLayer(DiabloLayer):
         parameters = self.base_layer._parameters
         own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters]
         modules: dict[str, Any] = self._modules
-        return Watched([(modules, "base_layer"), *own, *self._block_tables(names)], self._hooks())
+        dropout = [(self.diablo_dropout._modules, name) for name in names]
+        places = [(modules, "base_layer"), *own, *self._block_tables(names), *dropout]
+        return Watched(places, self._hooks(), [vars(self.base_layer)])
 
     @abstractmethod
     def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
@@ -114,7 +134,7 @@ class HoldingLayer(DiabloLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # References that are not held cannot be pickled.
-        return self.__dict__ | {"_seen": {}}
+        return super().__getstate__() | {"_seen": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout, Layout
@@ -352,10 +354,37 @@ class DiabloParameters(HoldingLayer):
 
     def _run_part(self, current: Pass, part: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = {name: self.weights[name].original(trained_diagonal(*own)) for name, own in part.items()}
-        result = functional_call(self.base_layer, parameters, args, kwargs)
-        # The module's backward reads the parameters, where other blocks may stand by then.
-        current.mark(result)
+        with _Readers(current, [own[0] for own in part.values()]):
+            return functional_call(self.base_layer, parameters, args, kwargs)
+
+
+class _Readers(TorchFunctionMode):
+    """Sees to it that the blocks stand in weights whenever a backward reads these, wherever it comes from.
+
+    Args:
+        current: the pass that runs.
+        weights: the weights.
+    """
+
+    def __init__(self, current: Pass, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._current = current
+        self._storages = {weight.untyped_storage()._cdata for weight in weights}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        if any(own.layout is torch.strided and own.untyped_storage()._cdata in self._storages for own in given):
+            self._current.mark(result, self._reach)
         return result
+
+    def _reach(self) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Second derivatives cannot be had through parameters that are adapted in place, such as fused experts: "
+                "set in_place=False."
+            )
+        self._current.reach()
 
 
 def adapt_module(module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> DiabloLayer:

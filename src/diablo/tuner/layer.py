@@ -82,15 +82,16 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return self._run_compiled(adapter_names, *args, **kwargs)
         # Layers with few tokens wait for these lines: nothing is asked here that the pass has settled.
-        current = self.passes.running.get(get_ident())
-        if current is not None:
+        passes = self.passes
+        current = passes.running.get(get_ident())
+        if current is not None and current.changes == passes.changes:
             plan = current.plan
             part = plan.parts.get(self.number)
             if part is not None and adapter_names is None:
                 return self._run_part(current, part, *args, **kwargs)
             if part is None and (names := plan.names.get(self.number)) is not None:
                 return self._run(names, adapter_names, *args, **kwargs)
-        with self.passes.begin([self], (args, kwargs), bare=adapter_names is not None) as current:
+        with passes.begin([self], (args, kwargs), bare=adapter_names is not None) as current:
             result = self.forward(*args, adapter_names=adapter_names, **kwargs)
             current.mark(result)
         return result
@@ -313,14 +314,18 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
         return parameter.detach()
 
-    def _matrices(self) -> dict[str, torch.Tensor]:
-        """The weights, to merge into them or restore them."""
+    def _check_base(self) -> None:
+        """Refuse to take a weight for the base's, or to change it, in the middle of a pass."""
         written = self.passes.written
         if written is not None and self.number in written.held:
             raise RuntimeError(
-                "Adapters cannot be merged or unmerged while a forward or a backward runs, which has blocks in the "
-                "weights: do it before or after."
+                "A model whose adapters are trained in place cannot be saved, loaded, copied, moved or merged in the "
+                "middle of a forward or a backward, which has blocks in the weights: do it before or after."
             )
+
+    def _matrices(self) -> dict[str, torch.Tensor]:
+        """The weights, to merge into them or restore them."""
+        self._check_base()
         return {name: self._weight(name) for name in self.weights}
 
     @torch.no_grad()
@@ -351,9 +356,23 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._check_base()
         # Plans refer to the weights as they are, and torch does not move a DTensor that others refer to.
         self.passes.forget()
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        # The base layer is saved after this.
+        self._check_base()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._check_base()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_base()
+        return self.__dict__
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(

@@ -319,8 +319,9 @@ class DiabloModel(BaseTuner):
         return layouts
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         disconnect(self.model)
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return unloaded
 
     def _layers(self) -> dict[str, DiabloLayer]:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLayer)}

@@ -9,8 +9,9 @@ has finished. Whoever looks at a weight at any other time sees the base's, to th
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping, Sequence
-from operator import attrgetter, getitem, is_
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter, getitem, is_, methodcaller
 from threading import RLock, get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -30,7 +31,12 @@ LAYERS: WeakValueDictionary[int, DiabloLayer] = WeakValueDictionary()
 _CHOICE = attrgetter("_active_adapter", "_disable_adapters", "merged_adapters")
 _ADDRESS = torch.Tensor.data_ptr
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_HAS_FORWARD = methodcaller("__contains__", "forward")
 _MOST_PLANS = 4
+_TWO_THREADS = (
+    "Two threads run one model that needs different values in its weights for each: run one after the other, set "
+    "in_place=False, or load the adapters for inference, where they stand beside the weights."
+)
 
 
 class Watched(NamedTuple):
@@ -39,10 +45,12 @@ class Watched(NamedTuple):
     Attributes:
         places: tensors and modules, each by torch's table of them and its key there.
         hooks: tables of hooks that are empty, or are not.
+        namespaces: attributes of modules, among which there is a forward of their own, or is not.
     """
 
     places: Sequence[tuple[dict[str, Any], str]] = ()
     hooks: Sequence[Mapping[int, Any]] = ()
+    namespaces: Sequence[dict[str, Any]] = ()
 
 
 class Plan:
@@ -88,6 +96,9 @@ class Plan:
         self._trained = list(map(_REQUIRES_GRAD, self._parameters))
         self._hooks = [hooks for own in watched for hooks in own.hooks]
         self._hooked = list(map(bool, self._hooks))
+        self._namespaces = [namespace for own in watched for namespace in own.namespaces]
+        self._overridden = list(map(_HAS_FORWARD, self._namespaces))
+        self._types = list(map(type, self._found))
 
     def is_there(self) -> bool:
         """Whether the weights and parameters are still the same ones, where they were."""
@@ -99,11 +110,13 @@ class Plan:
         return list(map(_ADDRESS, self._parameters)) == self._addresses
 
     def is_chosen(self, layers: Sequence[DiabloLayer]) -> bool:
-        """Whether the adapters are chosen, trained and frozen as they were, and hooks registered."""
+        """Whether the adapters are chosen, trained and frozen as they were, and the base layers compute as they did."""
         return (
             list(map(_CHOICE, layers)) == self._choices
             and list(map(_REQUIRES_GRAD, self._parameters)) == self._trained
             and list(map(bool, self._hooks)) == self._hooked
+            and list(map(_HAS_FORWARD, self._namespaces)) == self._overridden
+            and list(map(type, self._found)) == self._types
         )
 
     def covers(self, layers: Sequence[DiabloLayer]) -> bool:
@@ -129,56 +142,78 @@ class Pass:
 
     Attributes:
         plan: what it uses and writes.
+        changes: how often the choice of adapters had changed when it began.
         is_claimed: whether a module has taken it on itself to mark what the forward returns.
     """
 
     def __init__(self, passes: Passes, plan: Plan) -> None:
         self._passes, self.plan = passes, plan
+        self.changes = passes.changes
         self.is_claimed = False
+        self._outer: Pass | None = None
+        self._thread = get_ident()
 
     def __enter__(self) -> Pass:
-        passes, thread = self._passes, get_ident()
-        with passes.lock:
-            self._outer = passes.running.get(thread)
-            passes.running[thread] = self
-            passes.opened += 1
-            try:
+        passes = self._passes
+        try:
+            with passes.lock:
+                passes.check_no_other_backward(self.plan)
+                self._outer = passes.running.get(self._thread)
+                passes.running[self._thread] = self
                 passes.put(self.plan)
-            except BaseException:
-                self.__exit__()
-                raise
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        passes, thread = self._passes, get_ident()
+        try:
+            self._close()
+        except BaseException:
+            # Ctrl-C comes between any two lines. What was done can be done again.
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        passes = self._passes
         with passes.lock:
-            passes.opened -= 1
-            if self._outer is None:
-                del passes.running[thread]
-            else:
-                passes.running[thread] = self._outer
-            # A graph may hold this pass for long.
-            self._outer = None
+            inner = passes.running.get(self._thread)
+            if inner is self and self._outer is not None:
+                passes.running[self._thread] = self._outer
+            elif inner is self:
+                del passes.running[self._thread]
+            # Generators may leave their contexts in another order.
+            while inner is not None and inner is not self:
+                if inner._outer is self:
+                    inner._outer = self._outer
+                inner = inner._outer
             passes.settle()
 
     def reach(self) -> None:
         """Make the weights, in a backward, what they were in this pass."""
         # Every layer asks, and the first of them has done it.
-        if self._passes.reached is not self.plan or torch._C._current_graph_task_id() not in self._passes.backwards:
-            self._passes.reach(self.plan)
+        passes = self._passes
+        if passes.reached is not self.plan or passes.reached_in != torch._C._current_graph_task_id():
+            passes.reach(self.plan)
 
-    def mark(self, result: Any) -> None:
-        """See to it that a backward from what the forward returns comes through :meth:`reach` first.
+    def mark(self, result: Any, before: Callable[[], None] | None = None) -> None:
+        """See to it that a backward from tensors comes through :meth:`reach` first.
 
-        A recomputation under checkpointing then uses the adapters of this pass, whichever are active by that time.
+        Marked are the outputs of a forward, so that a recomputation under checkpointing uses the adapters of this pass,
+        whichever are active by that time, and the outputs of what reads weights in a backward of its own.
+
+        Args:
+            result: tensors, in whatever they are put into.
+            before: called in place of :meth:`reach`.
         """
         if torch.is_grad_enabled():
+            before = before or self.reach
             for output in tree_leaves(result):
-                node = output.grad_fn if isinstance(output, torch.Tensor) else None
+                node: Any = output.grad_fn if isinstance(output, torch.Tensor) else None
                 # A module may return what it was given, which is another pass's.
                 if node is not None and "diablo" not in node.metadata:
                     node.metadata["diablo"] = "marked"
-                    node.register_prehook(lambda _: self.reach())
+                    node.register_prehook(lambda _: before())
 
 
 class Passes:
@@ -188,23 +223,24 @@ class Passes:
 
     Attributes:
         running: the innermost forward of each thread.
-        opened: how many forwards and backwards run.
         written: the plan whose blocks stand in the weights; None for the base values.
         lock: held while any of these changes.
         changes: how often the choice of adapters has changed.
         backwards: the backwards that run, by the number that autograd's engine gives them.
-        reached: the plan whose gradients the backward has come to.
+        reached: the plan whose gradients a backward has come to last.
+        reached_in: the number of that backward.
     """
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.running: dict[int, Pass] = {}
-        self.opened = 0
         self.written: Plan | None = None
         self.changes = 0
         self._plans: dict[Hashable, list[Plan]] = {}
-        self.backwards: set[int] = set()
+        # The engine holds them: one that it has dropped is no longer among these.
+        self.backwards: WeakValueDictionary[int, _End] = WeakValueDictionary()
         self.reached: Plan | None = None
+        self.reached_in = -1
         self._changes_before = 0
         self._recomputable: set[tuple[str, ...]] = set()
 
@@ -280,10 +316,7 @@ class Passes:
         if self.written is plan:
             return
         if any(thread != get_ident() for thread in self.running):
-            raise RuntimeError(
-                "Two threads run one model that needs different values in its weights for each: run one after the "
-                "other, set in_place=False, or load the adapters for inference, where they stand beside the weights."
-            )
+            raise RuntimeError(_TWO_THREADS)
         if self.written is not None:
             self.written.sweep.restore()
             self.written = None
@@ -297,44 +330,45 @@ class Passes:
         current = self.current()
         if current is not None:
             self.put(current.plan)
-        elif not self.opened:
-            self.put(None)
-        elif self.reached is not None:
+        elif self.backwards:
             self.put(self.reached)
+        elif not self.running:
+            self.put(None)
 
     def reach(self, plan: Plan) -> None:
         """Make the weights, in a backward, those of a plan; the base values are back when the backward has ended."""
         backward = torch._C._current_graph_task_id()
-        if backward not in self.backwards:
-            self._join(backward)
-        self.reached = plan
-        if self.written is not plan:
-            with self.lock:
-                plan.check_unmerged()
-                self.put(plan)
+        with self.lock:
+            if backward not in self.backwards:
+                if not self.backwards:
+                    self._changes_before = self.changes
+                end = self.backwards[backward] = _End(self, backward)
+                Variable._execution_engine.queue_callback(end)
+            plan.check_unmerged()
+            self.put(plan)
+            # Last: threads of other devices go on as soon as they see it.
+            self.reached, self.reached_in = plan, backward
 
     def finish(self, backward: int) -> None:
-        """Take leave of a backward."""
+        """Take leave of a backward; what was done can be done again."""
         with self.lock:
-            if backward in self.backwards:
-                self.backwards.remove(backward)
-                self.opened -= 1
-                if not self.backwards:
-                    self.reached = None
-                    self._recomputable.clear()
-                self.settle()
-
-    def _join(self, backward: int) -> None:
-        with self.lock:
+            self.backwards.pop(backward, None)
+            if self.reached_in == backward:
+                self.reached_in = -1
             if not self.backwards:
-                self._changes_before = self.changes
-            self.backwards.add(backward)
-            self.opened += 1
-            try:
-                Variable._execution_engine.queue_callback(_End(self, backward))
-            except BaseException:
-                self.finish(backward)
-                raise
+                self.reached = None
+                self._recomputable.clear()
+            self.settle()
+
+    def check_no_other_backward(self, plan: Plan) -> None:
+        """Refuse a forward that needs other values in the weights than a backward of another thread.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        wanted = plan if plan.writes else None
+        if self.backwards and torch._C._current_graph_task_id() == -1 and self.written is not wanted:
+            raise RuntimeError(_TWO_THREADS)
 
     def _plan_of_backward(self, layers: Sequence[DiabloLayer]) -> Plan:
         if self.reached is not None and self.reached.covers(layers):
@@ -354,13 +388,18 @@ class _End:
     """What autograd's engine calls when a backward has ended, or drops, uncalled, when it has failed."""
 
     def __init__(self, passes: Passes, backward: int) -> None:
-        self._passes, self._backward = passes, backward
+        self._finish = partial(passes.finish, backward)
 
     def __call__(self) -> None:
-        self._passes.finish(self._backward)
+        try:
+            self._finish()
+        except BaseException:
+            # Likewise for Ctrl-C.
+            self._finish()
+            raise
 
     def __del__(self) -> None:
-        self._passes.finish(self._backward)
+        self()
 
 
 def _any_requires_grad(inputs: Any) -> bool:

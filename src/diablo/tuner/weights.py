@@ -123,7 +123,7 @@ def is_distributed(tensor: torch.Tensor | None) -> bool:
 
 
 class Owners:
-    """Which modules of a model share a weight.
+    """Which modules of a model share a weight, also where one module has several places in the model.
 
     Args:
         model: the model.
@@ -131,10 +131,17 @@ class Owners:
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = {}
-        for name, module in model.named_modules():
-            for weight in module._parameters.values():
-                if weight is not None:
-                    self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
+        self._add("", model)
+        # Every place of a module, of which `named_modules` gives the first alone.
+        for name, parent in model.named_modules():
+            for own, module in parent._modules.items():
+                if module is not None:
+                    self._add(f"{name}.{own}".lstrip("."), module)
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        for weight in module._parameters.values():
+            if weight is not None:
+                self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
 
     def of(self, weight: torch.Tensor | None) -> list[str]:
         """The names of the modules that have the weight."""
