@@ -21,6 +21,7 @@ from diablo.tuner.holding import HoldingLayer
 from diablo.tuner.kinds import DiabloParameters, adapt_module
 from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.openers import adapted_layers, connect, disconnect
+from diablo.tuner.passes import left
 from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
 from diablo.tuner.targets import (
     Target,
@@ -419,7 +420,7 @@ class DiabloModel(BaseTuner):
         layers = adapted_layers(self.model)
         if torch.compiler.is_compiling() or not layers:
             return nullcontext()
-        return layers[0].passes.begin(layers, inputs, bare)
+        return left(layers[0].passes.begin(layers, inputs, bare))
 
     def _encoder_modules(self) -> set[nn.Module]:
         config = getattr(self.model, "config", None)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.passes import left
 
 
 class Opener:
@@ -38,7 +39,7 @@ class Opener:
         passes = layers[0].passes
         current = passes.current()
         if current is None or current.changes != passes.changes:
-            with passes.begin(layers, (args, kwargs)) as current:
+            with left(passes.begin(layers, (args, kwargs))) as current:
                 return self._marked(current, *args, **kwargs)
         if current.is_claimed:
             return self._forward(*args, **kwargs)

@@ -9,7 +9,8 @@ has finished. Whoever looks at a weight at any other time sees the base's, to th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter, getitem, is_, methodcaller
 from threading import RLock, get_ident
@@ -161,10 +162,10 @@ class Pass:
                 self._outer = passes.running.get(self._thread)
                 passes.running[self._thread] = self
                 passes.put(self.plan)
+            return self
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -214,6 +215,17 @@ class Pass:
                 if node is not None and "diablo" not in node.metadata:
                     node.metadata["diablo"] = "marked"
                     node.register_prehook(lambda _: before())
+
+
+@contextmanager
+def left(opened: Pass) -> Iterator[Pass]:
+    """A pass that is left even where Ctrl-C comes as it is being entered or left: twice does no harm."""
+    try:
+        with opened:
+            yield opened
+    except BaseException:
+        opened.__exit__()
+        raise
 
 
 class Passes:
@@ -386,6 +398,8 @@ class Passes:
 
 class _End:
     """What autograd's engine calls when a backward has ended, or drops, uncalled, when it has failed."""
+
+    _finish: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, passes: Passes, backward: int) -> None:
         self._finish = partial(passes.finish, backward)
