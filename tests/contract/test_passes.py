@@ -930,3 +930,33 @@ def test_layers_that_are_taken_out_of_a_model_are_freed():
     del model.get_base_model().model.layers[1]
     model(inputs(model, 1))
     assert gone() is None
+
+
+def test_a_slice_of_an_adapted_sequence_and_a_new_object_of_its_class_run():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model = fill(get_peft_model(base, DiabloConfig(num_blocks=2, target_modules=["0", "1"]))).train()
+    root, x = model.get_base_model(), torch.randn(3, 8)
+    assert torch.allclose(root[:2](x), root[1](root[0](x)), atol=1e-6)
+    assert torch.equal(type(root)(nn.Identity())(x), x)
+
+
+def test_classes_that_are_adapted_in_part_and_those_that_cannot_have_subclasses_are_left_alone(sweeps):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def __init_subclass__(cls, *, reason) -> None:
+            """As registries ask for."""
+
+        def forward(self, x):
+            return self.lin(x)
+
+    adapted = get_peft_model(Net(), DiabloConfig(num_blocks=2, target_modules=["lin"]))
+    adapted.get_base_model()(torch.randn(3, 8)).sum().backward()
+    assert type(adapted.get_base_model()) is Net
+    assert sweeps["restore"] == sweeps["write"]
+    model = get_peft_model(llama(), DiabloConfig(num_blocks=4, target_modules=["q_proj"], layers_to_transform=[0]))
+    layers = model.get_base_model().model.layers
+    # Who wraps layers by their class finds all of them.
+    assert type(layers[0]) is type(layers[1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
+import copyreg
+from functools import wraps
+from types import new_class
 from typing import Any
 from weakref import ref
 
@@ -14,110 +15,122 @@ from diablo.tuner.layer import DiabloLayer
 from diablo.tuner.passes import left
 
 
-class Opener:
-    """The forward of a module, called in a pass of the adapted layers inside of it.
+def connect(root: nn.Module) -> None:
+    """Let all adapted layers of a model share their passes, and every module around them open one when it is called.
 
-    It stands in the module as its attribute ``forward``, in the place of its class's. Hooks would not do: torch does
-    not call them where Ctrl-C ends a forward. It keeps neither the module nor the layers alive.
+    Such a module becomes an instance of a subclass of its class, under the same name: its forward is that of its class,
+    in a pass. Hooks would not do: torch does not call them where Ctrl-C ends a forward. Nor would a forward among its
+    attributes: the compiler would compile each layer of a model anew where they are compiled one by one.
 
     Args:
-        module: the module.
-        inner: the attribute ``forward`` that the module had; None where it was its class's.
+        root: the model, in which the adapted layers are already.
     """
+    layers = _layers_in(root)
+    # Graphs of adapters that were there before have the passes of their layers.
+    known = next((layer for module in root.modules() for layer in adapted_layers(module)), layers[0])
+    for layer in layers:
+        layer.passes = known.passes
+    modules = [module for module in root.modules() if not isinstance(module, DiabloLayer)]
+    around = [module for module in modules if _layers_in(module)]
+    # Who looks for the modules of a class, as wrappers do that shard layers, must find all of them or none.
+    others = set(modules) - set(around)
+    partly = {_plain(type(module)) for module in others}
+    for module in around:
+        plain = _plain(type(module))
+        if plain not in partly and (opening := _opening(plain)) is not None:
+            module.__class__ = opening
+            vars(module)["_diablo_inside"] = _Inside()
 
-    def __init__(self, module: nn.Module, inner: Any = None) -> None:
-        self._module, self._inner = ref(module), inner
+
+def disconnect(root: nn.Module) -> None:
+    """Make the modules of a model what they were before :func:`connect`."""
+    for module in root.modules():
+        vars(module).pop("_diablo_inside", None)
+        module.__class__ = _plain(type(module))
+
+
+def adapted_layers(module: nn.Module) -> list[DiabloLayer]:
+    """The adapted layers inside of a module that opens passes; none of another one."""
+    inside: _Inside | None = vars(module).get("_diablo_inside")
+    return [] if inside is None else inside.layers(module)
+
+
+class _Inside:
+    """The adapted layers inside of a module, which it does not keep alive; a copy of the module has others."""
+
+    def __init__(self) -> None:
         self._layers: list[ref[DiabloLayer]] | None = None
-        self.__signature__ = inspect.signature(module.forward)
-        self.__name__, self.__doc__ = "forward", module.forward.__doc__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, in a pass of its own where none runs, or one of adapters that are active no longer."""
-        # A compiled graph has its passes inside of its operators.
-        if torch.compiler.is_compiling() or not (layers := self.layers()):
-            return self._forward(*args, **kwargs)
+    def layers(self, module: nn.Module) -> list[DiabloLayer]:
+        if self._layers is None:
+            self._layers = [ref(layer) for layer in _layers_in(module)]
+        return [layer for own in self._layers if (layer := own()) is not None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Inside, ()
+
+
+def _layers_in(module: nn.Module) -> list[DiabloLayer]:
+    return [inner for inner in module.modules() if isinstance(inner, DiabloLayer)]
+
+
+def _plain(cls: type) -> type:
+    """The class that an opening one was made of, or the class itself."""
+    return vars(cls).get("_diablo_plain_class", cls)
+
+
+def _opening(plain: Any) -> type | None:
+    """The subclass of a module's class whose forward opens a pass; None where there can be none."""
+    for known in plain.__subclasses__():
+        if _plain(known) is plain:
+            return known
+    is_usual = plain.__reduce_ex__ is object.__reduce_ex__ and plain.__reduce__ is object.__reduce__
+    if plain.forward is nn.Module.forward or not is_usual:
+        return None
+
+    @wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A compiled graph has its passes inside of its operators. What was made of this class elsewhere, or is called
+        # by somebody who has kept the method of a model that was unloaded, opens none.
+        if torch.compiler.is_compiling() or not (layers := adapted_layers(self)):
+            return plain.forward(self, *args, **kwargs)
         passes = layers[0].passes
         current = passes.current()
         if current is None or current.changes != passes.changes:
-            with left(passes.begin(layers, (args, kwargs))) as current:
-                return self._marked(current, *args, **kwargs)
+            with left(passes.begin(layers, (args, kwargs))):
+                return forward(self, *args, **kwargs)
         if current.is_claimed:
-            return self._forward(*args, **kwargs)
-        return self._marked(current, *args, **kwargs)
-
-    def layers(self) -> list[DiabloLayer]:
-        """The adapted layers inside of the module; none after :meth:`close`."""
-        if self._layers is None:
-            module: Any = self._module()
-            self._layers = [ref(inner) for inner in module.modules() if isinstance(inner, DiabloLayer)]
-        return [layer for own in self._layers if (layer := own()) is not None]
-
-    def close(self) -> None:
-        """Open no more passes. Who has kept the forward, such as a hook of another library, may go on calling it."""
-        self._layers = []
-        module: Any = self._module()
-        if vars(module).get("forward") is self:
-            del module.forward
-            if self._inner is not None:
-                module.forward = self._inner
-
-    def _marked(self, current: Any, *args: Any, **kwargs: Any) -> Any:
+            return plain.forward(self, *args, **kwargs)
         current.is_claimed = True
         try:
-            result = self._forward(*args, **kwargs)
+            result = plain.forward(self, *args, **kwargs)
             current.mark(result)
         finally:
             current.is_claimed = False
         return result
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._inner is not None:
-            return self._inner(*args, **kwargs)
-        module: Any = self._module()
-        return type(module).forward(module, *args, **kwargs)
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class cannot be found by its name, which is that of the class it was made of.
+        kept: Any = object.__reduce_ex__(self, max(2, protocol))
+        _, (_, *args), *state = kept
+        return _new, (plain, *args), *state
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Opener:
-        # What holds this is the state of the module, whose copy is on its way.
-        module: Any = self._module()
-        return Opener(memo.get(id(module), module), copy.deepcopy(self._inner, memo))
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace.update(
+            __module__=plain.__module__,
+            __qualname__=plain.__qualname__,
+            __doc__=plain.__doc__,
+            __reduce_ex__=reduced,
+            forward=forward,
+            _diablo_plain_class=plain,
+        )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Opener, (self._module(), self._inner)
-
-
-def connect(root: nn.Module) -> None:
-    """Let all adapted layers of a model share their passes, and every module around them open one when it is called.
-
-    Args:
-        root: the model, in which the adapted layers are already.
-    """
-    layers = [inner for inner in root.modules() if isinstance(inner, DiabloLayer)]
-    # Graphs of adapters that were there before have the passes of their layers.
-    openers = [opener for module in root.modules() for opener in _openers_of(module)]
-    known = next((layer for opener in openers for layer in opener.layers()), layers[0])
-    for layer in layers:
-        layer.passes = known.passes
-    for opener in openers:
-        opener.close()
-    for module in root.modules():
-        has_forward = type(module).forward is not nn.Module.forward and not isinstance(module, DiabloLayer)
-        if has_forward and any(isinstance(inner, DiabloLayer) for inner in module.modules()):
-            module.forward = Opener(module, vars(module).get("forward"))
+    try:
+        return new_class(plain.__name__, (plain,), {}, fill)
+    except Exception:
+        # Some classes ask their subclasses for more. The layers inside then open their own passes.
+        return None
 
 
-def disconnect(root: nn.Module) -> None:
-    """Give the modules of a model the forwards that they had before :func:`connect`."""
-    for module in root.modules():
-        for opener in _openers_of(module):
-            opener.close()
-
-
-def adapted_layers(root: nn.Module) -> list[DiabloLayer]:
-    """The adapted layers inside of a module that :func:`connect` has seen; none of another one."""
-    opener = next(iter(_openers_of(root)), None)
-    return [] if opener is None else opener.layers()
-
-
-def _openers_of(module: nn.Module) -> list[Opener]:
-    # accelerate's hooks keep the forward that they have taken the place of, under another name.
-    return [value for value in vars(module).values() if isinstance(value, Opener)]
+def _new(plain: type, *args: Any) -> Any:
+    return copyreg.__newobj__(_opening(plain) or plain, *args)  # type: ignore[attr-defined]

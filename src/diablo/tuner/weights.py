@@ -131,17 +131,18 @@ class Owners:
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = {}
-        self._add("", model)
-        # Every place of a module, of which `named_modules` gives the first alone.
-        for name, parent in model.named_modules():
-            for own, module in parent._modules.items():
-                if module is not None:
-                    self._add(f"{name}.{own}".lstrip("."), module)
-
-    def _add(self, name: str, module: nn.Module) -> None:
-        for weight in module._parameters.values():
-            if weight is not None:
-                self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
+        modules: dict[str, nn.Module] = {}
+        places: set[tuple[int, str]] = set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            modules[name] = module
+            parent, _, own = name.rpartition(".")
+            # A module that is reached through a parent with two names has one place in it all the same.
+            place = (id(modules[parent]), own)
+            if place not in places:
+                places.add(place)
+                for weight in module._parameters.values():
+                    if weight is not None:
+                        self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
 
     def of(self, weight: torch.Tensor | None) -> list[str]:
         """The names of the modules that have the weight."""
