@@ -116,7 +116,7 @@ class _Linear(torch.autograd.Function):
         kept = linear.weight if linear.is_beside else None
         ctx.save_for_backward(x if linear.is_trained else None, kept, *blocks)
         ctx.linear, ctx.reach, ctx.lower = linear, reach, lower
-        y = product(x, linear.weight, bias, lower)
+        y = F.linear(x, linear.weight, bias) if lower is None else product(x, linear.weight, bias, lower)
         if linear.is_beside:
             for own, layout in zip(blocks, linear.layouts, strict=True):
                 accumulate(y, x, own, layout)

@@ -156,7 +156,7 @@ def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: L
         layout: the geometry.
         overwrite: what stood in the columns of the blocks is not added to, nor read.
     """
-    rows, target = as_rows(x), y.view(y.shape[:-1].numel(), y.shape[-1])
+    rows, target = as_rows(x), y if y.dim() == 2 else y.view(y.shape[:-1].numel(), y.shape[-1])
     if blocks.dtype is not x.dtype:
         blocks = blocks.to(x.dtype)
     for tile in layout.tiles:

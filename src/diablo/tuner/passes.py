@@ -99,7 +99,9 @@ class Plan:
         self._hooked = list(map(bool, self._hooks))
         self._namespaces = [namespace for own in watched for namespace in own.namespaces]
         self._overridden = list(map(_HAS_FORWARD, self._namespaces))
-        self._types = list(map(type, self._found))
+        # Modules alone: a tensor of another class is another object.
+        self._modules = [found for found in self._found if isinstance(found, torch.nn.Module)]
+        self._types = list(map(type, self._modules))
 
     def is_there(self) -> bool:
         """Whether the weights and parameters are still the same ones, where they were."""
@@ -117,7 +119,7 @@ class Plan:
             and list(map(_REQUIRES_GRAD, self._parameters)) == self._trained
             and list(map(bool, self._hooks)) == self._hooked
             and list(map(_HAS_FORWARD, self._namespaces)) == self._overridden
-            and list(map(type, self._found)) == self._types
+            and list(map(type, self._modules)) == self._types
         )
 
     def covers(self, layers: Sequence[DiabloLayer]) -> bool:
