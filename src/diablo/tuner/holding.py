@@ -126,8 +126,17 @@ class HoldingLayer(DiabloLayer):
         """The base layer's hooks, which would not be called."""
         return hooks_of(self.base_layer)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _let_go(self) -> None:
+        """Drop all references to the weights: torch does not move a DTensor that others refer to, be it weakly."""
+        for seen in self._seen.values():
+            if (weight := seen()) is not None:
+                _HOLDERS[weight].discard(self.number)
+                if not _HOLDERS[weight]:
+                    del _HOLDERS[weight]
         self._seen = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._let_go()
         super()._apply(fn, recurse)
         self.settle(not self._can_hold)
         return self
