@@ -417,8 +417,7 @@ class DiabloModel(BaseTuner):
                 handle.remove()
 
     def _pass(self, inputs: Any, bare: bool = False) -> AbstractContextManager[Any]:
-        layers = adapted_layers(self.model)
-        if torch.compiler.is_compiling() or not layers:
+        if torch.compiler.is_compiling() or not (layers := adapted_layers(self.model)):
             return nullcontext()
         return left(layers[0].passes.begin(layers, inputs, bare))
 

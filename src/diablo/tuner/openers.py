@@ -49,6 +49,8 @@ def disconnect(root: nn.Module) -> None:
         module.__class__ = _plain(type(module))
 
 
+# The compiler takes a reference that is not held for what it refers to.
+@torch.compiler.disable
 def adapted_layers(module: nn.Module) -> list[DiabloLayer]:
     """The adapted layers inside of a module that opens passes; none of another one."""
     inside: _Inside | None = vars(module).get("_diablo_inside")
@@ -81,9 +83,9 @@ def _plain(cls: type) -> type:
 
 def _opening(plain: Any) -> type | None:
     """The subclass of a module's class whose forward opens a pass; None where there can be none."""
-    for known in plain.__subclasses__():
-        if _plain(known) is plain:
-            return known
+    # The class keeps it: compiled graphs are of a class, and go with it.
+    if (known := vars(plain).get("_diablo_opening_class")) is not None:
+        return known
     is_usual = plain.__reduce_ex__ is object.__reduce_ex__ and plain.__reduce__ is object.__reduce__
     if plain.forward is nn.Module.forward or not is_usual:
         return None
@@ -126,10 +128,11 @@ def _opening(plain: Any) -> type | None:
         )
 
     try:
-        return new_class(plain.__name__, (plain,), {}, fill)
+        plain._diablo_opening_class = new_class(plain.__name__, (plain,), {}, fill)
     except Exception:
         # Some classes ask their subclasses for more. The layers inside then open their own passes.
         return None
+    return plain._diablo_opening_class
 
 
 def _new(plain: type, *args: Any) -> Any:
