@@ -394,7 +394,12 @@ def test_one_launch_for_each_pair_of_dtypes_and_nothing_else(monkeypatch):
 def test_tables_without_rows_and_rows_without_entries():
     kernels.DiagonalTable([], [], []).write()
     empty = torch.empty(0, 3, 2)
-    kernels.DiagonalTable([empty], [empty], [empty.clone()]).restore()
+    weight, blocks = torch.ones(2, 3, 2), torch.full((2, 3, 2), 0.5)
+    table = kernels.DiagonalTable([empty, weight], [empty, blocks], [empty.clone(), weight.clone()])
+    table.write()
+    assert torch.equal(weight, torch.full((2, 3, 2), 1.5))
+    table.restore()
+    assert torch.equal(weight, torch.ones(2, 3, 2))
 
 
 def test_errors_name_what_does_not_fit():
