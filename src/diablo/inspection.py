@@ -16,7 +16,7 @@ from diablo.checkpoints import adapter_folder, load_adapter, read_adapter_config
 from diablo.errors import UserError
 from diablo.layout import Layout
 from diablo.tuner import DiabloConfig, DiabloLayer
-from diablo.tuner.tensor_parallel import check_whole
+from diablo.tuner.layers.tensor_parallel import check_whole
 from diablo.tuner.weights import is_quantized
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig, preview_targets
-from diablo.tuner.in_place import compiled_linear
+from diablo.tuner.layers.in_place import compiled_linear
 
 BY_NAME = {case.name: case for case in CASES}
 LINEAR = ["mlp", "ragged", "overhang", "conv1d", "llama", "gpt2"]

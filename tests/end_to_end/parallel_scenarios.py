@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.distributed import DistributedConfig
 
 from diablo import DiabloConfig, convert_to_lora, hotswap_adapter
-from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.layers.base import DiabloLayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 STEPS = 3

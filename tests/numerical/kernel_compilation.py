@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from diablo import BlockLayout
 from diablo.ops import kernels
+from diablo.ops.kernels import gradient, table
 
 TARGETS = [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
 # What a program has of shared memory: on the smaller GPUs of Nvidia's that are supported, and on AMD's.
@@ -24,10 +25,10 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"
 class Compiler:
     """Stands in for a kernel, and compiles it with the arguments with which it is launched."""
 
-    def __init__(self, name, launched):
-        self.kernel = getattr(kernels, name)
+    def __init__(self, module, name, launched):
+        self.kernel = getattr(module, name)
         self.launched = launched
-        setattr(kernels, name, self)
+        setattr(module, name, self)
 
     def __getitem__(self, grid):
         return self.launch
@@ -66,8 +67,9 @@ class Compiler:
 def main():
     assert not kernels.INTERPRETED, "TRITON_INTERPRET is set"
     launched = set()
-    for name in ("_write", "_restore", "_outer_product", "_add_partial"):
-        Compiler(name, launched)
+    for module, names in ((table, ("_write", "_restore")), (gradient, ("_outer_product", "_add_partial"))):
+        for name in names:
+            Compiler(module, name, launched)
     for size, tokens, dtype in [
         ((128, 448, 2), 600, torch.bfloat16),
         ((144, 48, 16), 64, torch.bfloat16),
@@ -77,9 +79,9 @@ def main():
         x, grad_y = (torch.zeros(tokens, features, dtype=dtype) for features in size[:2])
         kernels.outer_product(x, grad_y, BlockLayout(*size), torch.float32)
     weight = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
-    table = kernels.DiagonalTable([weight], [weight.float()], [weight.clone()])
-    table.write()
-    table.restore()
+    diagonals = kernels.DiagonalTable([weight], [weight.float()], [weight.clone()])
+    diagonals.write()
+    diagonals.restore()
     for entry in sorted(map(str, launched)):
         print(entry)
 

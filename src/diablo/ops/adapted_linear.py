@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from diablo.layout import Layout
-from diablo.ops.linear import accumulate, as_rows, outer_product
+from diablo.ops.linear import accumulate, outer_product
+from diablo.ops.tile_product import as_rows
 
 
 class AdaptedLinear:

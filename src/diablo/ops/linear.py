@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diablo.layout import BlockLayout, Layout, Tile
+from diablo.layout import BlockLayout, Layout
 from diablo.ops.backend import kernels_for
+from diablo.ops.tile_product import FEW_TOKENS, as_rows, tile_product
 
 
 def block_diagonal_linear_reference(
@@ -164,17 +165,13 @@ def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: L
         tile.of_output(target).baddbmm_(tile.of_input(rows), own, beta=0 if overwrite else 1)
 
 
-# Up to here a product takes less time than the call that asks for it.
-_FEW_TOKENS = 64
-
-
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
-    is_small = x.is_cpu and x.shape[0] <= _FEW_TOKENS
+    is_small = x.is_cpu and x.shape[0] <= FEW_TOKENS
     if not is_small and (kernels := kernels_for(x.device)) is not None:
         return kernels.outer_product(x, grad_y, layout, dtype)
     if layout.is_even:
-        product = _tile_product(x, grad_y, layout.tiles[0])
+        product = tile_product(x, grad_y, layout.tiles[0])
         if product.dtype is dtype and product.is_contiguous():
             return product
         # Some optimizers take the gradient for one row of numbers, as the parameter is.
@@ -182,32 +179,5 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
     # Entries outside the matrix are in no tile: they keep the zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     for tile in layout.tiles:
-        tile.of_blocks(grad_blocks).copy_(_tile_product(x, grad_y, tile))
+        tile.of_blocks(grad_blocks).copy_(tile_product(x, grad_y, tile))
     return grad_blocks
-
-
-def _tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
-    if x.shape[0] <= _FEW_TOKENS:
-        return torch.bmm(tile.of_input_transposed(x), tile.of_output(grad_y))
-    if tile.block_in > tile.block_out:
-        # Matrix units do best with the narrower operand's columns as the product's rows.
-        return _tile_product(grad_y, x, tile.transposed).transpose(1, 2)
-    # Blocks whose rows fill less than a vector of 64 bytes are multiplied two at a time, though half of the product is
-    # thrown away: blocks of 9 x 9 in bf16 take four fifths of the time that they take one by one.
-    pair = 2 if tile.block_out * x.element_size() < 64 and tile.count % 2 == 0 else 1
-    paired = tile.grouped(pair)
-    inputs = paired.of_input(x)
-    if x.element_size() == 2 and x.device.type == "cpu":
-        # torch's product of 16-bit matrices is up to 4 times slower through these strides.
-        inputs = inputs.contiguous()
-    product = torch.bmm(inputs.transpose(1, 2), paired.of_output(grad_y))
-    split = product.view(paired.count, pair, tile.block_in, pair, tile.block_out)
-    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(tile.count, tile.block_in, tile.block_out)
-
-
-def as_rows(features: torch.Tensor) -> torch.Tensor:
-    """``(..., features)`` -> ``(tokens, features)``; a batch may be empty."""
-    if features.dim() == 2:
-        return features
-    return features.reshape(features.shape[:-1].numel(), features.shape[-1])

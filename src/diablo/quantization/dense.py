@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diablo.errors import UserError
-from diablo.tuner.quantized import check_backward, quantization_backend
+from diablo.tuner.layers.quantized import check_backward, quantization_backend
 from diablo.tuner.weights import is_quantized
 
 

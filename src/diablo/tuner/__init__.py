@@ -2,11 +2,16 @@
 
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.conversion import LoraConversion, convert_to_lora
-from diablo.tuner.kinds import DiabloConv, DiabloEmbedding, DiabloLinear, DiabloParameters
-from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.layers import (
+    DiabloConv,
+    DiabloEmbedding,
+    DiabloLayer,
+    DiabloLinear,
+    DiabloParameters,
+    DiabloQuantizedLinear,
+)
 from diablo.tuner.model import DiabloModel
 from diablo.tuner.preview import TargetPreview, preview_targets
-from diablo.tuner.quantized import DiabloQuantizedLinear
 from diablo.tuner.register import register
 from diablo.tuner.swapping import hotswap_adapter
 

@@ -12,9 +12,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from diablo.layout import BlockLayout
-from diablo.tuner.kinds import DiabloLinear
-from diablo.tuner.layer import DiabloLayer
-from diablo.tuner.tensor_parallel import check_whole
+from diablo.tuner.layers.base import DiabloLayer
+from diablo.tuner.layers.linear import DiabloLinear
+from diablo.tuner.layers.tensor_parallel import check_whole
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import peft
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
+from peft.utils.other import _get_submodules
 from torch import nn
 
-from diablo.layout import BlockLayout, Layout
+from diablo.layout import BlockLayout
+from diablo.tuner.combining import check_combination, combined_config, write_sum
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.holding import HoldingLayer
-from diablo.tuner.kinds import DiabloParameters, adapt_module
-from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.layers import DiabloLayer, DiabloParameters, adapt_module
+from diablo.tuner.layers.holding import HoldingLayer
+from diablo.tuner.layers.quantized import check_backward, keep_backward
+from diablo.tuner.layers.tensor_parallel import check_saved_modules
 from diablo.tuner.openers import adapted_layers, connect, disconnect
 from diablo.tuner.passes import left
-from diablo.tuner.quantized import DiabloQuantizedLinear, check_backward, keep_backward, quantization_backend
+from diablo.tuner.rows import BASE, names_for_rows
 from diablo.tuner.targets import (
     Target,
     default_target_modules,
@@ -30,7 +30,6 @@ from diablo.tuner.targets import (
     target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.tensor_parallel import DiabloParallelLinear, check_saved_modules, slices_of
 from diablo.tuner.weights import Owners, is_quantized
 
 
@@ -118,7 +117,7 @@ class DiabloModel(BaseTuner):
         new_module = (
             DiabloParameters(target, adapter_name, layouts, peft_config)
             if optional_kwargs.get("parameters")
-            else self._adapt_module(current_key, target, adapter_name, layouts["weight"], peft_config)
+            else adapt_module(self.model, current_key, target, adapter_name, layouts["weight"], peft_config)
         )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -153,17 +152,6 @@ class DiabloModel(BaseTuner):
                     f"in_place=True is impossible for {target.name}: {reason}. Set in_place='auto', which writes the "
                     "blocks into the weights where that is possible and adds their product beside elsewhere."
                 )
-
-    def _adapt_module(
-        self, name: str, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
-    ) -> DiabloLayer:
-        slices = slices_of(self.model, name, module)
-        if slices is not None:
-            return DiabloParallelLinear(module, adapter_name, layout, config, slices)
-        backend = quantization_backend(module, self.model)
-        if backend is not None:
-            return DiabloQuantizedLinear(module, adapter_name, layout, config, backend)
-        return adapt_module(module, adapter_name, layout, config)
 
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -248,76 +236,15 @@ class DiabloModel(BaseTuner):
             ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, the
                 adapters train more than blocks, or two of them cut a layer into different blocks.
         """
-        if combination_type != "linear":
-            raise ValueError(
-                f"combination_type={combination_type!r} does not exist for DiaBlo; allowed: 'linear', the weighted sum "
-                "of the blocks, which is exact."
-            )
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"add_weighted_adapter takes one weight for each adapter, got {len(adapters)} adapters and "
-                f"{len(weights)} weights."
-            )
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"The model has no adapters {', '.join(unknown)}; it has {', '.join(self.peft_config)}.")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"The model already has an adapter {adapter_name!r}: choose another name, or delete it.")
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
-        for name, config in zip(adapters, configs, strict=True):
-            if config.modules_to_save or config.bias != "none":
-                raise ValueError(
-                    f"The adapter {name!r} trains modules_to_save={config.modules_to_save} and bias={config.bias!r} "
-                    "beside its blocks; only adapters of blocks alone can be combined."
-                )
-        layouts = self._common_layouts(adapters)
-        self.peft_config[adapter_name] = replace(
-            configs[0],
-            target_modules=sorted(name for name, parameter in layouts if parameter is None),
-            target_parameters=sorted(f"{name}.{parameter}" for name, parameter in layouts if parameter) or None,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            # The names are whole, and an expression matches the end of a name.
-            block_pattern={
-                ".".join(filter(None, name)).replace(".", r"\."): layout.num_blocks
-                for name, layout in layouts.items()
-                if layout.num_blocks != configs[0].num_blocks
-            },
-        )
+        layers = self._layers()
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], layers, adapters)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        for layer in self._layers().values():
-            for weight_name, target in layer.blocks_of(adapter_name).items():
-                target.requires_grad_(False)
-                target.data.zero_()
-                for name, weight in zip(adapters, weights, strict=True):
-                    if (blocks := layer.blocks_of(name).get(weight_name)) is not None:
-                        target.data.add_(blocks.data.to(target.dtype), alpha=weight)
-
-    def _common_layouts(self, adapters: list[str]) -> dict[tuple[str, str | None], Layout]:
-        """The layout of each module or parameter (its name in the module) that one of the adapters touches."""
-        layouts: dict[tuple[str, str | None], Layout] = {}
-        for layer_name, layer in self._layers().items():
-            for weight_name in layer.weights:
-                found = {
-                    name: layer.layouts_of(name)[weight_name]
-                    for name in adapters
-                    if weight_name in layer.layouts_of(name)
-                }
-                if len(set(found.values())) > 1:
-                    raise ValueError(
-                        f"The adapters cut {layer_name} into different blocks "
-                        f"({', '.join(f'{name}: {layout.num_blocks}' for name, layout in found.items())}), whose sum "
-                        "is not block-diagonal in either layout: combine adapters of equal num_blocks, or activate "
-                        "them together with set_adapter, which adds them up."
-                    )
-                if found:
-                    parameter = weight_name if isinstance(layer, DiabloParameters) else None
-                    layouts[layer_name, parameter] = next(iter(found.values()))
-        return layouts
+        write_sum(self._layers().values(), adapters, weights, adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -391,52 +318,19 @@ class DiabloModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first.")
-        if unknown := sorted(set(names) - self.peft_config.keys() - {"__base__"}):
+        if unknown := sorted(set(names) - self.peft_config.keys() - {BASE}):
             raise ValueError(
                 f"adapter_names has {', '.join(unknown)}; the model has {', '.join(self.peft_config)}, "
-                "and '__base__' stands for none."
+                f"and {BASE!r} stands for none."
             )
-        beams = kwargs.get("num_beams") or 1
-        # Beam search repeats each row; the encoder of an encoder-decoder model sees the rows before that.
-        repeated = [name for name in names for _ in range(beams)]
-        encoder = self._encoder_modules() if beams > 1 else set()
-        modules: list[Any] = [
-            module for module in self.model.modules() if isinstance(module, (DiabloLayer, AuxiliaryTrainingWrapper))
-        ]
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_give_names, adapter_names=list(names) if module in encoder else repeated), with_kwargs=True
-            )
-            for module in modules
-        ]
-        try:
-            with self._pass((args, kwargs), bare=True):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with names_for_rows(self.model, names, kwargs.get("num_beams") or 1), self._pass((args, kwargs), bare=True):
+            yield
 
     def _pass(self, inputs: Any, bare: bool = False) -> AbstractContextManager[Any]:
         if torch.compiler.is_compiling() or not (layers := adapted_layers(self.model)):
             return nullcontext()
         return left(layers[0].passes.begin(layers, inputs, bare))
 
-    def _encoder_modules(self) -> set[nn.Module]:
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "is_encoder_decoder", False):
-            return set()
-        model: Any = self.model
-        return set(model.get_encoder().modules())
-
 
 def _adapter_of(key: str) -> str:
     return key.rpartition("diablo_blocks.")[2].partition(".")[0]
-
-
-def _give_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        # PEFT's wrappers fail for an adapter that has not saved their module; it uses the base's.
-        adapter_names = [name if name in module._adapters else "__base__" for name in adapter_names]
-    return args, {**kwargs, "adapter_names": adapter_names}

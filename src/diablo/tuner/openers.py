@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import nn
 
-from diablo.tuner.layer import DiabloLayer
+from diablo.tuner.layers.base import DiabloLayer
 from diablo.tuner.passes import left
 
 

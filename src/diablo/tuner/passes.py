@@ -14,20 +14,15 @@ from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter, getitem, is_, methodcaller
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch.autograd.variable import Variable
 from torch.utils._pytree import tree_leaves
 
+from diablo.layout import Layout
 from diablo.ops.sweep import DiagonalSweep
-
-if TYPE_CHECKING:
-    from diablo.tuner.layer import DiabloLayer
-
-LAYERS: WeakValueDictionary[int, DiabloLayer] = WeakValueDictionary()
-"""The adapted layers by number, for those who must not keep them alive: plans, which graphs hold, and operators."""
 
 _CHOICE = attrgetter("_active_adapter", "_disable_adapters", "merged_adapters")
 _ADDRESS = torch.Tensor.data_ptr
@@ -54,6 +49,44 @@ class Watched(NamedTuple):
     namespaces: Sequence[dict[str, Any]] = ()
 
 
+class Member(Protocol):
+    """What a pass asks of a layer; :class:`diablo.tuner.layers.DiabloLayer` answers.
+
+    Attributes:
+        number: the layer's number in ``LAYERS``.
+        merged_adapters: names of the adapters that are merged into its weights.
+        passes: the passes of the model that it is part of.
+    """
+
+    number: int
+    merged_adapters: list[str]
+    passes: Passes
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether all adapters are switched off."""
+
+    @property
+    def active_adapters(self) -> Sequence[str]:
+        """Names of the active adapters, which need not all be on this layer."""
+
+    def names_in_use(self) -> tuple[str, ...]:
+        """The adapters of this layer that a pass would use now."""
+
+    def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
+        """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
+
+    def diagonals_of(self, names: Sequence[str]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
+        """The weights that a pass with these adapters in them writes to, and what it adds to them."""
+
+    def watched(self, names: tuple[str, ...]) -> Watched:
+        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+
+
+LAYERS: WeakValueDictionary[int, Member] = WeakValueDictionary()
+"""The adapted layers by number, for those who must not keep them alive: plans, which graphs hold, and operators."""
+
+
 class Plan:
     """What a pass uses and writes: which adapters each layer has, and what stands in its weights meanwhile.
 
@@ -71,7 +104,7 @@ class Plan:
         active: the adapters that were active when it was made; None where they were disabled.
     """
 
-    def __init__(self, layers: Sequence[DiabloLayer], names: Mapping[int, tuple[str, ...]], bare: bool) -> None:
+    def __init__(self, layers: Sequence[Member], names: Mapping[int, tuple[str, ...]], bare: bool) -> None:
         self.names = names
         self.active = None if layers[0].disable_adapters else tuple(layers[0].active_adapters)
         self.parts: dict[int, Any] = {}
@@ -112,7 +145,7 @@ class Plan:
             return False
         return list(map(_ADDRESS, self._parameters)) == self._addresses
 
-    def is_chosen(self, layers: Sequence[DiabloLayer]) -> bool:
+    def is_chosen(self, layers: Sequence[Member]) -> bool:
         """Whether the adapters are chosen, trained and frozen as they were, and the base layers compute as they did."""
         return (
             list(map(_CHOICE, layers)) == self._choices
@@ -122,7 +155,7 @@ class Plan:
             and list(map(type, self._modules)) == self._types
         )
 
-    def covers(self, layers: Sequence[DiabloLayer]) -> bool:
+    def covers(self, layers: Sequence[Member]) -> bool:
         """Whether the layers are among those of the plan."""
         return all(layer.number in self.names for layer in layers)
 
@@ -266,7 +299,7 @@ class Passes:
         """The forward that runs in this thread."""
         return self.running.get(get_ident())
 
-    def begin(self, layers: Sequence[DiabloLayer], inputs: Any = (), bare: bool = False) -> Pass:
+    def begin(self, layers: Sequence[Member], inputs: Any = (), bare: bool = False) -> Pass:
         """A forward of some layers, to be entered as a context.
 
         In a backward it is a recomputation, which uses the adapters of the pass that it repeats.
@@ -291,7 +324,7 @@ class Passes:
                 self._recomputable.add(plan.active)
         return Pass(self, plan)
 
-    def plan(self, layers: Sequence[DiabloLayer], names: tuple[str, ...] | None = None, bare: bool = False) -> Plan:
+    def plan(self, layers: Sequence[Member], names: tuple[str, ...] | None = None, bare: bool = False) -> Plan:
         """What a pass of some layers uses and writes, as things are now.
 
         Plans are kept, and made anew where a weight, a parameter or the choice of adapters is another.
@@ -384,7 +417,7 @@ class Passes:
         if self.backwards and torch._C._current_graph_task_id() == -1 and self.written is not wanted:
             raise RuntimeError(_TWO_THREADS)
 
-    def _plan_of_backward(self, layers: Sequence[DiabloLayer]) -> Plan:
+    def _plan_of_backward(self, layers: Sequence[Member]) -> Plan:
         if self.reached is not None and self.reached.covers(layers):
             return self.reached
         if len(possible := self._recomputable) > 1:

@@ -11,8 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.layer import DiabloLayer
-from diablo.tuner.tensor_parallel import check_whole
+from diablo.tuner.layers.base import DiabloLayer
+from diablo.tuner.layers.tensor_parallel import check_whole
 
 
 @torch.no_grad()

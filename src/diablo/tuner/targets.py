@@ -21,9 +21,9 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig, config_obstacle
-from diablo.tuner.in_place import module_obstacle, parameter_obstacle
-from diablo.tuner.quantized import quantization_backend
-from diablo.tuner.tensor_parallel import slice_obstacle, slices_of
+from diablo.tuner.layers.in_place import module_obstacle, parameter_obstacle
+from diablo.tuner.layers.quantized import quantization_backend
+from diablo.tuner.layers.tensor_parallel import slice_obstacle, slices_of
 from diablo.tuner.weights import (
     SUPPORTED,
     Owners,

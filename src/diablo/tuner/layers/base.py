@@ -16,7 +16,7 @@ from torch import nn
 from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
-from diablo.tuner.diagonal import Diagonals
+from diablo.tuner.layers.diagonal import Diagonals
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
 from diablo.tuner.weights import Weight, is_distributed
 

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
 from diablo.ops.adapted_linear import product, product_back
-from diablo.ops.linear import as_rows, outer_product
+from diablo.ops.linear import outer_product
+from diablo.ops.tile_product import as_rows
 from diablo.tuner.passes import LAYERS
 from diablo.tuner.weights import is_quantized
 

@@ -19,8 +19,8 @@ from torch import distributed, nn
 
 from diablo.layout import BlockLayout, LayoutPart
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.in_place import has_hooks
-from diablo.tuner.kinds import DiabloLinear
+from diablo.tuner.layers.in_place import has_hooks
+from diablo.tuner.layers.linear import DiabloLinear
 from diablo.tuner.passes import Pass
 from diablo.tuner.weights import is_distributed
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from diablo.tuner.in_place import hooks_of
-from diablo.tuner.layer import DiabloLayer
-from diablo.tuner.passes import LAYERS, Watched
+from diablo.tuner.layers.base import DiabloLayer
+from diablo.tuner.layers.in_place import hooks_of
+from diablo.tuner.passes import LAYERS, Member, Watched
 from diablo.tuner.weights import Weight
 
 # The numbers of the layers that have ever seen a weight.
@@ -59,7 +59,7 @@ class HoldingLayer(DiabloLayer):
                 for other in self._others(weight):
                     other.passes.forget()
 
-    def _others(self, weight: torch.Tensor) -> list[DiabloLayer]:
+    def _others(self, weight: torch.Tensor) -> list[Member]:
         """Layers of other models that would write blocks into a weight."""
         layers = (LAYERS.get(number) for number in _HOLDERS.get(weight, ()))
         return [layer for layer in layers if layer is not None and layer.passes is not self.passes]

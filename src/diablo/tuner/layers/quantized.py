@@ -12,7 +12,7 @@ from torch import nn
 from diablo.layout import BlockLayout
 from diablo.ops.weight import summed, write_to_diagonal
 from diablo.tuner.config import DiabloConfig
-from diablo.tuner.kinds import DiabloLinear
+from diablo.tuner.layers.linear import DiabloLinear
 from diablo.tuner.weights import is_quantized
 
 

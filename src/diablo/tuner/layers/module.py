@@ -1,0 +1,89 @@
+"""Modules that are adapted by their one weight, with the product of the blocks added beside it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diablo.layout import BlockLayout
+from diablo.tuner.config import DiabloConfig
+from diablo.tuner.layers.base import DiabloLayer
+from diablo.tuner.weights import module_weight
+
+
+class ModuleLayer(DiabloLayer):
+    """A module that is adapted by its one weight.
+
+    Args:
+        base_layer: the layer to adapt, frozen by PEFT.
+        adapter_name: name of its first adapter.
+        layout: geometry of that adapter's blocks.
+        config: that adapter's settings.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
+        weight = module_weight(base_layer)
+        super().__init__(base_layer, {"weight": weight})
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, {"weight": layout}, config, inference_mode=config.inference_mode)
+
+    def _run(
+        self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output, in its dtype, plus the products with the blocks.
+
+        The blocks are stored in fp32 where PEFT is left to its default, and cast for the product; activations are not.
+
+        Raises:
+            ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
+        """
+        rows = self._rows(adapter_names)
+        if rows is not None:
+            self._check_rows(x, rows)
+        if self.merged_adapters or not (rows or names):
+            return self.base_layer(x, *args, **kwargs)
+        return self._run_beside(x, partial(self._add_updates, names, rows), *args, **kwargs)
+
+    def _run_beside(
+        self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The base layer's output with the updates added, given the input and that output, which is overwritten."""
+        return add(x, self._result(self.base_layer(x, *args, **kwargs)))
+
+    def _add_updates(
+        self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
+        if x.is_floating_point():
+            # Under autocast the base layer lowers its input by itself; the blocks follow it.
+            x = x.to(result.dtype)
+        if adapter_names is None:
+            for adapter_name in names:
+                result = self._add_update(x, adapter_name, result)
+            return result
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name in self.diablo_blocks:
+                rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+                result[rows] = self._add_update(x[rows], adapter_name, result[rows])
+        return result
+
+    def _result(self, result: torch.Tensor) -> torch.Tensor:
+        """The base layer's output as a tensor that may be written into."""
+        return result
+
+    @abstractmethod
+    def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:
+        """Add one adapter's product to ``result``, which is overwritten."""
+
+    def _check_rows(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names and the layer's input {len(x)} rows: give one name for "
+                "each row of the batch; layers that see the tokens of all rows in one dimension cannot tell them apart."
+            )
+        self._check_unmerged()
