@@ -1,1 +1,1 @@
-"""Speed and memory against PEFT's methods: one script a question, all methods interleaved in one run."""
+"""Speed, memory and quality beside PEFT's methods."""

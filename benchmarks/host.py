@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.harness import DTYPES, Device, Dtype, Timing, print_table, time_interleaved
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
-from diablo.methods import count_parameters
-from diablo.results import write_record
+from diablo.models.loading import count_parameters
+from diablo.records.results import write_record
 
 QUESTION = "microseconds of the host for the forward and backward of one narrow adapted linear layer"
 BARE = "bare autograd function"

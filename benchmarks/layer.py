@@ -15,8 +15,8 @@ from torch import nn
 
 from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import FROZEN, METHODS, build
-from diablo.methods import count_parameters
-from diablo.results import write_record
+from diablo.models.loading import count_parameters
+from diablo.records.results import write_record
 
 QUESTION = "forward and backward of one adapted linear layer, as a ratio to the frozen one"
 

@@ -24,10 +24,10 @@ import typer
 from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
-from diablo.checkpointing import checkpointing_options
-from diablo.methods import count_parameters
-from diablo.results import write_record
-from diablo.sizing import kept_for_backward
+from diablo.models.checkpointing import checkpointing_options
+from diablo.models.loading import count_parameters
+from diablo.planning.sizes import kept_for_backward
+from diablo.records.results import write_record
 from diablo.tuner.targets import PAPER_TARGETS
 
 QUESTION = "memory of a training step: bytes that a forward leaves to its backward, and the peak over the loaded model"

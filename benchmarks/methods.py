@@ -11,7 +11,7 @@ from peft import C3AConfig, LoraConfig, MissConfig, OFTConfig, PeftConfig, Shira
 from torch import nn
 
 import diablo
-from diablo.methods import nearest_size
+from diablo.recipes.applying import nearest_size
 
 IN_PLACE, BESIDE, FROZEN = "DiaBlo in place", "DiaBlo beside", "frozen"
 

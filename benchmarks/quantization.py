@@ -22,11 +22,11 @@ from rich.console import Console
 from benchmarks.tables import print_perplexities
 from diablo.data import RowEncoder
 from diablo.data.encoding import EncodedRow
-from diablo.evaluation import held_out_loss
-from diablo.general_text import BUILTIN_TEXT, encode_general_text
-from diablo.models import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
+from diablo.models.loading import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
 from diablo.quantization import METHODS, Scheme, calibration_rows, quantize_model
-from diablo.results import write_record
+from diablo.records.results import write_record
+from diablo.scoring.generation import held_out_loss
 from diablo.tasks import get_task
 
 QUESTION = "perplexity of a model in few bits"

@@ -14,7 +14,7 @@ import typer
 from benchmarks.harness import DTYPES, Device, Dtype, print_table
 from benchmarks.layer import measure
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE
-from diablo.results import write_record
+from diablo.records.results import write_record
 
 QUESTION = "forward and backward of one adapted linear layer over N, tokens and width, as a ratio to the frozen one"
 WIDTH, TOKENS, NUM_BLOCKS = 2048, 512, 64

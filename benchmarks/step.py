@@ -21,9 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
-from diablo.methods import count_parameters
-from diablo.models import load_model, resolve_model
-from diablo.results import write_record
+from diablo.models.loading import count_parameters, load_model, resolve_model
+from diablo.records.results import write_record
 from diablo.tuner import DiabloLayer
 from diablo.tuner.targets import PAPER_TARGETS
 

@@ -16,7 +16,7 @@ from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table,
 from benchmarks.layer import OneLayer
 from benchmarks.methods import equal_size
 from diablo import DiabloConfig
-from diablo.results import write_record
+from diablo.records.results import write_record
 
 QUESTION = "switching the adapter that stands in the weight of one layer"
 

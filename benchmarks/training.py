@@ -26,9 +26,9 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.harness import DTYPES, Device, Dtype, print_table
 from benchmarks.methods import equal_size
 from diablo import DiabloConfig
-from diablo.models import load_model, load_tokenizer, resolve_model
-from diablo.recipe import Recipe
-from diablo.results import write_record
+from diablo.models.loading import load_model, load_tokenizer, resolve_model
+from diablo.recipes.recipe import Recipe
+from diablo.records.results import write_record
 from diablo.tasks import get_task
 from diablo.training import train
 from diablo.tuner.targets import PAPER_TARGETS

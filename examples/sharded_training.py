@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.distributed import DistributedConfig
 
 from diablo.data.batching import collate
-from diablo.losses import summed_completion_loss
-from diablo.methods import apply_method
-from diablo.planning import Plan, make_plan
-from diablo.recipe import load_recipe
+from diablo.planning.plan import Plan, make_plan
+from diablo.recipes.applying import apply_method
+from diablo.recipes.reading import load_recipe
+from diablo.scoring.losses import summed_completion_loss
 
 
 class Shard(str, Enum):

@@ -1,1 +1,1 @@
-"""The paper's claims and ablations, each a script that prints, draws and records what it finds."""
+"""The paper's theory and ablations, a script for each claim."""

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from diablo import DiabloConfig
-from diablo.evaluation import evaluate_task
-from diablo.methods import apply_method, count_parameters, nearest_size, shapes_of, target_kinds
-from diablo.models import meta_model
-from diablo.planning import Plan
-from diablo.recipe import DiabloMethod
+from diablo.models.loading import count_parameters, meta_model
+from diablo.planning.plan import Plan
+from diablo.recipes.applying import apply_method, nearest_size, shapes_of, target_kinds
+from diablo.recipes.methods import DiabloMethod
+from diablo.scoring.generation import evaluate_task
 from diablo.tasks import get_task
 from experiments.finetuning import finetune, load_adapted, plan_data
 from experiments.harness import RESULTS, Out, Seed, publish

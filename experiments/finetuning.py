@@ -15,12 +15,13 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from diablo.data.batching import collate
-from diablo.evaluation import held_out_loss
-from diablo.losses import summed_completion_loss
-from diablo.methods import apply_method
-from diablo.models import load_model
-from diablo.planning import Plan, make_plan
-from diablo.recipe import AnyMethod, Recipe
+from diablo.models.loading import load_model
+from diablo.planning.plan import Plan, make_plan
+from diablo.recipes.applying import apply_method
+from diablo.recipes.methods import AnyMethod
+from diablo.recipes.recipe import Recipe
+from diablo.scoring.generation import held_out_loss
+from diablo.scoring.losses import summed_completion_loss
 
 MAX_GRAD_NORM = 1.0
 

@@ -17,8 +17,8 @@ import typer
 from peft import get_peft_model
 
 from diablo import DiabloConfig, DiabloLayer
-from diablo.models import load_model
-from diablo.planning import Plan
+from diablo.models.loading import load_model
+from diablo.planning.plan import Plan
 from experiments.finetuning import batch_of, completion_loss, plan_data
 from experiments.harness import RESULTS, Out, Seed, publish
 

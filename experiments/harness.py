@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diablo.results import write_record
+from diablo.records.results import write_record
 
 RESULTS = Path("docs/results")
 

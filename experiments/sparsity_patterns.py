@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diablo.methods import count_parameters
-from diablo.models import load_model
-from diablo.planning import Plan
-from diablo.sizing import kept_for_backward
+from diablo.models.loading import count_parameters, load_model
+from diablo.planning.plan import Plan
+from diablo.planning.sizes import kept_for_backward
 from experiments.finetuning import Trajectory, batch_of, completion_loss, finetune, plan_data
 from experiments.harness import RESULTS, Out, Seed, publish
 from experiments.patterns import PATTERNS, apply_pattern

@@ -18,8 +18,8 @@ import torch
 import typer
 from peft import LoraConfig
 
-from diablo.methods import nearest_size, shapes_of
-from diablo.recipe import AnyMethod, DiabloMethod, LoraMethod
+from diablo.recipes.applying import nearest_size, shapes_of
+from diablo.recipes.methods import AnyMethod, DiabloMethod, LoraMethod
 from experiments.finetuning import Trajectory, finetune, load_adapted, plan_data
 from experiments.harness import RESULTS, Out, Seed, publish
 

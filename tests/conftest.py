@@ -1,4 +1,7 @@
-"""What several test files share."""
+"""Unit, numerical and contract tests (PEFT's verbs over a table of models), and tests from end to end.
+
+This file holds what several of them share.
+"""
 
 from __future__ import annotations
 

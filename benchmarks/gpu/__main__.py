@@ -29,7 +29,7 @@ from benchmarks.gpu.recorder import BROKEN, row_name
 from benchmarks.gpu.report import print_record
 from benchmarks.gpu.sizes import PARTS
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE
-from diablo.results import commit_of, write_record
+from diablo.records.results import commit_of, write_record
 
 QUESTION = "layers, steps, memory, switching and kernels on one GPU"
 GRACE_SECONDS = 20

@@ -16,7 +16,7 @@ from benchmarks.gpu.sizes import Sizes
 from benchmarks.harness import DTYPES
 from benchmarks.layer import OneLayer
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
-from diablo.methods import count_parameters
+from diablo.models.loading import count_parameters
 
 COMPILED_LORA = "LoRA, compiled"
 METHODS = (FROZEN, IN_PLACE, BESIDE, "LoRA", "MiSS", "OFT", "DoRA", "loralib", COMPILED_LORA)

@@ -20,7 +20,7 @@ METHODS = (FROZEN, IN_PLACE, "LoRA")
 def options_of(choice: str) -> dict[str, Any] | None:
     """Arguments of transformers' gradient checkpointing; None where there is none."""
     try:
-        from diablo.checkpointing import checkpointing_options
+        from diablo.models.checkpointing import checkpointing_options
     except ImportError as error:
         if choice == "selective":
             raise NotThereError(f"not there: {error}") from None

@@ -19,7 +19,7 @@ from benchmarks.gpu.sizes import Language
 from benchmarks.harness import DTYPES
 from benchmarks.methods import build
 from diablo.errors import UserError
-from diablo.models import load_model, resolve_model
+from diablo.models.loading import load_model, resolve_model
 from diablo.tuner.targets import PAPER_TARGETS
 
 EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "compiled"

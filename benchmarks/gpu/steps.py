@@ -15,7 +15,7 @@ from benchmarks.gpu.models import COMPILED, EAGER, GRAPH, Training, copies, give
 from benchmarks.gpu.recorder import NotThereError, Recorder
 from benchmarks.gpu.sizes import Language, Sizes
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE
-from diablo.methods import count_parameters
+from diablo.models.loading import count_parameters
 
 CHECKED_STEPS = 3
 

@@ -1,4 +1,4 @@
-"""Geometry of the diagonal blocks of a matrix, or of a stack of them: the one place where it is computed.
+"""The geometry of the diagonal blocks of a matrix, or of a stack of them; it is computed here and nowhere else.
 
 The paper (arXiv 2506.03230, section 3) cuts an ``in_features x out_features`` matrix into N x N blocks and trains the N
 blocks on the diagonal. Where N does not divide a dimension the blocks are rounded up, the input is thought of as padded

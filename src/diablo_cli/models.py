@@ -31,7 +31,7 @@ def quantize(
     alpha: Annotated[float | None, typer.Option(help="Weight of MagR's penalty; 1e-4 if not given.")] = None,
 ) -> None:
     """Quantize a model to 4, 3 or 2 bits, to train adapters over; goes on where it was interrupted."""
-    from diablo.models import load_tokenizer, resolve_model
+    from diablo.models.loading import load_tokenizer, resolve_model
     from diablo.quantization import Scheme, calibration_rows, quantize_model
 
     scheme = Scheme(bits, group_size, method, **({} if alpha is None else {"alpha": alpha}))
@@ -66,9 +66,9 @@ def merge(
     ] = None,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
-    from diablo.checkpoints import adapter_folder
     from diablo.merging import merge_adapter
-    from diablo.models import parse_dtype
+    from diablo.models.adapters import adapter_folder
+    from diablo.models.loading import parse_dtype
     from diablo.quantization import calibration_rows
 
     chosen = parse_dtype(dtype) if dtype else None
@@ -106,9 +106,9 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every block's figures as JSON.")] = None,
 ) -> None:
     """Show where an adapter's update goes: how large it is beside the base weights, by layer and module."""
-    from diablo.inspection import inspect_adapter, inspection_record, plot_inspections
-    from diablo.reporting import print_inspections
-    from diablo.results import write_json
+    from diablo.models.inspection import inspect_adapter, inspection_record, plot_inspections
+    from diablo.records.results import write_json
+    from diablo_cli.reporting import print_inspections
 
     check_file(plot, "--plot")
     check_file(json_file, "--json")
@@ -132,8 +132,8 @@ def to_lora(
     base: Base = None,
 ) -> None:
     """Turn an adapter into a LoRA adapter, for engines that serve LoRA alone, and say what that loses."""
-    from diablo.checkpoints import adapter_folder, write_as_lora
     from diablo.errors import UserError
+    from diablo.models.adapters import adapter_folder, write_as_lora
 
     try:
         chosen = float(rank) if "." in rank else int(rank)
@@ -159,7 +159,7 @@ def import_(
     base: Annotated[str, typer.Option(help="The model it was trained on: a folder, a hub id or builtin:NAME.")],
 ) -> None:
     """Turn a checkpoint of the paper's authors into a PEFT adapter."""
-    from diablo.authors import import_checkpoint
+    from diablo.models.authors import import_checkpoint
 
     quiet()
     report = import_checkpoint(checkpoint, folder, base=base)
@@ -182,9 +182,9 @@ def generate(
     """Complete a prompt with a model or an adapter."""
     import transformers
 
-    from diablo.checkpoints import load_for_generation
     from diablo.data.rows import Row
-    from diablo.evaluation import generate as complete
+    from diablo.models.adapters import load_for_generation
+    from diablo.scoring.generation import generate as complete
 
     quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
@@ -208,10 +208,10 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model or an adapter; /base shows the base model's answer beside it."""
-    from diablo.chat import Chat, read_line
-    from diablo.checkpoints import load_for_generation
     from diablo.data import RowEncoder
-    from diablo.results import recipe_of_run
+    from diablo.models.adapters import load_for_generation
+    from diablo.records.results import recipe_of_run
+    from diablo_cli.chat import Chat, read_line
 
     quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=use_template)

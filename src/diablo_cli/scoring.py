@@ -11,7 +11,7 @@ from rich.markup import escape
 from diablo_cli.shell import Base, app, check_file, out, progress, quiet, refuse
 
 if TYPE_CHECKING:
-    from diablo.evaluation import Decoding
+    from diablo.scoring.generation import Decoding
     from diablo.tasks import Task
 
 
@@ -52,13 +52,13 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
 ) -> None:
     """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
-    from diablo.checkpoints import load_for_generation
-    from diablo.evaluation import decoding_for
-    from diablo.likelihood import as_multiple_choice
-    from diablo.reporting import print_examples
-    from diablo.results import recipe_of_run
-    from diablo.scoring import score_tasks, write_answers
+    from diablo.models.adapters import load_for_generation
+    from diablo.records.results import recipe_of_run
+    from diablo.scoring.generation import decoding_for
+    from diablo.scoring.likelihood import as_multiple_choice
+    from diablo.scoring.several_tasks import score_tasks, write_answers
     from diablo.tasks import chosen_tasks
+    from diablo_cli.reporting import print_examples
 
     of_generation = {
         "--samples": samples,
@@ -111,8 +111,8 @@ def evaluate(
 @app.command()
 def tasks() -> None:
     """List the tasks: what they are, where their data is, and what is scored."""
-    from diablo.reporting import tasks_table
     from diablo.tasks import TASKS
+    from diablo_cli.reporting import tasks_table
 
     out.print(tasks_table(TASKS.values()))
     out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
@@ -127,10 +127,10 @@ def _evaluate_by_harness(
     settings: dict[str, Any],
     path: Path | None,
 ) -> None:
-    from diablo.checkpoints import load_for_generation
-    from diablo.harness import harness_record, load_harness_tasks, run_harness
-    from diablo.reporting import harness_table
-    from diablo.results import write_json
+    from diablo.models.adapters import load_for_generation
+    from diablo.records.results import write_json
+    from diablo.scoring.harness import harness_record, load_harness_tasks, run_harness
+    from diablo_cli.reporting import harness_table
 
     quiet()
     tasks = load_harness_tasks(names.split(","), include)

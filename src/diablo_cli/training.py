@@ -24,18 +24,18 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run.")] = False,
 ) -> None:
     """Train by a recipe: check, train, save, score."""
-    from diablo.recipe import load_recipe
+    from diablo.recipes.reading import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     quiet()
     if dry_run:
-        from diablo.planning import make_plan
-        from diablo.reporting import print_plan
+        from diablo.planning.plan import make_plan
+        from diablo_cli.reporting import print_plan
 
         print_plan(out, make_plan(settings))
         return
-    from diablo.reporting import print_result
     from diablo.training import train as run
+    from diablo_cli.reporting import print_result
 
     result = run(settings, console=progress, resume=resume, overwrite=overwrite)
     # With several processes the record is the main one's.
@@ -63,8 +63,8 @@ def compare(
     """Compare methods at equal trained parameters, each at its best learning rate, over several seeds."""
     from diablo.comparison import DEFAULT_METHODS, DEFAULT_RATES, parse_rates, plan_comparison
     from diablo.comparison import compare as run
-    from diablo.recipe import load_recipe
-    from diablo.reporting import print_comparison, print_comparison_plan
+    from diablo.recipes.reading import load_recipe
+    from diablo_cli.reporting import print_comparison, print_comparison_plan
 
     rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
     names = DEFAULT_METHODS if methods is None else methods.split(",")
@@ -93,9 +93,9 @@ def plan(
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
-    from diablo.models import parse_dtype
-    from diablo.reporting import print_sizes
-    from diablo.sizing import plan_sizes
+    from diablo.models.loading import parse_dtype
+    from diablo.planning.sizes import plan_sizes
+    from diablo_cli.reporting import print_sizes
 
     quiet()
     share = None

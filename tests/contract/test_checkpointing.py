@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig
-from diablo.checkpointing import SHORT_SUM, checkpointing_options, selective_contexts
+from diablo.models.checkpointing import SHORT_SUM, checkpointing_options, selective_contexts
 
 METHODS: dict[str, Callable[[], Any]] = {
     "in place": lambda: DiabloConfig(num_blocks=8, in_place=True),

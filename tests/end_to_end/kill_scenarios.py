@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from diablo.errors import UserError
-from diablo.recipe import load_recipe
+from diablo.recipes.reading import load_recipe
 from diablo.training import saving, train
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from diablo.errors import UserError
-from diablo.recipe import load_recipe
+from diablo.recipes.reading import load_recipe
 from diablo.training import saving, train
 
 HERE = Path(__file__).parent
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tiny_model, tmp_path):
 import resource, sys
 import diablo.training.saving as saving
 from diablo.errors import UserError
-from diablo.recipe import load_recipe
+from diablo.recipes.reading import load_recipe
 from diablo.training import train
 publish = saving.publish
 def publish_and_fill(*given):

@@ -17,11 +17,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from diablo import DiabloConfig
-from diablo.chat import Chat, Conversation, read_line
 from diablo.data import RowEncoder, read_rows
 from diablo.errors import UserError
-from diablo.evaluation import generate
-from diablo.models import load_tokenizer
+from diablo.models.loading import load_tokenizer
+from diablo.scoring.generation import generate
+from diablo_cli.chat import Chat, Conversation, read_line
 
 
 @pytest.fixture(scope="module")

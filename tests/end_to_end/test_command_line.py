@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from diablo import checkpointing
+from diablo.models import checkpointing
 
 SHORT = [
     "data.limit=48",

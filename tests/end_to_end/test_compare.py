@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diablo.comparison import Comparison, compare, plan_comparison, runner
 from diablo.errors import UserError
-from diablo.recipe import Recipe
+from diablo.recipes.recipe import Recipe
 from diablo.training import train
 
 QUIET = Console(quiet=True)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import diablo_cli
 from diablo import DiabloConfig
-from diablo.checkpoints import load_adapter
 from diablo.data import Row, RowEncoder
 from diablo.errors import UserError
-from diablo.harness import load_harness_tasks, run_harness
-from diablo.likelihood import Choice, score_candidates
+from diablo.models.adapters import load_adapter
+from diablo.scoring.harness import load_harness_tasks, run_harness
+from diablo.scoring.likelihood import Choice, score_candidates
 from diablo.tasks import Problem
 
 pytest.importorskip("lm_eval", reason="the harness is an extra")

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from diablo.errors import UserError
-from diablo.planning import make_plan
-from diablo.recipe import load_recipe
+from diablo.planning.plan import make_plan
+from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.engines import check_shardable
 

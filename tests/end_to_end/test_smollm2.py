@@ -12,11 +12,11 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import diablo
-from diablo.builtin import builtin_model
 from diablo.data import RowEncoder
 from diablo.data.batching import LengthGroupedSampler, collate
-from diablo.losses import summed_completion_loss
-from diablo.models import load_model, load_tokenizer
+from diablo.models.builtin import builtin_model
+from diablo.models.loading import load_model, load_tokenizer
+from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import get_task
 
 
@@ -128,7 +128,7 @@ def test_a_few_steps_lower_the_loss(model, rows):
 
 def test_the_builtin_model_is_read_offline_once_it_is_cached(folder):
     offline = dict(os.environ, PIP_NO_INDEX="1", PIP_FIND_LINKS="", HF_HUB_OFFLINE="1")
-    code = "from diablo.builtin import builtin_model; print(builtin_model('builtin:smollm2-135m'))"
+    code = "from diablo.models.builtin import builtin_model; print(builtin_model('builtin:smollm2-135m'))"
     result = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == folder
 

@@ -27,11 +27,11 @@ from safetensors.torch import save
 
 with atheris.instrument_imports(include=["diablo"]):
     from diablo import DiabloConfig
-    from diablo.authors import import_checkpoint
-    from diablo.checkpoints import check_tensors, read_adapter_config
     from diablo.data.rows import FORMATS, read_rows
     from diablo.errors import UserError
-    from diablo.recipe import load_recipe
+    from diablo.models.adapters import check_tensors, read_adapter_config
+    from diablo.models.authors import import_checkpoint
+    from diablo.recipes.reading import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from diablo.authors import import_checkpoint
-from diablo.checkpoints import load_adapter
 from diablo.errors import UserError
+from diablo.models.adapters import load_adapter
+from diablo.models.authors import import_checkpoint
 
 # The tiny model has a width of 32, 16 for keys and values, and 64 inside the MLP.
 SIZES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (32, 16), "mlp.up_proj": (32, 64)}

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from diablo import DiabloConfig
-from diablo.checkpoints import adapter_folder, load_adapter
 from diablo.errors import UserError
-from diablo.recipe import Recipe, load_recipe
+from diablo.models.adapters import adapter_folder, load_adapter
+from diablo.recipes.reading import load_recipe
+from diablo.recipes.recipe import Recipe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from diablo import builtin
-from diablo.builtin import builtin_model, cache_folder, verify_sha256
 from diablo.errors import UserError
+from diablo.models import builtin
+from diablo.models.builtin import builtin_model, cache_folder, verify_sha256
 
 
 @pytest.fixture

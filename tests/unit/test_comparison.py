@@ -17,14 +17,15 @@ from diablo.comparison import Comparison, plan_comparison
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
 from diablo.comparison.sweep import Sweep, beyond_edge, sweep
 from diablo.data.encoding import IGNORED, EncodedRow
+from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
-from diablo.evaluation import held_out_loss
-from diablo.general_text import encode_general_text
-from diablo.methods import apply_method
-from diablo.planning import make_plan
-from diablo.recipe import DiabloMethod, Recipe
+from diablo.planning.plan import make_plan
+from diablo.recipes.applying import apply_method
+from diablo.recipes.methods import DiabloMethod
+from diablo.recipes.recipe import Recipe
+from diablo.scoring.generation import held_out_loss
 
 
 def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from diablo import DiabloConfig, DiabloLayer
-from diablo.inspection import inspect_model
+from diablo.models.inspection import inspect_model
 
 
 def blocks_of(model) -> dict[str, torch.nn.Parameter]:

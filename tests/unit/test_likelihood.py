@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from diablo import DiabloConfig
 from diablo.data import Row, RowEncoder
 from diablo.errors import UserError
-from diablo.likelihood import Candidate, Choice, as_multiple_choice, evaluate_choices, score_candidates
-from diablo.models import load_tokenizer
+from diablo.models.loading import load_tokenizer
+from diablo.scoring.likelihood import Candidate, Choice, as_multiple_choice, evaluate_choices, score_candidates
 from diablo.tasks import MultipleChoice, Problem, get_task
 
 PROBLEMS = [

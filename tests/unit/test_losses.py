@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from diablo import DiabloConfig
 from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow
-from diablo.evaluation import held_out_loss
-from diablo.losses import summed_completion_loss
+from diablo.scoring.generation import held_out_loss
+from diablo.scoring.losses import summed_completion_loss
 
 
 def llama(folder: Path) -> Any:
@@ -151,7 +151,7 @@ def test_many_supervised_tokens_are_taken_a_part_at_a_time(
     model = MODELS[name](tiny_model).eval()
     results = []
     for chunk in (1024, 3):
-        monkeypatch.setattr("diablo.losses._CHUNK", chunk)
+        monkeypatch.setattr("diablo.scoring.losses._CHUNK", chunk)
         model.zero_grad()
         loss = summed_completion_loss(model, batch)
         loss.backward()
@@ -167,7 +167,7 @@ def test_parts_keep_no_logits_in_fp32(
     model.model.norm.weight.requires_grad_()
     kept = []
     for chunk in (1024, 3):
-        monkeypatch.setattr("diablo.losses._CHUNK", chunk)
+        monkeypatch.setattr("diablo.scoring.losses._CHUNK", chunk)
         with SavedBytes(model) as saved:
             summed_completion_loss(model, batch)
         kept.append(saved.total)

@@ -10,9 +10,9 @@ from peft import LoraConfig, MissConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo import BlockLayout, DiabloConfig
-from diablo.checkpoints import load_adapter, save_adapter, save_start
-from diablo.methods import apply_method, nearest_size
-from diablo.recipe import LoraMethod
+from diablo.models.adapters import load_adapter, save_adapter, save_start
+from diablo.recipes.applying import apply_method, nearest_size
+from diablo.recipes.methods import LoraMethod
 
 # What a layer trains at a size, by the methods' papers, to hold against what is counted.
 FORMULAS = {

@@ -9,9 +9,10 @@ import yaml
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from diablo.errors import UserError
-from diablo.methods import apply_method, count_parameters
-from diablo.models import meta_model
-from diablo.recipe import DiabloMethod, LoraMethod, load_recipe, shipped_recipes
+from diablo.models.loading import count_parameters, meta_model
+from diablo.recipes.applying import apply_method
+from diablo.recipes.methods import DiabloMethod, LoraMethod
+from diablo.recipes.reading import load_recipe, shipped_recipes
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "meta-llama/Llama-2-7b-hf": LlamaConfig(

@@ -11,11 +11,12 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from diablo import DiabloConfig, preflight
+from diablo import DiabloConfig
 from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row
 from diablo.errors import UserError
+from diablo.planning import preflight
 
 
 def load(folder: Path, **options: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
-from diablo.models import load_model, load_tokenizer
+from diablo.models.loading import load_model, load_tokenizer
 from diablo.quantization import Scheme, calibration_rows, quantize_model
 from diablo.quantization import model as quantization
 from diablo.quantization.magr import objective, project_on_l1_ball, reduce_magnitude, shrink_largest

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diablo.errors import UserError
-from diablo.recipe import DiabloMethod, FullMethod, LoraMethod, Recipe, load_recipe, shipped_recipes
+from diablo.recipes.methods import DiabloMethod, FullMethod, LoraMethod
+from diablo.recipes.reading import load_recipe, shipped_recipes
+from diablo.recipes.recipe import Recipe
 
 GOOD = {"model": "some/model", "task": "mawps", "output": "runs/x"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from diablo.results import commit_of
+from diablo.records.results import commit_of
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from peft import PeftConfig
 from transformers import PretrainedConfig
 
+from diablo.data.general_text import BUILTIN_TEXT
 from diablo.errors import UserError, did_you_mean
-from diablo.general_text import BUILTIN_TEXT
-from diablo.methods import Shapes, nearest_size, peft_config, shapes_of
-from diablo.models import meta_model
-from diablo.planning import adapt_on_meta, check_quantized, make_plan
-from diablo.recipe import METHODS, AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, Recipe
+from diablo.models.loading import meta_model
+from diablo.planning.plan import adapt_on_meta, check_quantized, make_plan
+from diablo.recipes.applying import Shapes, nearest_size, peft_config, shapes_of
+from diablo.recipes.methods import METHODS, AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
+from diablo.recipes.recipe import Recipe
 
 DEFAULT_METHODS = tuple(METHODS)
 DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)

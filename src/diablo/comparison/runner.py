@@ -19,8 +19,8 @@ from diablo.comparison.plan import Comparison, Contender, Run
 from diablo.comparison.summary import describe_run, summarize, write_comparison
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.errors import UserError
-from diablo.recipe import Recipe
-from diablo.results import changed_settings, write_json
+from diablo.recipes.recipe import Recipe
+from diablo.records.results import changed_settings, write_json
 
 Runner = Callable[[Recipe], str | None]
 """Carries out a recipe, and says why it could not; None where it could."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.sweep import Sweep
-from diablo.results import write_json
+from diablo.records.results import write_json
 
 HEADERS = (
     "method",

@@ -1,4 +1,4 @@
-"""Datasets to rows of prompt and completion, and rows to tokens."""
+"""Files to rows of prompt and completion, and rows to tokens and batches."""
 
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.rows import Row, RowFault, read_rows

@@ -1,4 +1,4 @@
-"""Runs code that a model wrote, each program in a process of its own that can do nothing but calculate.
+"""Runs code that a model wrote, each program in a process of its own that can only calculate.
 
 What is kept from a program, on which systems and by what, is on the page ``docs/code-execution.md``.
 """

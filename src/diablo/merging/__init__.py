@@ -1,4 +1,4 @@
-"""Merging an adapter into a plain model: file by file where the base weights are plain, and as a whole elsewhere."""
+"""A merged model: file by file where the base weights are plain, as a whole where they are quantized."""
 
 from diablo.merging.merge import CHOICES, MergeReport, merge_adapter
 

@@ -12,19 +12,19 @@ import psutil
 import torch
 from rich.console import Console
 
-from diablo.checkpoints import attach_adapter, base_model_of, load_adapter, new_folder, stored_dtype
 from diablo.data.encoding import EncodedRow
+from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
-from diablo.evaluation import held_out_loss
-from diablo.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.merging.shards import Update, find_updates, merge_shards
-from diablo.models import load_config, load_model, resolve_model, stored_quantization
-from diablo.planning import make_plan
+from diablo.models.adapters import attach_adapter, base_model_of, load_adapter, new_folder, stored_dtype
+from diablo.models.loading import load_config, load_model, resolve_model, stored_quantization
+from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
+from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
-from diablo.recipe import Recipe
-from diablo.results import recipe_of_run
-from diablo.stored import NoSafetensorsError, StoredWeights
+from diablo.recipes.recipe import Recipe
+from diablo.records.results import recipe_of_run
+from diablo.scoring.generation import held_out_loss
 
 CHOICES = ("stored", "dequantized", "requantized")
 _MOST_ROWS = 256

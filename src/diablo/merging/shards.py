@@ -13,13 +13,13 @@ from peft import get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from safetensors import safe_open
 
-from diablo.checkpoints import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
 from diablo.errors import UserError, first_line
 from diablo.layout import Layout
-from diablo.models import meta_model
+from diablo.models.adapters import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
+from diablo.models.loading import meta_model
+from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.ops.weight import write_to_diagonal
-from diablo.progress import ProgressReport
-from diablo.stored import StoredWeights, write_index, write_settings, write_tensors
+from diablo.records.progress import ProgressReport
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.weights import Owners, Weight
 

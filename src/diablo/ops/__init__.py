@@ -1,4 +1,4 @@
-"""What a layer does with its blocks: one module for each way in which a weight is used."""
+"""The product with the blocks for each kind of layer, its plain reference, and kernels for GPUs."""
 
 from diablo.ops.convolution import block_diagonal_conv
 from diablo.ops.embedding import block_diagonal_embedding

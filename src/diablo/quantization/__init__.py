@@ -1,4 +1,4 @@
-"""Quantizing a model to few bits, so that adapters can be trained over it: rounding, GPTQ, and MagR before GPTQ."""
+"""Models in 4, 3 and 2 bits: rounding, GPTQ, and MagR before GPTQ."""
 
 from diablo.quantization.calibration import calibration_rows
 from diablo.quantization.model import QuantizationReport, quantize_model

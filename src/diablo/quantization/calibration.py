@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from diablo.data.general_text import BUILTIN_TEXT, read_texts
 from diablo.errors import UserError, did_you_mean
-from diablo.general_text import BUILTIN_TEXT, read_texts
 from diablo.tasks import TASKS, check_split, get_task
 
 

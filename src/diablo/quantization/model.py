@@ -19,11 +19,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diablo.errors import UserError
-from diablo.models import choose_device, choose_dtype
-from diablo.progress import ProgressReport
+from diablo.models.loading import choose_device, choose_dtype
+from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.quantization.scheme import Scheme, check_library, dequantize, quantize_weight
-from diablo.results import changed_settings, describe_versions, write_json
-from diablo.stored import StoredWeights, write_index, write_settings, write_tensors
+from diablo.records.progress import ProgressReport
+from diablo.records.results import changed_settings, describe_versions, write_json
 
 _ROWS_TOGETHER = 8
 

@@ -1,4 +1,4 @@
-"""The tasks that models are trained and scored on, by name."""
+"""The tasks that models are trained and scored on: their data, and how answers are read."""
 
 from __future__ import annotations
 

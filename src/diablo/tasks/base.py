@@ -31,7 +31,7 @@ class Problem:
 class Task(ABC):
     """A task: problems by split, how an answer is read from generated text, and when it is right.
 
-    The loops over problems live in :mod:`diablo.evaluation` and :mod:`diablo.training`. The first paragraph of a
+    The loops over problems live in :mod:`diablo.scoring` and :mod:`diablo.training`. The first paragraph of a
     subclass's docstring is what ``diablo tasks`` says about it.
 
     Args:

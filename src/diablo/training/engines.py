@@ -14,8 +14,8 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diablo.errors import UserError
-from diablo.models import load_config, stored_quantization
-from diablo.planning import Plan
+from diablo.models.loading import load_config, stored_quantization
+from diablo.planning.plan import Plan
 
 Tensors = dict[str, torch.Tensor]
 """Tensors by the names of the model's parameters."""

@@ -16,18 +16,17 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import set_seed
 
-from diablo import preflight
-from diablo.checkpoints import save_adapter, save_start
 from diablo.data.batching import collate
 from diablo.errors import Interrupted, UserError
-from diablo.evaluation import Score
 from diablo.merging import merge_adapter
-from diablo.methods import apply_method, count_parameters
-from diablo.models import is_placed, load_model
-from diablo.planning import Plan, make_plan
-from diablo.progress import TokenMeter
-from diablo.recipe import FullMethod, Recipe
-from diablo.results import (
+from diablo.models.adapters import save_adapter, save_start
+from diablo.models.loading import count_parameters, is_placed, load_model
+from diablo.planning.plan import Plan, make_plan, preflight
+from diablo.recipes.applying import apply_method
+from diablo.recipes.methods import FullMethod
+from diablo.recipes.recipe import Recipe
+from diablo.records.progress import TokenMeter
+from diablo.records.results import (
     changed_settings,
     describe_machine,
     describe_versions,
@@ -35,7 +34,8 @@ from diablo.results import (
     plot_losses,
     write_json,
 )
-from diablo.scoring import score_tasks, write_answers
+from diablo.scoring.generation import Score
+from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
 from diablo.training.processes import Processes
@@ -286,7 +286,7 @@ def _check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None
 
 
 def _start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
-    """Make the output folder; what :func:`diablo.checkpoints.save_start` saves in it, where it does."""
+    """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
     processes.wait()
     if processes.is_main:
         _open_output(recipe, resume=resume)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from diablo.errors import UserError
-from diablo.recipe import Recipe
+from diablo.recipes.recipe import Recipe
 
 _MOST_SKIPPED_IN_A_ROW = 10
 

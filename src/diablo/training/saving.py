@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from diablo.errors import UserError, first_line
-from diablo.results import write_json
+from diablo.records.results import write_json
 
 STAGING = "unfinished"
 """The folder beside the checkpoints in which the next one is written."""

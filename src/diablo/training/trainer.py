@@ -16,15 +16,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from diablo import preflight
-from diablo.checkpointing import checkpointing_options
-from diablo.checkpoints import read_trained
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.errors import UserError
-from diablo.evaluation import held_out_loss
-from diablo.losses import summed_completion_loss
-from diablo.planning import Plan
-from diablo.progress import TokenMeter, TrainingProgress
+from diablo.models.adapters import read_trained
+from diablo.models.checkpointing import checkpointing_options
+from diablo.planning.plan import Plan, preflight
+from diablo.records.progress import TokenMeter, TrainingProgress
+from diablo.scoring.generation import held_out_loss
+from diablo.scoring.losses import summed_completion_loss
 from diablo.training import saving
 from diablo.training.engines import DeepSpeed, Engine
 from diablo.training.safeguards import FiniteLosses

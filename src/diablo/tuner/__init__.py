@@ -1,4 +1,4 @@
-"""The PEFT tuner: configuration, layers, model and the registration of the method."""
+"""The PEFT tuner: settings, adapted layers, and the pass, during which the blocks stand in the weights."""
 
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.conversion import LoraConversion, convert_to_lora

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from diablo.checkpointing import selective_contexts
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.methods import TargetKind, apply_method, count_parameters, nearest_size, shapes_of, target_kinds
-from diablo.models import load_config, meta_model, resolve_model
-from diablo.recipe import Checkpointing, DiabloMethod, FullMethod, LoraMethod
+from diablo.models.checkpointing import Checkpointing, selective_contexts
+from diablo.models.loading import count_parameters, load_config, meta_model, resolve_model
+from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
+from diablo.recipes.methods import DiabloMethod, FullMethod, LoraMethod
 from diablo.tuner import DiabloLayer
 
 _ATTENTION = "diablo_sizing"

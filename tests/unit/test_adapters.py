@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo import DiabloConfig
-from diablo.checkpoints import (
+from diablo.errors import UserError
+from diablo.merging import merge_adapter
+from diablo.models.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_folder,
@@ -25,8 +27,6 @@ from diablo.checkpoints import (
     save_adapter,
     write_as_lora,
 )
-from diablo.errors import UserError
-from diablo.merging import merge_adapter
 
 PROBE = torch.arange(40).unsqueeze(0)
 

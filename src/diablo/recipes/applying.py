@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diablo.errors import UserError
-from diablo.recipe import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
+from diablo.models.loading import count_parameters
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.targets import default_target_modules, linear_kinds, matches_any
 
@@ -112,15 +113,6 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
             shape = (int(layer.in_features), int(layer.out_features))
             groups[name.rpartition(".")[2], shape, _describe(layer)].append(parameters)
     return [TargetKind(kind, len(sizes), shape, text, sum(sizes)) for (kind, shape, text), sizes in groups.items()]
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters, tied ones counted once."""
-    # One that DeepSpeed has in parts looks empty.
-    sizes = [
-        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
-    ]
-    return sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
 
 
 def shapes_of(kinds: Iterable[TargetKind]) -> Shapes:

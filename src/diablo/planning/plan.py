@@ -11,19 +11,16 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from diablo import preflight
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
+from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row, RowFault, read_rows
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
-from diablo.evaluation import Decoding, decoding_for
-from diablo.general_text import encode_general_text
-from diablo.likelihood import as_multiple_choice
-from diablo.methods import TargetKind, apply_method, count_parameters, target_kinds
-from diablo.models import (
+from diablo.models.loading import (
     choose_device,
     choose_dtype,
+    count_parameters,
     load_config,
     load_tokenizer,
     meta_model,
@@ -31,7 +28,12 @@ from diablo.models import (
     stop_token_ids,
     stored_quantization,
 )
-from diablo.recipe import AdapterMethod, AnyMethod, Recipe
+from diablo.planning import preflight
+from diablo.recipes.applying import TargetKind, apply_method, target_kinds
+from diablo.recipes.methods import AdapterMethod, AnyMethod
+from diablo.recipes.recipe import Recipe
+from diablo.scoring.generation import Decoding, decoding_for
+from diablo.scoring.likelihood import as_multiple_choice
 from diablo.tasks import Task, get_task, without_tested
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diablo.recipe import Checkpointing
+Checkpointing = Literal["none", "selective", "full"]
+"""What a layer keeps for its backward: all that autograd wants; what costs much to compute; or its input alone."""
 
 SHORT_SUM = 256
 """The most terms of the sums that make a product cheap: writing their results down takes a GPU about as long.

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from diablo.checkpoints import adapter_folder, load_adapter, read_adapter_config
 from diablo.errors import UserError
 from diablo.layout import Layout
+from diablo.models.adapters import adapter_folder, load_adapter, read_adapter_config
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.layers.tensor_parallel import check_whole
 from diablo.tuner.weights import is_quantized

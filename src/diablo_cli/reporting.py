@@ -14,19 +14,19 @@ from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from diablo.comparison import Comparison
-    from diablo.evaluation import Score
-    from diablo.harness import HarnessFigure
-    from diablo.inspection import Inspection
-    from diablo.methods import TargetKind
-    from diablo.planning import Plan
-    from diablo.sizing import Sizes
+    from diablo.models.inspection import Inspection
+    from diablo.planning.plan import Plan
+    from diablo.planning.sizes import Sizes
+    from diablo.recipes.applying import TargetKind
+    from diablo.scoring.generation import Score
+    from diablo.scoring.harness import HarnessFigure
     from diablo.tasks import Task
     from diablo.training import RunResult
 
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
-    from diablo.models import stored_quantization
+    from diablo.models.loading import stored_quantization
 
     recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
     if plan.targets:
@@ -97,7 +97,7 @@ def format_bytes(count: int) -> str:
 
 def print_inspections(out: Console, inspections: Sequence[Inspection]) -> None:
     """Where updates go, by kind of module and by layer; the figures of several adapters stand side by side."""
-    from diablo.inspection import mean_relative_norm
+    from diablo.models.inspection import mean_relative_norm
 
     if len(inspections) > 1:
         for each in inspections:

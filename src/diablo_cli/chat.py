@@ -18,7 +18,7 @@ from transformers import TextStreamer, set_seed
 
 from diablo.data import Row, RowEncoder
 from diablo.errors import UserError
-from diablo.evaluation import generate
+from diablo.scoring.generation import generate
 
 HELP = """\
 /base          answer the last question with the base model, beside the adapter's answer

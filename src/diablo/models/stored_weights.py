@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from diablo.errors import UserError
-from diablo.models import load_config, load_tokenizer, resolve_model
-from diablo.results import write_json
+from diablo.models.loading import load_config, load_tokenizer, resolve_model
+from diablo.records.results import write_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError, did_you_mean
-from diablo.results import describe_versions
+from diablo.records.results import describe_versions
 
 
 @dataclass(frozen=True)

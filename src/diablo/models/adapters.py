@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError, first_line
-from diablo.methods import count_parameters
-from diablo.models import (
+from diablo.models.loading import (
     choose_device,
     choose_dtype,
+    count_parameters,
     is_placed,
     load_config,
     load_model,
@@ -28,7 +28,7 @@ from diablo.models import (
     resolve_model,
     stop_token_ids,
 )
-from diablo.results import recipe_of_run
+from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.card import write_model_card
 
@@ -180,7 +180,7 @@ def load_adapter(
         base: base model to use in place of the one that the adapter names.
         dtype: dtype of the base weights; as they are stored where None.
         attention: implementation of attention.
-        quantization: how the base weights are quantized, as for :func:`diablo.models.load_model`.
+        quantization: how the base weights are quantized, as for :func:`diablo.models.loading.load_model`.
 
     Returns:
         The ``PeftModel`` in evaluation mode and the tokenizer.

@@ -12,10 +12,10 @@ from references import SavedBytes, allocations
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from diablo import DiabloConfig
-from diablo.checkpointing import checkpointing_options
 from diablo.errors import UserError
-from diablo.methods import TargetKind
-from diablo.sizing import Sizes, kept_for_backward, plan_sizes
+from diablo.models.checkpointing import checkpointing_options
+from diablo.planning.sizes import Sizes, kept_for_backward, plan_sizes
+from diablo.recipes.applying import TargetKind
 
 
 def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):

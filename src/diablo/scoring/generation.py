@@ -13,7 +13,7 @@ import torch
 from diablo.data.batching import collate
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.errors import UserError
-from diablo.losses import summed_completion_loss
+from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import Problem, Protocol, Task
 
 Progress = Callable[[int, int], None]

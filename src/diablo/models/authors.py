@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diablo.checkpoints import ADAPTER_WEIGHTS, new_folder
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.models import load_config, meta_model, resolve_model
+from diablo.models.adapters import ADAPTER_WEIGHTS, new_folder
+from diablo.models.loading import load_config, meta_model, resolve_model
 from diablo.tuner import DiabloConfig
 from diablo.tuner.targets import linear_kinds
 from diablo.tuner.weights import linear_shape

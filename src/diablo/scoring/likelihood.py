@@ -18,8 +18,8 @@ from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.evaluation import Answer, Progress, Score, evaluating
-from diablo.losses import completion_log_likelihoods
+from diablo.scoring.generation import Answer, Progress, Score, evaluating
+from diablo.scoring.losses import completion_log_likelihoods
 from diablo.tasks import TASKS, MultipleChoice, Problem, Task
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from diablo.data.encoding import RowEncoder
-from diablo.evaluation import Decoding, Score, evaluate_task
-from diablo.likelihood import as_multiple_choice, evaluate_choices
-from diablo.progress import ProgressReport
+from diablo.records.progress import ProgressReport
+from diablo.scoring.generation import Decoding, Score, evaluate_task
+from diablo.scoring.likelihood import as_multiple_choice, evaluate_choices
 from diablo.tasks import Task
 
 

@@ -19,8 +19,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from diablo.builtin import PREFIX, builtin_model
 from diablo.errors import UserError, first_line
+from diablo.models.builtin import PREFIX, builtin_model
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -140,6 +140,15 @@ def meta_model(config: PretrainedConfig) -> Any:
         raise UserError(
             f"model: type {config.model_type!r} is not a causal language model; give one that is."
         ) from None
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters, tied ones counted once."""
+    # One that DeepSpeed has in parts looks empty.
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
+    ]
+    return sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
 
 
 def choose_device() -> torch.device:

@@ -1,0 +1,1 @@
+"""Models and adapters on disk: loading, saving, checking and inspecting them."""

@@ -1,0 +1,82 @@
+"""The methods that a recipe can name, and their settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from diablo.recipes.section import LayerIndices, ModuleNames, Section
+
+
+class AdapterMethod(Section):
+    """What the methods that adapt some modules have in common."""
+
+    name: str
+    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
+    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
+    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+
+
+class DiabloMethod(AdapterMethod):
+    """DiaBlo: train the diagonal blocks of the target matrices."""
+
+    name: Literal["diablo"] = "diablo"
+    num_blocks: int = Field(64, ge=1, description="an integer from 1 to the smaller dimension of every target")
+    block_pattern: dict[str, int] = Field({}, description="module names or expressions to num_blocks")
+
+
+class LoraMethod(AdapterMethod):
+    """LoRA and its kin, from PEFT, on the same target modules as DiaBlo where none are given.
+
+    rsLoRA divides alpha by the root of the rank, DoRA trains the columns' norms apart from their directions, and PiSSA
+    starts from the weight's largest singular values, which it takes out of the frozen weight.
+    """
+
+    name: Literal["lora", "rslora", "dora", "pissa"]
+    r: int = Field(16, ge=1, description="an integer of at least 1")
+    lora_alpha: int | None = Field(None, ge=1, description="an integer of at least 1")
+
+    @property
+    def alpha(self) -> int:
+        """The alpha that is used: where none is given, the one that makes the method's usual scale.
+
+        The scale is 2 for LoRA and DoRA (alpha 2r), and 1 for PiSSA, whose factors are the weight's own (alpha r, as
+        in its paper, arXiv 2404.02948). rsLoRA's alpha does not depend on the rank (arXiv 2312.03732): 16.
+        """
+        return self.lora_alpha or {"rslora": 16, "pissa": self.r}.get(self.name, 2 * self.r)
+
+
+class MissMethod(AdapterMethod):
+    """MiSS, from PEFT: one trained matrix that shards of the weight share, on the same targets as DiaBlo's."""
+
+    name: Literal["miss"]
+    r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target")
+
+
+class FullMethod(Section):
+    """Full fine-tuning: every weight is trained, in fp32 under autocast."""
+
+    name: Literal["full"]
+
+
+METHODS: dict[str, type[Section]] = {
+    "diablo": DiabloMethod,
+    "lora": LoraMethod,
+    "rslora": LoraMethod,
+    "dora": LoraMethod,
+    "pissa": LoraMethod,
+    "miss": MissMethod,
+    "full": FullMethod,
+}
+
+
+def _method_by_name(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "diablo", **value} if isinstance(value, dict) else value
+
+
+AnyMethod = DiabloMethod | LoraMethod | MissMethod | FullMethod
+Method = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_method_by_name)]

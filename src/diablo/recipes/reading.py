@@ -1,0 +1,126 @@
+"""Reading a recipe: its YAML, what overrides it, and one line for each fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from diablo.errors import UserError, did_you_mean
+from diablo.recipes.methods import METHODS
+from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
+from diablo.recipes.section import Section, shortened
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, or the name of a recipe that diablo ships, such as ``quickstart``.
+        overrides: ``section.key=value`` strings, applied in order; values are YAML.
+
+    Raises:
+        UserError: with one line for each fault, naming the key, what was found and what is allowed.
+    """
+    settings = _read_yaml(source)
+    for override in overrides:
+        _apply_override(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise UserError("\n".join(dict.fromkeys(_explain(fault) for fault in error.errors()))) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name; those of the paper's tables are called ``paper/...``."""
+    folder = Path(str(resources.files("diablo") / "recipes"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+# A date with a month of 13 or a number of 5000 digits is a bare ValueError, deep nesting a RecursionError.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    shipped = shipped_recipes()
+    path = shipped.get(str(source), Path(source))
+    if not path.is_file():
+        general = ", ".join(name for name in shipped if "/" not in name)
+        raise UserError(
+            f"There is no recipe file {str(source)!r}; give a YAML file, {general}, or one of the paper's, which "
+            f"docs/paper-recipes.md lists."
+            f"{did_you_mean(str(source), shipped)}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from None
+    except _YAML_FAULTS as error:
+        where = f" in line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold settings as 'key: value' lines, found {type(settings).__name__}.")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.lstrip("-")
+    if not equals or not key:
+        raise UserError(f"The override {override!r} must look like section.key=value, for example training.epochs=2.")
+    try:
+        value = yaml.safe_load(text)
+    except _YAML_FAULTS:
+        raise UserError(f"{key}: {shortened(text)} is not a valid YAML value; quote it.") from None
+    *sections, last = key.split(".")
+    for name in sections:
+        # `method: lora` is short for `method: {name: lora}`.
+        inner = settings.get(name)
+        if not (inner is None or isinstance(inner, (str, dict))):
+            raise UserError(f"{name}: found {shortened(inner)}; it is no section that {key} could be set in.")
+        settings[name] = inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+        settings = inner
+    if last == "method" and isinstance(settings.get(last), dict) and isinstance(value, str):
+        # The options of the method that is replaced mean nothing to another one.
+        value = settings[last] if settings[last].get("name", "diablo") == value else value
+    settings[last] = value
+
+
+_SECTIONS: dict[int | str, type[Section]] = {"data": Data, "training": Training, "evaluation": Evaluation}
+
+
+def _explain(fault: Any) -> str:
+    """One line about one of pydantic's findings."""
+    if not fault["loc"]:
+        return str(fault["msg"]).removeprefix("Value error, ")
+    owner, path = _locate(fault["loc"])
+    key, last = ".".join(path), path[-1]
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
+        allowed = list(owner.model_fields)
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{did_you_mean(last, allowed)}"
+    description = owner.model_fields[last].description
+    if fault["type"] == "missing":
+        return f"{key}: missing; give {description}."
+    return f"{key}: found {shortened(fault['input'])}; allowed: {description}."
+
+
+def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
+    """The section that a finding is about, and its key as the user wrote it."""
+    owner: type[Section] = Recipe
+    inner: type[Section] | None = Recipe
+    path: list[str] = []
+    parts = iter(location)
+    for part in parts:
+        if inner is None:
+            break  # inside a value, such as the second name of a list
+        owner = inner
+        path.append(str(part))
+        inner = _SECTIONS.get(part)
+        if part == "method":
+            # pydantic names the kind of method next, which is no key.
+            inner = METHODS.get(str(next(parts, None)))
+    return owner, path

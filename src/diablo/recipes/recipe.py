@@ -1,0 +1,180 @@
+"""The recipe: everything that a training run is told, typed and checked before anything is loaded.
+
+A recipe is a short YAML file. Settings are grouped into sections; on the command line any of them can be overridden as
+``section.key=value``. Each field's description says what is allowed, and is what an error message quotes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diablo.errors import UserError
+from diablo.models.checkpointing import Checkpointing
+from diablo.recipes.methods import METHODS, DiabloMethod, Method
+from diablo.recipes.section import Section, TaskNames, shortened
+
+
+class Data(Section):
+    """The user's own files or folder of datasets, and how rows are read."""
+
+    train: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
+    eval: Path | None = Field(None, description="a .jsonl, .json or .parquet file")
+    folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
+    on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
+    on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
+    limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
+    validation_rows: int | None = Field(
+        None, ge=1, description="an integer of at least 1: so many of the training rows are kept out of training"
+    )
+    validation_seed: int = Field(0, ge=0, description="an integer of at least 0: chooses the validation rows")
+    held_out: Literal["test", "validation"] = Field(
+        "test", description="test or validation: the rows that the held-out loss is of"
+    )
+
+
+class Training(Section):
+    """The optimisation."""
+
+    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="a number above 0")
+    epochs: float = Field(1, gt=0, allow_inf_nan=False, description="a number above 0")
+    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1; it overrides epochs")
+    batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
+    gradient_accumulation: int = Field(1, ge=1, description="an integer of at least 1")
+    max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
+    warmup_steps: int = Field(0, ge=0, description="an integer of at least 0")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0")
+    gradient_checkpointing: Checkpointing = Field(
+        "none", description="none, selective or full: what is computed again in the backward in place of being kept"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
+    )
+    save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
+    save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
+    logging_steps: int = Field(5, ge=1, description="an integer of at least 1")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
+    )
+
+
+class Evaluation(Section):
+    """Scoring of tasks before and after training, by generation or by likelihood."""
+
+    tasks: list[str] | None = Field(
+        None, min_length=1, description="a list of task names, scored in place of the one that is trained on"
+    )
+    protocol: Literal["strict", "paper"] = Field("strict", description="strict or paper: how answers are read")
+    likelihood: bool = Field(
+        False, description="true or false: whether the likeliest choice is the answer, and nothing is generated"
+    )
+    samples: int | None = Field(None, ge=1, description="an integer of at least 1: completions of each problem")
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    allow_code_execution: bool = Field(
+        False, description="true or false: whether tasks may run code that the model wrote"
+    )
+
+    before: bool = Field(True, description="true or false")
+    after: bool = Field(True, description="true or false")
+    batch_size: int = Field(48, ge=1, description="an integer of at least 1")
+    limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many test problems")
+    examples: int = Field(3, ge=0, description="an integer of at least 0: answers printed before and after")
+    general: str | None = Field(
+        None, description="builtin, or a .txt or .jsonl file of general text whose loss before and after is recorded"
+    )
+
+
+class Recipe(Section):
+    """A training run. See docs/recipes.md for every key."""
+
+    model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
+    task: TaskNames = Field(
+        [], description="the name of a task, or a list of names; leave it out to train on data.train"
+    )
+    data: Data = Field(default=Data(), description="a section")
+    chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
+    method: Method = Field(
+        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
+    )
+    training: Training = Field(default=Training(), description="a section")
+    evaluation: Evaluation = Field(default=Evaluation(), description="a section")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="nf4 or int8: how bitsandbytes quantizes the frozen weights while they are loaded"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto, bf16, fp16 or fp32")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention"
+    )
+    seed: int = Field(0, ge=0, description="an integer of at least 0")
+    output: Path = Field(description="a folder to write to")
+    merge: bool = Field(False, description="true or false: also write the merged model")
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the tasks that are scored: those that are asked for, or else those that are trained on."""
+        from diablo.tasks import TASKS
+
+        if self.evaluation.tasks is not None:
+            return self.evaluation.tasks
+        return [name for name in self.task if "test" in TASKS[name].splits]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are rows that the held-out loss can be of."""
+        from diablo.tasks import TASKS
+
+        if self.data.held_out == "validation":
+            return True
+        return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
+
+    @model_validator(mode="after")
+    def _source_of_rows(self) -> Recipe:
+        if not self.task and self.data.train is None:
+            raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
+        if self.task and (self.data.train or self.data.eval):
+            name = ", ".join(self.task)
+            raise ValueError(f"data: task {name!r} brings its own rows; give either task or data.train, not both.")
+        for key in ("train", "eval"):
+            path: Path | None = getattr(self.data, key)
+            if path is not None and not path.is_file():
+                raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
+        general = self.evaluation.general
+        if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
+            raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks(self) -> Recipe:
+        from diablo.tasks import check_code_execution, check_folder, check_split
+
+        tasks, settings = self.evaluation.tasks or [], self.evaluation
+        try:
+            for name in self.task:
+                check_split("task", name, "train")
+            for name in tasks:
+                check_split("evaluation.tasks", name, "test")
+            for name in self.scored if settings.before or settings.after else []:
+                check_code_execution(name, settings.allow_code_execution)
+            if self.data.folder is not None:
+                check_folder("data.folder", self.data.folder, [*self.task, *self.scored])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        for key, names in (("task", self.task), ("evaluation.tasks", tasks)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: found {shortened(names)}; name each task once.")
+        if settings.likelihood and (settings.samples is not None or settings.temperature is not None):
+            raise ValueError(
+                "evaluation.likelihood: found true, where nothing is generated; leave out evaluation.samples and "
+                "evaluation.temperature."
+            )
+        if self.data.held_out == "validation" and self.data.validation_rows is None:
+            raise ValueError("data.held_out: found validation; say how many rows with data.validation_rows.")
+        if self.training.eval_steps and not self.has_held_out:
+            raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
+        return self

@@ -1,0 +1,47 @@
+"""A group of settings, and the settings that have checks of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _names_or_expression(value: Any) -> Any:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError("not names")
+
+
+def _layer_indices(value: Any) -> Any:
+    indices = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
+        return value
+    raise ValueError("not indices")
+
+
+# One check instead of a union of types: a fault is reported at the key, not at each type that the union offers.
+ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression)]
+LayerIndices = Annotated[Any, BeforeValidator(_layer_indices)]
+
+
+def _task_names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return names
+    raise ValueError("not names")
+
+
+TaskNames = Annotated[Any, BeforeValidator(_task_names)]
+
+
+class Section(BaseModel):
+    """A group of settings; a key that it does not have is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as Python writes it, cut to the most characters that an error message shows of it."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,1 @@
+"""Records of runs: settings, machine, versions and results; and progress on the terminal."""

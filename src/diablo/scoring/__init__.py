@@ -1,0 +1,1 @@
+"""Scores of a model: by generation, by likelihood, by loss, and through lm-evaluation-harness."""
