@@ -64,19 +64,28 @@ def merge(
     data_folder: Annotated[
         Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
     ] = None,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Merge also into other weights than the adapter was trained on.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
     from diablo.merging import merge_adapter
     from diablo.models.adapters import adapter_folder
     from diablo.models.loading import parse_dtype
     from diablo.quantization import calibration_rows
+    from diablo.tuner.base_digest import CANNOT_BE_TOLD
 
     chosen = parse_dtype(dtype) if dtype else None
     source = adapter_folder(adapter)
     quiet()
     rows = partial(calibration_rows, calibration, folder=data_folder) if calibration else None
-    report = merge_adapter(source, folder, base=base, dtype=chosen, into=into, calibration=rows, console=progress)
+    report = merge_adapter(
+        source, folder, base=base, dtype=chosen, into=into, calibration=rows, other_base=other_base, console=progress
+    )
     out.print(f"Wrote {escape(str(report.folder))} in {str(report.dtype).removeprefix('torch.')}.")
+    if report.is_same_base is not True:
+        told = "The base model has other weights than the one that the adapter was trained on"
+        out.print(f"{CANNOT_BE_TOLD if report.is_same_base is None else told}.")
     if report.verified is not None:
         out.print(
             f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal, to the "

@@ -342,12 +342,34 @@ def sharding() -> dict[str, Any]:
     return found
 
 
+def bdlora(a: list[str] | None = None, b: list[str] | None = None) -> dict[str, Any]:
+    """PEFT's LoRA with block-diagonal factors: collectives of a forward alone, and the error of a training step."""
+    try:
+        from peft.tuners.lora.config import BdLoraConfig
+    except ImportError:
+        return {}
+    blocks = BdLoraConfig(target_modules_bd_a=a, target_modules_bd_b=b, nblocks=distributed.get_world_size())
+    model = get_peft_model(load(cut=True), LoraConfig(r=4, target_modules=[*(a or []), *(b or [])], use_bdlora=blocks))
+    found: dict[str, Any] = {}
+    for name, step in (("inference", lambda: logits(model)), ("training", lambda: collectives(model))):
+        try:
+            found[name] = counted(step)[0]
+        except RuntimeError as error:
+            found[name] = type(error).__name__
+    return found
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     frozen = load(cut=True).requires_grad_(False)
     found: dict[str, Any] = {"frozen": collectives(frozen)}
     column_parallel = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     found["lora"] = collectives(get_peft_model(load(cut=True), LoraConfig(r=4, target_modules=column_parallel)))
+    # The MLP's features are not divisible, which its blocks have to be.
+    found["bdlora"] = {
+        "column-parallel": bdlora(b=["q_proj", "k_proj", "v_proj"]),
+        "row-parallel": bdlora(a=["o_proj"]),
+    }
     for num_blocks in NUM_BLOCKS:
         found[f"N = {num_blocks}"] = shape_of_blocks(num_blocks)
     found["sharding"] = sharding()

@@ -96,6 +96,15 @@ def test_no_collective_is_added(found):
     assert found["lora"]["backward"] == 21
 
 
+def test_pefts_own_block_diagonal_method_does_what_the_readme_says_of_it(found):
+    if not found["bdlora"]["column-parallel"]:
+        pytest.skip("this PEFT has no BD-LoRA")
+    assert found["bdlora"] == {
+        "column-parallel": {"inference": found["frozen"]["inference"], "training": "RuntimeError"},
+        "row-parallel": {"inference": "RuntimeError", "training": "RuntimeError"},
+    }
+
+
 def test_losses_gradients_and_steps_are_those_of_one_process(found):
     for case, own in shapes(found):
         differences = {what: value for what, value in own.items() if isinstance(value, float)}

@@ -312,3 +312,37 @@ except UserError as error:
     assert "is the disk full?" in run.stdout
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob("tmp*"))
+
+
+def test_an_adapter_is_not_merged_into_other_weights_unless_that_is_asked_for(tiny_model, tmp_path, diablo):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", num_blocks=4)
+    # A later revision of the same model.
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.model.layers[-1].mlp.down_proj.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    copy_tokenizer(tiny_model, tmp_path / "other")
+    arguments = ("merge", adapter, tmp_path / "merged", "--base", tmp_path / "other")
+    status, _, errors = diablo(*arguments)
+    assert status == 2
+    assert f"was trained on {tiny_model}, whose weights differ" in " ".join(errors.split())
+    assert not (tmp_path / "merged").exists()
+    status, output, _ = diablo(*arguments, "--other-base")
+    assert status == 0
+    assert "other weights than the one that the adapter was trained on" in " ".join(output.split())
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_what_is_merged_through_the_loaded_model_is_checked_too(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", num_blocks=4, modules_to_save=["lm_head"])
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.model.layers[-1].mlp.down_proj.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    copy_tokenizer(tiny_model, tmp_path / "other")
+    with pytest.raises(UserError, match="whose weights differ"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(tmp_path / "other"))
+    assert not (tmp_path / "merged").exists()
+    report = merge_adapter(adapter, tmp_path / "merged", base=str(tmp_path / "other"), other_base=True)
+    assert report.is_same_base is False
+    assert merge_adapter(adapter, tmp_path / "own").is_same_base is True

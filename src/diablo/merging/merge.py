@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,15 @@ from rich.console import Console
 from diablo.data.encoding import EncodedRow
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
-from diablo.merging.shards import Update, find_updates, merge_shards
-from diablo.models.adapters import attach_adapter, base_model_of, load_adapter, new_folder, stored_dtype
+from diablo.merging.shards import Update, base_digest_of, find_updates, merge_shards
+from diablo.models.adapters import (
+    attach_adapter,
+    base_model_of,
+    load_adapter,
+    new_folder,
+    read_adapter_config,
+    stored_dtype,
+)
 from diablo.models.loading import load_config, load_model, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
 from diablo.planning.plan import make_plan
@@ -25,6 +33,7 @@ from diablo.quantization.dense import dequantized_model
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import recipe_of_run
 from diablo.scoring.generation import held_out_loss
+from diablo.tuner.base_digest import OtherBaseWarning, digest_on_model, is_same_base
 
 CHOICES = ("stored", "dequantized", "requantized")
 _MOST_ROWS = 256
@@ -37,6 +46,8 @@ class MergeReport:
     Attributes:
         folder: where the merged model is.
         dtype: dtype of its weights, or of its products where it is quantized.
+        is_same_base: whether the base's weights are those that the adapter was trained on; None where that cannot be
+            told.
         logits: the largest absolute difference of a logit between the merged and the adapted model on a probe, and the
             largest logit there, to hold it against; None where the model does not fit into the memory.
         verified: tensors that were read back and equal the base's plus the blocks to the bit; None where the model was
@@ -47,6 +58,7 @@ class MergeReport:
 
     folder: Path
     dtype: torch.dtype
+    is_same_base: bool | None
     logits: tuple[float, float] | None
     verified: int | None = None
     losses: tuple[float, float] | None = None
@@ -61,6 +73,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     into: str | None = None,
     calibration: Callable[[Any], torch.Tensor] | None = None,
+    other_base: bool = False,
     console: Console | None = None,
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
@@ -78,11 +91,12 @@ def merge_adapter(
             ``"dequantized"`` takes what the quantized weights stand for; ``"requantized"`` does so, and quantizes the
             sum again as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
+        other_base: merge also where the base has other weights than the one that the adapter was trained on.
         console: where progress is written; standard error where None.
 
     Raises:
-        UserError: the adapter does not fit, the folder has files, the merged weights would not be finite, or ``into``
-            does not fit the base.
+        UserError: the adapter does not fit, it was trained on other base weights, the folder has files, the merged
+            weights would not be finite, or ``into`` does not fit the base.
     """
     name = resolve_model(base or base_model_of(adapter))
     on_the_fly = recipe_of_run(adapter).get("quantization")
@@ -91,20 +105,25 @@ def merge_adapter(
     scheme = _scheme_of(name, stored) if into == "requantized" else None
     if into is None and (plain := _plain_updates(adapter, name)) is not None:
         source, updates = plain
+        is_same = _check_base(adapter, name, base_digest_of(source, updates), other_base)
         with new_folder(folder, "merged model") as target:
             verified = merge_shards(adapter, source, updates, target, dtype, console)
         dtype = dtype or stored_dtype(name)
-        return MergeReport(folder, dtype, _compare_logits(adapter, base, folder, dtype, source.bytes), verified)
+        logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
+        return MergeReport(folder, dtype, is_same, logits, verified)
     dtype = dtype or stored_dtype(name)
     with new_folder(folder, "merged model") as target:
-        adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantization=on_the_fly)
+        adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
+        is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
         rows, measured_on = _held_out_rows(adapter, tokenizer) if into else ([], "")
-        logits, loss = _measure(adapted, rows, tokenizer)
+        adapted_logits, loss = _measure(adapted, rows, tokenizer)
         if into is not None:
             del adapted
             loaded = load_model(name, dtype, quantization=None if into == "stored" else on_the_fly)
             plain = loaded if into == "stored" else dequantized_model(loaded, dtype)
-            adapted = attach_adapter(plain, adapter, name)
+            adapted = _quietly(attach_adapter, plain, adapter, name)
+            if into == "stored":
+                is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
         with torch.no_grad():
             try:
                 merged = adapted.merge_and_unload(safe_merge=True)
@@ -122,7 +141,8 @@ def merge_adapter(
     return MergeReport(
         folder,
         dtype,
-        _difference(merged_logits, logits),
+        is_same,
+        _difference(merged_logits, adapted_logits),
         losses=(loss, merged_loss) if into else None,
         measured_on=measured_on,
     )
@@ -138,6 +158,26 @@ def _plain_updates(adapter: Path, name: str) -> tuple[StoredWeights, dict[str, U
     return None if updates is None else (stored, updates)
 
 
+def _check_base(adapter: Path, name: str, found: str | None, other_base: bool) -> bool | None:
+    """Refuse a base model of other weights than the adapter was trained on, unless it is asked for."""
+    config = read_adapter_config(adapter)
+    is_same = is_same_base(getattr(config, "base_digest", None), found)
+    if is_same is False and not other_base:
+        raise UserError(
+            f"The adapter {str(adapter)!r} was trained on {config.base_model_name_or_path}, whose weights differ "
+            f"at its targets from those of {name!r}: merged, they would not do what was trained. Give the model "
+            "that it was trained on with --base, or --other-base to merge all the same."
+        )
+    return is_same
+
+
+def _quietly(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load without the warnings of another base, which are told apart and reported here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=OtherBaseWarning)
+        return load(*args, **kwargs)
+
+
 def _compare_logits(
     adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int
 ) -> tuple[float, float] | None:
@@ -145,7 +185,7 @@ def _compare_logits(
     stored = stored_dtype(resolve_model(base or base_model_of(adapter)))
     if 1.5 * size * dtype.itemsize / stored.itemsize > _free_memory():
         return None
-    adapted, tokenizer = load_adapter(adapter, base=base, dtype=dtype)
+    adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype)
     logits, _ = _measure(adapted, [], tokenizer)
     del adapted
     merged, _ = _measure(load_model(str(folder), dtype), [], tokenizer)

@@ -21,6 +21,7 @@ from diablo.models.stored_weights import StoredWeights, write_index, write_setti
 from diablo.ops.weight import write_to_diagonal
 from diablo.records.progress import ProgressReport
 from diablo.tuner import DiabloConfig, DiabloLayer
+from diablo.tuner.base_digest import digest_of_base
 from diablo.tuner.weights import Owners, Weight
 
 
@@ -52,6 +53,8 @@ def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | No
     config: Any = read_adapter_config(adapter)
     if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication:
         return None
+    # PEFT would say that it is another one.
+    config.base_model_name_or_path = None
     model = meta_model(stored.config)
     owners = Owners(model)
     try:
@@ -76,6 +79,11 @@ def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | No
             updates[name] = Update(key, layout, layer.weights[parameter])
     # What is trained beside blocks, such as modules_to_save, takes the place of whole tensors.
     return updates if expected.keys() == {update.key for update in updates.values()} else None
+
+
+def base_digest_of(stored: StoredWeights, updates: Mapping[str, Update]) -> str | None:
+    """The digest of a model's weights, as they are stored, at the diagonals that an adapter changes."""
+    return digest_of_base((stored.read([name])[name], update.weight, update.layout) for name, update in updates.items())
 
 
 def merge_shards(

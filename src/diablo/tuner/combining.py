@@ -69,6 +69,7 @@ def combined_config(first: Any, layers: Mapping[str, DiabloLayer], adapters: lis
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        base_digest=None,
         # The names are whole, and an expression matches the end of a name.
         block_pattern={
             ".".join(filter(None, name)).replace(".", r"\."): layout.num_blocks

@@ -44,6 +44,8 @@ class DiabloConfig(PeftConfig):
             costs and 1/N of a product; adding their product beside costs 3/N and more. ``"auto"`` does so wherever it
             is possible: linear layers with a plain weight of their own, without ``diablo_dropout``. True is an error
             where it is not; False never does.
+        base_digest: digest of the base weights that a saved adapter was made for. It is written by ``save_pretrained``
+            and compared by loading; leave it out.
 
     Raises:
         TypeError: ``block_pattern`` is no mapping.
@@ -85,11 +87,17 @@ class DiabloConfig(PeftConfig):
     in_place: Literal["auto"] | bool = field(
         default="auto", metadata={"help": "Write the blocks into the weight while training, where possible."}
     )
+    base_digest: str | None = field(
+        default=None,
+        metadata={"help": "Digest of the base weights that a saved adapter was made for; written by saving."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # Parameters in blocks and of the base model, once the adapter is on one; no setting, hence no field.
         self._trained_of_all: tuple[int, int] | None = None
+        # Digest of the weights that it is on. One configuration may serve several models, so it is no field either.
+        self._made_for: str | None = None
         self.peft_type = PeftType("DIABLO")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
@@ -117,6 +125,10 @@ class DiabloConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give the indices."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved."""
+        return {**super().to_dict(), "base_digest": self._made_for or self.base_digest}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the settings and, for an adapter that is on a model, put what it is into the folder's model card.

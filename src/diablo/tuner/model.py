@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import peft
@@ -14,6 +15,7 @@ from peft.utils.other import _get_submodules
 from torch import nn
 
 from diablo.layout import BlockLayout
+from diablo.tuner.base_digest import digest_of_base, warn_of_other_base
 from diablo.tuner.combining import check_combination, combined_config, write_sum
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layers import DiabloLayer, DiabloParameters, adapt_module
@@ -139,6 +141,39 @@ class DiabloModel(BaseTuner):
             if isinstance(layer, HoldingLayer):
                 parameters = layer.get_base_layer()._parameters
                 layer.settle(is_shared=any(len(owners.of(parameters.get(name))) > 1 for name in layer.weights))
+        configs: dict[str, Any] = self.peft_config
+        for adapter_name, config in configs.items():
+            if adapter_name not in self.base_digests:
+                self.base_digests[adapter_name] = config._made_for = self._digest_of_base(adapter_name)
+
+    def _note_base(self, adapter_name: str) -> None:
+        """Compare the weights that a loaded adapter was made for with those that it is on."""
+        config: Any = self.peft_config[adapter_name]
+        if config.base_digest is not None:
+            # What it was made for stays in its settings, whatever it is loaded onto.
+            config._made_for = config.base_digest
+            own = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+            warn_of_other_base(adapter_name, config, self.base_digests[adapter_name], own)
+
+    def _digest_of_base(self, adapter_name: str) -> str | None:
+        """The digest of the weights that an adapter is on, without what is merged into them; None where they are out of
+        reach.
+        """
+        layers = [layer for layer in self._layers().values() if layer.layouts_of(adapter_name)]
+        if any(is_quantized(layer.get_base_layer()) for layer in layers):
+            return None
+        merged = {layer: list(layer.merged_adapters) for layer in layers if layer.merged}
+        for layer in merged:
+            layer.unmerge()
+        try:
+            return digest_of_base(
+                (layer.get_base_layer()._parameters.get(name), layer.weights[name], layout)
+                for layer in layers
+                for name, layout in layer.layouts_of(adapter_name).items()
+            )
+        finally:
+            for layer, names in merged.items():
+                layer.merge_instead(names)
 
     def _check_in_place(self, targets: list[Target], config: DiabloConfig) -> None:
         """Refuse ``in_place=True`` where it is impossible, before anything is changed."""
@@ -254,6 +289,11 @@ class DiabloModel(BaseTuner):
     def _layers(self) -> dict[str, DiabloLayer]:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLayer)}
 
+    @cached_property
+    def base_digests(self) -> dict[str, str | None]:
+        """The digest of the base weights at each adapter's targets, as they were when it was put on, or None."""
+        return {}
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; where it is merged, the weights become what they would be without it, to the bit.
 
@@ -264,6 +304,7 @@ class DiabloModel(BaseTuner):
                 if adapter_name in layer.merged_adapters:
                     layer.merge_instead([name for name in layer.merged_adapters if name != adapter_name])
         super().delete_adapter(adapter_name)
+        self.base_digests.pop(adapter_name, None)
 
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
@@ -288,12 +329,17 @@ class DiabloModel(BaseTuner):
         adapters = {_adapter_of(key) for key in given}
         missing = sorted(key for key in expected - given if _adapter_of(key) in adapters)
         unexpected = sorted(given - expected)
-        if not given and not any(key in state_dict for key in self.state_dict(prefix=prefix)):
+        own = self.state_dict(prefix=prefix)
+        if not given and not any(key in state_dict for key in own):
             missing = sorted(expected)
         for fault, keys in (("lacks", missing), ("has more tensors than the model takes:", unexpected)):
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 error_msgs.append(f"the adapter's file {fault} {', '.join(keys[:3])}{more}.")
+        # Of what does not fit, torch says so.
+        if not (missing or unexpected) and all(state_dict[key].shape == own[key].shape for key in given):
+            for adapter_name in adapters:
+                self._note_base(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _block_keys(self) -> Iterator[tuple[str, str]]:
