@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
-from rich.markup import escape
 from transformers import set_seed
 
 from diablo.data.batching import collate
-from diablo.errors import Interrupted, UserError
+from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
-from diablo.models.adapters import save_adapter, save_start
+from diablo.models.adapters import save_adapter
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
@@ -27,17 +24,15 @@ from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
 from diablo.records.progress import TokenMeter
 from diablo.records.results import (
-    changed_settings,
     describe_machine,
     describe_versions,
     peak_memory_bytes,
-    plot_losses,
-    write_json,
 )
 from diablo.scoring.generation import Score
 from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
+from diablo.training.output import check_effective_batch, check_output, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
@@ -86,7 +81,7 @@ def train(
     """
     processes = Processes()
     console = processes.console(console or Console(stderr=True))
-    checkpoint = _check_output(recipe, console, resume=resume, overwrite=overwrite)
+    checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
     with processes.main_first():
         plan = make_plan(recipe)
     _check_processes(processes, plan, checkpoint)
@@ -98,7 +93,7 @@ def train(
     model = _load(plan, processes.engine)
     timings["load_seconds"] = time.perf_counter() - start
 
-    adapter_start = _start_output(processes, recipe, model, resume=resume)
+    adapter_start = start_output(processes, recipe, model, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
@@ -132,7 +127,7 @@ def train(
             merge_adapter(result.adapter, result.merged)
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer)
         with saving.writing(recipe.output):
-            _close_output(recipe, result.record, losses)
+            close_output(recipe, result.record, losses)
     processes.wait()
     return result
 
@@ -223,101 +218,9 @@ def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkp
 def _check_processes(processes: Processes, plan: Plan, checkpoint: Path | None) -> None:
     """Check that the processes can train, and save, what the plan says, and go on with what the checkpoint has."""
     if checkpoint is not None:
-        _check_effective_batch(plan, processes.count, checkpoint)
+        check_effective_batch(plan, processes.count, checkpoint)
     if processes.engine.shards:
         check_shardable(plan)
-
-
-def _check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
-    """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing."""
-    folder = recipe.output
-    last, torn = saving.last_whole(folder / "checkpoints")
-    if resume:
-        for name, fault in torn.items():
-            console.print(f"{name} is not whole ({escape(fault)}): it is passed over and deleted.", soft_wrap=True)
-        if last is None:
-            raise UserError(
-                f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
-                f"without --resume{', with --overwrite' if torn else ''}, and set training.save_steps to have some."
-            )
-        _check_same_run(recipe, folder / "recipe.yaml")
-        return last
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
-        raise UserError(f"output: {str(folder)!r} has files that diablo did not write; give a new or empty folder.")
-    is_unfinished = (last is not None or bool(torn)) and not (folder / "run.json").is_file()
-    if is_unfinished and not overwrite:
-        raise UserError(
-            f"output: {str(folder)!r} holds an unfinished run; --resume goes on with it, --overwrite discards it."
-        )
-    return None
-
-
-def _check_same_run(recipe: Recipe, path: Path) -> None:
-    """A resumed run must be told what the interrupted one was told, reporting aside."""
-    started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
-    # Another number of processes needs other ones; what they come to is checked when it is known.
-    free |= {"batch_size", "gradient_accumulation"}
-    # What an error of the run may have advised, and changes nothing of what is learned.
-    free |= {"gradient_checkpointing", "on_nonfinite"}
-    names = changed_settings(started, recipe.model_dump(mode="json"))
-    changed = [name for name in names if not free & set(name.split("."))]
-    # What is scored says which rows are left out of training.
-    if (started.get("evaluation") or {}).get("tasks") != recipe.evaluation.tasks:
-        changed.append("evaluation.tasks")
-    if changed:
-        raise UserError(
-            f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "
-            "start a new run with --overwrite."
-        )
-
-
-def _check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
-    """A resumed run takes as many rows a step as before, on however many processes: its batches are the same."""
-    before = saving.about(checkpoint).get("effective_batch")
-    if before != plan.effective_batch:
-        training = plan.recipe.training
-        raise UserError(
-            f"training.batch_size, training.gradient_accumulation: found {training.batch_size} and "
-            f"{training.gradient_accumulation}, which on {processes} process{'es' * (processes > 1)} come to "
-            f"{plan.effective_batch} rows a step; the run that is to be resumed had {before}: choose what comes to "
-            "that."
-        )
-
-
-def _start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
-    """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
-    processes.wait()
-    if processes.is_main:
-        _open_output(recipe, resume=resume)
-        save_start(model, recipe.output / "start")
-    processes.wait()
-    return recipe.output / "start" if (recipe.output / "start").is_dir() else None
-
-
-def _open_output(recipe: Recipe, *, resume: bool) -> None:
-    """Make the output folder and clear it of an earlier run."""
-    folder = recipe.output
-    folder.mkdir(parents=True, exist_ok=True)
-    saving.clear_staging(folder / "checkpoints")
-    if resume:
-        # They would count as the latest where old ones are deleted.
-        for name in saving.last_whole(folder / "checkpoints")[1]:
-            shutil.rmtree(folder / "checkpoints" / name)
-    for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def _close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
-    """Write what tells that the run is finished, last."""
-    shutil.rmtree(recipe.output / "start", ignore_errors=True)
-    title = f"{recipe.method.name} on {recipe.model}"
-    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
-    write_json(recipe.output / "run.json", record)
 
 
 def _record(

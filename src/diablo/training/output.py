@@ -1,0 +1,112 @@
+"""The output folder of a run: what it must be like before, how it is opened, and what is written into it last."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from diablo.errors import UserError
+from diablo.models.adapters import save_start
+from diablo.planning.plan import Plan
+from diablo.recipes.recipe import Recipe
+from diablo.records.results import changed_settings, plot_losses, write_json
+from diablo.training import saving
+from diablo.training.processes import Processes
+from diablo.training.trainer import Losses
+
+
+def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
+    """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing."""
+    folder = recipe.output
+    last, torn = saving.last_whole(folder / "checkpoints")
+    if resume:
+        for name, fault in torn.items():
+            console.print(f"{name} is not whole ({escape(fault)}): it is passed over and deleted.", soft_wrap=True)
+        if last is None:
+            raise UserError(
+                f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
+                f"without --resume{', with --overwrite' if torn else ''}, and set training.save_steps to have some."
+            )
+        _check_same_run(recipe, folder / "recipe.yaml")
+        return last
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+        raise UserError(f"output: {str(folder)!r} has files that diablo did not write; give a new or empty folder.")
+    is_unfinished = (last is not None or bool(torn)) and not (folder / "run.json").is_file()
+    if is_unfinished and not overwrite:
+        raise UserError(
+            f"output: {str(folder)!r} holds an unfinished run; --resume goes on with it, --overwrite discards it."
+        )
+    return None
+
+
+def _check_same_run(recipe: Recipe, path: Path) -> None:
+    """A resumed run must be told what the interrupted one was told, reporting aside."""
+    started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
+    # Another number of processes needs other ones; what they come to is checked when it is known.
+    free |= {"batch_size", "gradient_accumulation"}
+    # What an error of the run may have advised, and changes nothing of what is learned.
+    free |= {"gradient_checkpointing", "on_nonfinite"}
+    names = changed_settings(started, recipe.model_dump(mode="json"))
+    changed = [name for name in names if not free & set(name.split("."))]
+    # What is scored says which rows are left out of training.
+    if (started.get("evaluation") or {}).get("tasks") != recipe.evaluation.tasks:
+        changed.append("evaluation.tasks")
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: changed since the run that is to be resumed; set them back as {path} has them, or "
+            "start a new run with --overwrite."
+        )
+
+
+def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
+    """A resumed run takes as many rows a step as before, on however many processes: its batches are the same."""
+    before = saving.about(checkpoint).get("effective_batch")
+    if before != plan.effective_batch:
+        training = plan.recipe.training
+        raise UserError(
+            f"training.batch_size, training.gradient_accumulation: found {training.batch_size} and "
+            f"{training.gradient_accumulation}, which on {processes} process{'es' * (processes > 1)} come to "
+            f"{plan.effective_batch} rows a step; the run that is to be resumed had {before}: choose what comes to "
+            "that."
+        )
+
+
+def start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
+    """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
+    processes.wait()
+    if processes.is_main:
+        _open_output(recipe, resume=resume)
+        save_start(model, recipe.output / "start")
+    processes.wait()
+    return recipe.output / "start" if (recipe.output / "start").is_dir() else None
+
+
+def _open_output(recipe: Recipe, *, resume: bool) -> None:
+    """Make the output folder and clear it of an earlier run."""
+    folder = recipe.output
+    folder.mkdir(parents=True, exist_ok=True)
+    saving.clear_staging(folder / "checkpoints")
+    if resume:
+        # They would count as the latest where old ones are deleted.
+        for name in saving.last_whole(folder / "checkpoints")[1]:
+            shutil.rmtree(folder / "checkpoints" / name)
+    for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
+    """Write what tells that the run is finished, last."""
+    shutil.rmtree(recipe.output / "start", ignore_errors=True)
+    title = f"{recipe.method.name} on {recipe.model}"
+    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
+    write_json(recipe.output / "run.json", record)
