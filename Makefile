@@ -9,11 +9,14 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
 
+# A worker a core, each with one thread: files of tests run side by side.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The oldest PEFT that pyproject.toml allows, put in front of the installed one.
 OLDEST_PEFT := 0.19.0
@@ -21,7 +24,7 @@ OLDEST_PEFT := 0.19.0
 test-oldest-peft: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oldest-peft peft==$(OLDEST_PEFT)
 	PYTHONPATH=.venv/oldest-peft $(BIN)/python -c "import peft; assert peft.__version__ == '$(OLDEST_PEFT)'"
-	PYTHONPATH=.venv/oldest-peft $(BIN)/python -m pytest -m "not slow"
+	PYTHONPATH=.venv/oldest-peft $(PYTEST) -m "not slow"
 
 # A minute for each reader of files of others; what is found lands in .venv/fuzz.
 fuzz: .venv/installed

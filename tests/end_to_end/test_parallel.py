@@ -65,7 +65,7 @@ def found_by_two(launch: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_scenarios(model: Path, folder: Path, count: int) -> dict[str, Any]:
-    launched = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), str(SCENARIOS)]
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(SCENARIOS)]
     done = subprocess.run(
         [sys.executable, *launched, str(model), str(folder), *map(str, CASES[count])],
         capture_output=True,

@@ -38,7 +38,8 @@ def write_recipe(tmp_path: Path, model: Path) -> Path:
 def launch(
     *arguments: str, processes: int = 2, settings: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", str(processes), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (settings or {})
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
