@@ -108,6 +108,8 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: tuple[str, ...], adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer as its base layer computes it, whatever that is, and of one with merged adapters.
 
+        What is merged stands in the weight; the other adapters that the pass uses are added beside it.
+
         Args:
             names: the adapters that the pass uses.
             adapter_names: as :meth:`forward` takes them, which then count.
@@ -123,6 +125,11 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if isinstance(active, str):
             return (active,) if active in self.diablo_layout else ()
         return tuple(name for name in active if name in self.diablo_layout)
+
+    def _not_merged(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some adapters that are not merged, and so do not stand in the weight already."""
+        merged = self.merged_adapters
+        return tuple(name for name in names if name not in merged) if merged else names
 
     def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
         """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""

@@ -72,15 +72,15 @@ class HoldingLayer(DiabloLayer):
         """
         obstacle = self._obstacle_now()
         holds = self._holds(names, obstacle)
-        is_read = holds or (obstacle is None and not self.merged_adapters)
-        return self._part(names, not holds) if is_read else None, holds
+        return self._part(names, not holds) if obstacle is None else None, holds
 
     @abstractmethod
     def _part(self, names: tuple[str, ...], is_beside: bool) -> Any:
         """What the layer computes with where it reads the weights itself; None where it calls its base layer."""
 
     def _holds(self, names: tuple[str, ...], obstacle: str | None) -> bool:
-        if self.merged_adapters or not all(self.diablo_in_place[name] for name in names):
+        names = self._not_merged(names)
+        if not all(self.diablo_in_place[name] for name in names):
             return False
         if names and not self._is_trained(names):
             return False
@@ -96,7 +96,7 @@ class HoldingLayer(DiabloLayer):
         return any(blocks.requires_grad for name in names for blocks in self.blocks_of(name).values())
 
     def _obstacle_now(self) -> str | None:
-        if reason := self.obstacle():
+        if reason := self.obstacle() or self._merged_obstacle():
             return reason
         parameters = self.base_layer._parameters
         if not self._can_hold or any(
@@ -108,6 +108,12 @@ class HoldingLayer(DiabloLayer):
         if any(self._others(weight) for weight in seen if weight is not None):
             return "another adapted model has its weight too"
         return None
+
+    def _merged_obstacle(self) -> str | None:
+        # Unmerging would take the blocks of the pass for a part of the base, and the pass those of the merge.
+        if not self.merged_adapters:
+            return None
+        return f"{', '.join(self.merged_adapters)} is merged into the weight until unmerge_adapter() is called"
 
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""

@@ -65,6 +65,8 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
 
     def _obstacle_in_graph(self) -> str | None:
         """What the compiler can see of obstacles; the operator looks for the others when it runs."""
+        if reason := self._merged_obstacle():
+            return reason
         if not self._can_hold or self.base_layer.weight.requires_grad:
             return "its weight was trained, tied, sharded or replaced"
         return "hooks are registered on the layer" if has_hooks(self.base_layer) else None

@@ -85,7 +85,8 @@ class DiabloParameters(HoldingLayer):
                 )
             self._check_unmerged()
             names = tuple(rows[:1])
-        if self.merged_adapters or not names:
+        names = self._not_merged(names)
+        if not names:
             return self.base_layer(*args, **kwargs)
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:
