@@ -176,6 +176,20 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_layouts(self, adapter_name: str, layouts: Mapping[str, Layout]) -> None:
+        """Cut the weights otherwise for an adapter, whose parameters stay the objects they are, their values unset.
+
+        Args:
+            adapter_name: the adapter.
+            layouts: the geometry of its blocks, by the name of the weight.
+        """
+        own = self.blocks_of(adapter_name)
+        for name, blocks in own.items():
+            blocks.grad = None
+            blocks.data = blocks.data.new_empty(layouts[name].blocks_shape)
+        self._add_blocks(adapter_name, own, layouts)
+        self.passes.forget()
+
     def blocks_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
@@ -184,9 +198,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
 
-    def _add_blocks(
-        self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]
-    ) -> None:
+    def _add_blocks(self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> None:
         self.diablo_blocks[adapter_name] = blocks["weight"]
         self.diablo_layout[adapter_name] = layouts["weight"]
 

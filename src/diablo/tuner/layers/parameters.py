@@ -64,9 +64,7 @@ class DiabloParameters(HoldingLayer):
         """An adapter's layouts by the name of the parameter that they belong to."""
         return dict(self.diablo_layout.get(adapter_name, {}))
 
-    def _add_blocks(
-        self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]
-    ) -> None:
+    def _add_blocks(self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> None:
         self.diablo_blocks[adapter_name] = nn.ParameterDict(blocks)
         self.diablo_layout[adapter_name] = dict(layouts)
 
