@@ -6,17 +6,19 @@ import itertools
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 
 from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
+from diablo.tuner.layers.offloading import offloading_hook, take_back
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
 from diablo.tuner.weights import Weight, is_distributed
 
@@ -150,7 +152,15 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
-        return Watched()
+        return Watched(self._block_tables(names))
+
+    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+        """Where torch keeps the blocks of these adapters: a module's table of parameters, and a key of it."""
+        return [(self.diablo_blocks._parameters, name) for name in names]
+
+    def take_blocks_back(self) -> None:
+        """Have the blocks at hand, where accelerate has offloaded them."""
+        take_back(self.diablo_blocks)
 
     def update_layer(
         self,
@@ -209,8 +219,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return nn.Parameter(blocks)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        hook = offloading_hook(self.get_base_layer())
+        if device is None and hook is not None:
+            # Between forwards the weight is on no device.
+            device = torch.device(hook.execution_device)
         # PEFT looks for the device in an attribute `weight`, which a module of experts does not have.
-        if device is None and "weight" not in self.weights:
+        elif device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
@@ -350,11 +364,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
-        weights = self._matrices()
-        self.diagonals.write(weights, self.added(adapter_names))
-        self.merged_adapters = list(adapter_names)
-        if safe_merge and not self._are_finite(weights):
-            self._restore()
+        with self._weights_at_hand():
+            weights = self._matrices()
+            self.diagonals.write(weights, self.added(adapter_names))
+            self.merged_adapters = list(adapter_names)
+            finite = not safe_merge or self._are_finite(weights)
+            if not finite:
+                self._restore()
+        if not finite:
             raise self._not_finite(adapter_names)
 
     def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
@@ -371,8 +388,15 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         )
 
     def _restore(self) -> None:
-        self.diagonals.restore(self._matrices())
+        with self._weights_at_hand():
+            self.diagonals.restore(self._matrices())
         self.merged_adapters = []
+
+    def _weights_at_hand(self) -> AbstractContextManager[Any]:
+        """Where accelerate offloads the weights, they are fetched, and what they are then is what it keeps."""
+        base_layer = self.get_base_layer()
+        is_away = any(base_layer._parameters[name].is_meta for name in self.weights)  # type: ignore[union-attr]
+        return onload_layer(self) if is_away and offloading_hook(base_layer) else nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._check_base()
@@ -381,8 +405,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        # The base layer is saved after this.
+        # The base layer is saved after this, and the blocks too.
         self._check_base()
+        self.take_blocks_back()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diablo.tuner.layers.base import DiabloLayer
 from diablo.tuner.layers.in_place import hooks_of
+from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.passes import LAYERS, Member, Watched
 from diablo.tuner.weights import Weight
 
@@ -118,15 +119,13 @@ class HoldingLayer(DiabloLayer):
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
         parameters = self.base_layer._parameters
-        own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters]
+        # Those that are offloaded are others in every forward. That they are is an attribute of the module.
+        is_offloaded = offloading_hook(self.base_layer) is not None
+        own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters and not is_offloaded]
         modules: dict[str, Any] = self._modules
         dropout = [(self.diablo_dropout._modules, name) for name in names]
         places = [(modules, "base_layer"), *own, *self._block_tables(names), *dropout]
         return Watched(places, self._hooks(), [vars(self.base_layer)])
-
-    @abstractmethod
-    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
-        """Where torch keeps the blocks of these adapters: a module's table of parameters, and a key of it."""
 
     def _hooks(self) -> list[Mapping[int, Any]]:
         """The base layer's hooks, which would not be called."""

@@ -42,9 +42,6 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
         bias: Any = self.base_layer.bias
         return AdaptedLinear(self._weight("weight"), bias, blocks, layouts, is_beside, self._is_trained(names))
 
-    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
-        return [(self.diablo_blocks._parameters, name) for name in names]
-
     def _run_part(self, current: Pass, part: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return part(x, current.reach)
 

@@ -17,6 +17,7 @@ from diablo.ops.weight import trained_diagonal
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layers.holding import HoldingLayer
 from diablo.tuner.layers.in_place import parameter_obstacle
+from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.passes import Pass
 from diablo.tuner.weights import parameter_weight
 
@@ -86,6 +87,23 @@ class DiabloParameters(HoldingLayer):
         names = self._not_merged(names)
         if not names:
             return self.base_layer(*args, **kwargs)
+        if offloading_hook(self.base_layer) is not None:
+            return self._run_offloaded(names, *args, **kwargs)
+        return functional_call(self.base_layer, self._changed(names), args, kwargs)
+
+    def _run_offloaded(self, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        """The same where accelerate fetches the parameters for the forward: it would put them in the copies' place."""
+        module: Any = self.base_layer
+        hooked, hook = module.forward, module._hf_hook
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        module.forward = module._old_forward
+        try:
+            return hook.post_forward(module, functional_call(module, self._changed(names), args, kwargs))
+        finally:
+            module.forward = hooked
+
+    def _changed(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Copies of the parameters with the blocks of these adapters added."""
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:
             layouts = self.layouts_of(adapter_name)
@@ -93,7 +111,7 @@ class DiabloParameters(HoldingLayer):
                 weight = self.weights[name]
                 base: Any = changed.get(name, self.get_base_layer()._parameters[name])
                 changed[name] = weight.original(add_to_diagonal(weight.matrix(base), blocks, layouts[name]))
-        return functional_call(self.base_layer, changed, args, kwargs)
+        return changed
 
     def obstacle(self) -> str | None:
         """Why the blocks have to stand beside the parameters; None where they can be written into them."""
