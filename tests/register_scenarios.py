@@ -17,7 +17,7 @@ import peft
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import hotswap, register_peft_method
 
 
 def add_member() -> PeftType:
@@ -113,6 +113,20 @@ def reloaded_deeply() -> None:
     assert new is not old
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DIABLO] is new
     assert list(PeftType) == members
+    model = assert_method_works()
+    # PEFT's function for swapping goes to the new package, and past the old one for other methods.
+    swapping = hotswap.hotswap_adapter_from_state_dict
+    assert swapping.__wrapped__.__module__ == "peft.utils.hotswap"
+    assert not hasattr(swapping.__wrapped__, "__wrapped__")
+    swapping(model, {"base_model.model.0.diablo_blocks.default": torch.ones(3, 3, 2)}, "default", new(num_blocks=3))
+    assert model.base_model.model[0].diablo_blocks["default"].sum() == 18
+
+
+def peft_swaps_adapters_in_another_way() -> None:
+    given = hotswap.hotswap_adapter_from_state_dict
+    del hotswap.CONFIG_KEYS_TO_CHECK
+    importlib.import_module("diablo")
+    assert hotswap.hotswap_adapter_from_state_dict is given
     assert_method_works()
 
 
@@ -159,6 +173,7 @@ SCENARIOS = (
     peft_ships_the_member,
     enum_without_the_member_gets_it_last,
     reloaded_deeply,
+    peft_swaps_adapters_in_another_way,
     enum_whose_members_do_not_pickle,
     enum_with_read_only_members,
     enum_with_read_only_names,

@@ -306,3 +306,19 @@ def test_forward_and_backward_under_compile_equal_eager_ones(build):
     assert_close(got, expected, 1e-5)
     for one, other in zip(torch.autograd.grad(got.square().sum(), blocks), wanted, strict=True):
         assert_close(one, other, 1e-4)
+
+
+@every_mixture
+@pytest.mark.parametrize("merged", ["default", "other"])
+def test_what_is_not_merged_is_added_to_copies_of_merged_parameters(build, merged):
+    model = adapted(build)
+    model.add_adapter("other", config(num_blocks=4, target_parameters=EXPERTS[:1]))
+    fill(model, "other", seed=4)
+    model.base_model.set_adapter(["default", "other"])
+    before = base_weights(model)
+    expected = output(model)
+    model.merge_adapter([merged])
+    assert_close(output(model), expected, 1e-5)
+    model.base_model.set_adapter(["default", "other"])
+    model.unmerge_adapter()
+    assert_same_bits(base_weights(model), before)

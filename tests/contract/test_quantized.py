@@ -248,6 +248,20 @@ def test_two_adapters_merge_and_a_deleted_one_leaves(folder, library):
 
 
 @every_library
+def test_what_is_not_merged_is_added_beside_the_weight_that_is_quantized_again(folder, library):
+    model = adapted(folder, library, num_blocks=4)
+    model.add_adapter("other", config())
+    fill(model, "other", seed=4)
+    only = output(model)
+    model.base_model.set_adapter(["default", "other"])
+    both = output(model)
+    model.merge_adapter(["default"])
+    assert difference(output(model), both) < 0.5 * difference(only, both)
+    model.unmerge_adapter()
+    assert torch.equal(output(model), both)
+
+
+@every_library
 def test_merge_and_unload_and_unload(folder, library):
     model = adapted(folder, library)
     unmerged = output(model)

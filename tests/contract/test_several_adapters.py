@@ -1,4 +1,4 @@
-"""Rows of one batch with different adapters, weighted sums, swapping in place, and what loading refuses."""
+"""Rows of one batch with different adapters, weighted sums, switching, and what loading refuses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     CASES,
     LINEAR_CASES,
+    LargestAllocation,
     assert_close,
     assert_same_bits,
     assert_same_output,
@@ -26,9 +27,8 @@ from tiny_models import (
     with_dense_delta,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from diablo import DiabloConfig, hotswap_adapter
+from diablo import DiabloConfig
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -222,90 +222,7 @@ def test_what_cannot_be_summed_is_refused_and_nothing_is_added():
         saving.add_weighted_adapter(["default"], [1.0], "sum")
 
 
-# Swapping.
-
-
-@pytest.fixture
-def second(tmp_path):
-    """Saves an adapter of other values for a case and gives its folder and a model that has it."""
-
-    def make(case, dtype=torch.float32, **settings):
-        model = fill(get_peft_model(case.base(dtype), case.config(**settings)), seed=11).eval()
-        model.save_pretrained(tmp_path / "second")
-        return tmp_path / "second", model
-
-    return make
-
-
-@every_case
-@pytest.mark.parametrize("merged", [False, True])
-def test_swapping_gives_the_saved_adapters_output(case, merged, second):
-    folder, expected = second(case)
-    model = case.adapted(torch.float32)
-    before = base_weights(model)
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    if merged:
-        model.merge_adapter()
-        expected.merge_adapter()
-    hotswap_adapter(model, folder)
-    assert torch.equal(output(model), output(expected))
-    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
-    if merged:
-        model.unmerge_adapter()
-    assert_same_bits(base_weights(model), before)
-
-
-class LargestAllocation(TorchDispatchMode):
-    """The number of entries of the largest tensor that was made, views not counted."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in [*args, *(kwargs or {}).values()]
-            if isinstance(tensor, torch.Tensor)
-        }
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_swapping_allocates_no_tensor_of_a_weights_size(merged, second):
-    case = BY_NAME["mlp"]
-    folder, _ = second(case)
-    model = case.adapted(torch.float32)
-    if merged:
-        model.merge_adapter()
-    with LargestAllocation() as allocations:
-        hotswap_adapter(model, folder)
-    # What is read from the file is not counted.
-    assert allocations.largest == 0
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_swapping_under_compile_does_not_compile_again(merged, second):
-    torch._dynamo.reset()
-    case = BY_NAME["ragged"]
-    folder, expected = second(case)
-    model = case.adapted(torch.float32)
-    if merged:
-        model.merge_adapter()
-        expected.merge_adapter()
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter)
-    inputs = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        first = compiled(inputs)
-        frames = counter.frame_count
-        assert frames > 0
-        hotswap_adapter(compiled, folder)
-        second_output = compiled(inputs)
-        assert counter.frame_count == frames
-        assert_close(second_output, expected(inputs), 1e-5)
-    assert (second_output - first).abs().max() > 1e-2
+# Switching under compile.
 
 
 def test_switching_back_and_forth_under_compile_compiles_each_adapter_once():
@@ -340,28 +257,6 @@ def test_forward_and_backward_compile_without_a_graph_break(name):
     expected = torch.autograd.grad(layer(x).square().sum(), [x, blocks])
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 1e-4)
-
-
-def test_an_adapter_that_does_not_fit_is_not_swapped_in(second, tmp_path):
-    case = BY_NAME["mlp"]
-    model = case.adapted(torch.float32)
-    before = output(model)
-    folder, _ = second(case, num_blocks=8)
-    with pytest.raises(ValueError, match=r"up.diablo_blocks is \(8, 2, 3\) and takes the place of \(4, 4, 6\)"):
-        hotswap_adapter(model, folder)
-    folder, _ = second(case, target_modules=["up"])
-    with pytest.raises(ValueError, match=r"down.diablo_blocks is missing"):
-        hotswap_adapter(model, folder)
-    with pytest.raises(ValueError, match="no adapter 'third'; it has default"):
-        hotswap_adapter(model, folder, "third")
-    with pytest.raises(TypeError, match="takes a PeftModel, got a Mlp"):
-        hotswap_adapter(mlp(), folder)
-    with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors"):
-        hotswap_adapter(model, tmp_path / "nowhere")
-    get_peft_model(mlp(), LoraConfig(target_modules=["up", "down"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(TypeError, match="LORA"):
-        hotswap_adapter(model, tmp_path / "lora")
-    assert torch.equal(output(model), before)
 
 
 # Loading.

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -305,3 +306,20 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) ->
 def assert_same_output(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for rounding: a loaded adapter stands beside the weight, one that is trained stands in it."""
     assert_close(got, expected, 1e-12 if expected.dtype == torch.float64 else 1e-5)
+
+
+class LargestAllocation(TorchDispatchMode):
+    """The number of entries of the largest tensor that was made, views not counted."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in [*args, *(kwargs or {}).values()]
+            if isinstance(tensor, torch.Tensor)
+        }
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.largest = max(self.largest, result.numel())
+        return result

@@ -227,6 +227,11 @@ def several(cut: Any, expected: torch.Tensor, plain: torch.Tensor) -> dict[str, 
     }
     cut.set_adapter("other")
     found["a row of the second adapter"] = float((rows[2] - logits(cut)[2]).abs().max())
+    cut.base_model.set_adapter(["default", "other"])
+    both = logits(cut)
+    cut.merge_adapter(["other"])
+    found["one of two merged"] = float((logits(cut) - both).abs().max())
+    cut.unmerge_adapter()
     cut.set_adapter("sum")
     found["a weighted sum"] = float((logits(cut) - expected).abs().max())
     cut.set_adapter("default")

@@ -128,7 +128,7 @@ def test_an_adapter_is_saved_whole_and_every_verb_works(found_by_two):
     assert steps[0] > 0
     assert results.pop("safe_merge") == [True] * found_by_two["processes"], "all refuse, or none"
     assert results.pop("moved") < 1e-5
-    assert len(results) == 12
+    assert len(results) == 13
     assert results.pop("unmerged") == 0
     assert max(results.values()) < EXACT, results
     assert found_by_two["bf16"]

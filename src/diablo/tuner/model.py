@@ -20,6 +20,7 @@ from diablo.tuner.combining import check_combination, combined_config, write_sum
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layers import DiabloLayer, DiabloParameters, adapt_module
 from diablo.tuner.layers.holding import HoldingLayer
+from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.layers.quantized import check_backward, keep_backward
 from diablo.tuner.layers.tensor_parallel import check_saved_modules
 from diablo.tuner.openers import adapted_layers, connect, disconnect
@@ -206,8 +207,9 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloLayer):
+        if isinstance(child, DiabloLayer) or offloading_hook(child) is not None:
             # PEFT hands the weight of an unloaded layer on; experts and some quantized layers have none of that name.
+            # And it moves the blocks to where the weight is, which is nowhere while that is offloaded.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -282,9 +284,19 @@ class DiabloModel(BaseTuner):
         write_sum(self._layers().values(), adapters, weights, adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        self._take_blocks_back()
         unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         disconnect(self.model)
         return unloaded
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT calls this last when it has loaded an adapter, and dispatched the model anew where it is offloaded.
+        self._take_blocks_back()
+        super()._cast_adapter_dtype(*args, **kwargs)
+
+    def _take_blocks_back(self) -> None:
+        for layer in self._layers().values():
+            layer.take_blocks_back()
 
     def _layers(self) -> dict[str, DiabloLayer]:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, DiabloLayer)}
@@ -309,6 +321,8 @@ class DiabloModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
         super()._check_merge_allowed()
+        # PEFT fetches what is offloaded before it merges, as accelerate does.
+        self._take_blocks_back()
         owners = Owners(self.model)
         for name, layer in self._layers().items():
             base_layer = layer.get_base_layer()

@@ -82,6 +82,9 @@ class Member(Protocol):
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
 
+    def take_blocks_back(self) -> None:
+        """Have the blocks at hand, where accelerate has offloaded them."""
+
 
 LAYERS: WeakValueDictionary[int, Member] = WeakValueDictionary()
 """The adapted layers by number, for those who must not keep them alive: plans, which graphs hold, and operators."""
@@ -339,6 +342,8 @@ class Passes:
         for plan in self._plans.get(key, ()):
             if (names is not None or plan.is_chosen(layers)) and plan.is_there():
                 return plan
+        for layer in layers:
+            layer.take_blocks_back()
         plan = Plan(layers, {layer.number: layer.names_in_use() if names is None else names for layer in layers}, bare)
         with self.lock:
             # Those of weights that are no longer there would keep them alive.

@@ -12,15 +12,17 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from functools import wraps
 from typing import Any
 
 import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import hotswap, register_peft_method
 
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.model import DiabloModel
+from diablo.tuner.swapping import swap_state_dict
 
 NAME = "DIABLO"
 
@@ -54,6 +56,38 @@ def register() -> None:
             f"PEFT {peft.__version__} saves {NAME} adapters under the prefix "
             f"{PEFT_TYPE_TO_PREFIX_MAPPING.get(member)!r}, not {DiabloModel.prefix!r}; use a release that diablo knows."
         )
+    _register_swapping(member)
+
+
+def _register_swapping(member: PeftType) -> None:
+    """Let ``peft.utils.hotswap.hotswap_adapter`` take the method's adapters too.
+
+    PEFT asks a table whether it can swap a method's adapters, and then calls a function that is written for LoRA. That
+    function is called as before for every other method. A PEFT that goes about it otherwise is left alone: it says
+    itself that it does not know the method.
+    """
+    peft_hotswap: Any = hotswap
+    names = ("check_hotswap_configs_compatible", "hotswap_adapter_from_state_dict")
+    tables = getattr(peft_hotswap, "CONFIG_KEYS_TO_CHECK", None)
+    if not isinstance(tables, dict) or not set(names) <= set(peft_hotswap.hotswap_adapter.__code__.co_names):
+        return
+    given = peft_hotswap.hotswap_adapter_from_state_dict
+    # After a reload it is one of a package of the same name that is there no more.
+    of_peft = getattr(given, "_diablo_others", given)
+
+    @wraps(of_peft)
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if config.peft_type == member:
+            swap_state_dict(model, state_dict, adapter_name, config)
+        else:
+            of_peft(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    hotswap_adapter_from_state_dict._diablo_others = of_peft  # type: ignore[attr-defined]
+    peft_hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+    # What has to agree is checked when it is swapped, for the adapter that is, which need not be the active one.
+    tables[member] = []
 
 
 def _is_ours(config_cls: type) -> bool:

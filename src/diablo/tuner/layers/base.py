@@ -6,17 +6,19 @@ import itertools
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 
 from diablo.layout import BlockLayout, Layout
 from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
+from diablo.tuner.layers.offloading import offloading_hook, take_back
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
 from diablo.tuner.weights import Weight, is_distributed
 
@@ -108,6 +110,8 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: tuple[str, ...], adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer as its base layer computes it, whatever that is, and of one with merged adapters.
 
+        What is merged stands in the weight; the other adapters that the pass uses are added beside it.
+
         Args:
             names: the adapters that the pass uses.
             adapter_names: as :meth:`forward` takes them, which then count.
@@ -123,6 +127,11 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if isinstance(active, str):
             return (active,) if active in self.diablo_layout else ()
         return tuple(name for name in active if name in self.diablo_layout)
+
+    def _not_merged(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some adapters that are not merged, and so do not stand in the weight already."""
+        merged = self.merged_adapters
+        return tuple(name for name in names if name not in merged) if merged else names
 
     def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
         """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
@@ -143,7 +152,15 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
-        return Watched()
+        return Watched(self._block_tables(names))
+
+    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+        """Where torch keeps the blocks of these adapters: a module's table of parameters, and a key of it."""
+        return [(self.diablo_blocks._parameters, name) for name in names]
+
+    def take_blocks_back(self) -> None:
+        """Have the blocks at hand, where accelerate has offloaded them."""
+        take_back(self.diablo_blocks)
 
     def update_layer(
         self,
@@ -169,6 +186,20 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_layouts(self, adapter_name: str, layouts: Mapping[str, Layout]) -> None:
+        """Cut the weights otherwise for an adapter, whose parameters stay the objects they are, their values unset.
+
+        Args:
+            adapter_name: the adapter.
+            layouts: the geometry of its blocks, by the name of the weight.
+        """
+        own = self.blocks_of(adapter_name)
+        for name, blocks in own.items():
+            blocks.grad = None
+            blocks.data = blocks.data.new_empty(layouts[name].blocks_shape)
+        self._add_blocks(adapter_name, own, layouts)
+        self.passes.forget()
+
     def blocks_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
@@ -177,9 +208,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
         return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
 
-    def _add_blocks(
-        self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]
-    ) -> None:
+    def _add_blocks(self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> None:
         self.diablo_blocks[adapter_name] = blocks["weight"]
         self.diablo_layout[adapter_name] = layouts["weight"]
 
@@ -190,8 +219,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return nn.Parameter(blocks)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        hook = offloading_hook(self.get_base_layer())
+        if device is None and hook is not None:
+            # Between forwards the weight is on no device.
+            device = torch.device(hook.execution_device)
         # PEFT looks for the device in an attribute `weight`, which a module of experts does not have.
-        if device is None and "weight" not in self.weights:
+        elif device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
@@ -331,11 +364,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Merge adapters into the pristine weights."""
-        weights = self._matrices()
-        self.diagonals.write(weights, self.added(adapter_names))
-        self.merged_adapters = list(adapter_names)
-        if safe_merge and not self._are_finite(weights):
-            self._restore()
+        with self._weights_at_hand():
+            weights = self._matrices()
+            self.diagonals.write(weights, self.added(adapter_names))
+            self.merged_adapters = list(adapter_names)
+            finite = not safe_merge or self._are_finite(weights)
+            if not finite:
+                self._restore()
+        if not finite:
             raise self._not_finite(adapter_names)
 
     def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
@@ -352,8 +388,15 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         )
 
     def _restore(self) -> None:
-        self.diagonals.restore(self._matrices())
+        with self._weights_at_hand():
+            self.diagonals.restore(self._matrices())
         self.merged_adapters = []
+
+    def _weights_at_hand(self) -> AbstractContextManager[Any]:
+        """Where accelerate offloads the weights, they are fetched, and what they are then is what it keeps."""
+        base_layer = self.get_base_layer()
+        is_away = any(base_layer._parameters[name].is_meta for name in self.weights)  # type: ignore[union-attr]
+        return onload_layer(self) if is_away and offloading_hook(base_layer) else nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._check_base()
@@ -362,8 +405,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        # The base layer is saved after this.
+        # The base layer is saved after this, and the blocks too.
         self._check_base()
+        self.take_blocks_back()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:

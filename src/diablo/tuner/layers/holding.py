@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diablo.tuner.layers.base import DiabloLayer
 from diablo.tuner.layers.in_place import hooks_of
+from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.passes import LAYERS, Member, Watched
 from diablo.tuner.weights import Weight
 
@@ -72,15 +73,15 @@ class HoldingLayer(DiabloLayer):
         """
         obstacle = self._obstacle_now()
         holds = self._holds(names, obstacle)
-        is_read = holds or (obstacle is None and not self.merged_adapters)
-        return self._part(names, not holds) if is_read else None, holds
+        return self._part(names, not holds) if obstacle is None else None, holds
 
     @abstractmethod
     def _part(self, names: tuple[str, ...], is_beside: bool) -> Any:
         """What the layer computes with where it reads the weights itself; None where it calls its base layer."""
 
     def _holds(self, names: tuple[str, ...], obstacle: str | None) -> bool:
-        if self.merged_adapters or not all(self.diablo_in_place[name] for name in names):
+        names = self._not_merged(names)
+        if not all(self.diablo_in_place[name] for name in names):
             return False
         if names and not self._is_trained(names):
             return False
@@ -96,7 +97,7 @@ class HoldingLayer(DiabloLayer):
         return any(blocks.requires_grad for name in names for blocks in self.blocks_of(name).values())
 
     def _obstacle_now(self) -> str | None:
-        if reason := self.obstacle():
+        if reason := self.obstacle() or self._merged_obstacle():
             return reason
         parameters = self.base_layer._parameters
         if not self._can_hold or any(
@@ -109,18 +110,22 @@ class HoldingLayer(DiabloLayer):
             return "another adapted model has its weight too"
         return None
 
+    def _merged_obstacle(self) -> str | None:
+        # Unmerging would take the blocks of the pass for a part of the base, and the pass those of the merge.
+        if not self.merged_adapters:
+            return None
+        return f"{', '.join(self.merged_adapters)} is merged into the weight until unmerge_adapter() is called"
+
     def watched(self, names: tuple[str, ...]) -> Watched:
         """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
         parameters = self.base_layer._parameters
-        own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters]
+        # Those that are offloaded are others in every forward. That they are is an attribute of the module.
+        is_offloaded = offloading_hook(self.base_layer) is not None
+        own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters and not is_offloaded]
         modules: dict[str, Any] = self._modules
         dropout = [(self.diablo_dropout._modules, name) for name in names]
         places = [(modules, "base_layer"), *own, *self._block_tables(names), *dropout]
         return Watched(places, self._hooks(), [vars(self.base_layer)])
-
-    @abstractmethod
-    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
-        """Where torch keeps the blocks of these adapters: a module's table of parameters, and a key of it."""
 
     def _hooks(self) -> list[Mapping[int, Any]]:
         """The base layer's hooks, which would not be called."""

@@ -14,6 +14,7 @@ from diablo.layout import BlockLayout
 from diablo.ops.adapted_linear import product, product_back
 from diablo.ops.linear import outer_product
 from diablo.ops.tile_product import as_rows
+from diablo.tuner.layers.offloading import hook_obstacle, offloading_hook
 from diablo.tuner.passes import LAYERS
 from diablo.tuner.weights import is_quantized
 
@@ -29,6 +30,8 @@ def module_obstacle(module: nn.Module) -> str | None:
         return "the weight is quantized"
     if not isinstance(module, (nn.Linear, Conv1D)):
         return f"a {type(module).__name__} is no linear layer"
+    if reason := hook_obstacle(module):
+        return reason
     if type(module).forward not in _FORWARDS or "forward" in module.__dict__:
         return f"this {type(module).__name__} has a forward of its own"
     if has_hooks(module):
@@ -39,6 +42,8 @@ def module_obstacle(module: nn.Module) -> str | None:
 def parameter_obstacle(module: nn.Module, name: str) -> str | None:
     """Why blocks cannot be written into a parameter of a module; None where they can."""
     weight: Any = module._parameters.get(name)
+    if offloading_hook(module) is not None:
+        return hook_obstacle(module)
     if type(weight) is not nn.Parameter:
         return "the weight is sharded or computed from others"
     if weight.is_inference():

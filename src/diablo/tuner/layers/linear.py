@@ -42,9 +42,6 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
         bias: Any = self.base_layer.bias
         return AdaptedLinear(self._weight("weight"), bias, blocks, layouts, is_beside, self._is_trained(names))
 
-    def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
-        return [(self.diablo_blocks._parameters, name) for name in names]
-
     def _run_part(self, current: Pass, part: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return part(x, current.reach)
 
@@ -65,6 +62,8 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
 
     def _obstacle_in_graph(self) -> str | None:
         """What the compiler can see of obstacles; the operator looks for the others when it runs."""
+        if reason := self._merged_obstacle():
+            return reason
         if not self._can_hold or self.base_layer.weight.requires_grad:
             return "its weight was trained, tied, sharded or replaced"
         return "hooks are registered on the layer" if has_hooks(self.base_layer) else None

@@ -46,7 +46,8 @@ class ModuleLayer(DiabloLayer):
         rows = self._rows(adapter_names)
         if rows is not None:
             self._check_rows(x, rows)
-        if self.merged_adapters or not (rows or names):
+        names = self._not_merged(names)
+        if not (rows or names):
             return self.base_layer(x, *args, **kwargs)
         return self._run_beside(x, partial(self._add_updates, names, rows), *args, **kwargs)
 

@@ -17,6 +17,7 @@ from diablo.ops.weight import trained_diagonal
 from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layers.holding import HoldingLayer
 from diablo.tuner.layers.in_place import parameter_obstacle
+from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.passes import Pass
 from diablo.tuner.weights import parameter_weight
 
@@ -64,9 +65,7 @@ class DiabloParameters(HoldingLayer):
         """An adapter's layouts by the name of the parameter that they belong to."""
         return dict(self.diablo_layout.get(adapter_name, {}))
 
-    def _add_blocks(
-        self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, BlockLayout]
-    ) -> None:
+    def _add_blocks(self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> None:
         self.diablo_blocks[adapter_name] = nn.ParameterDict(blocks)
         self.diablo_layout[adapter_name] = dict(layouts)
 
@@ -85,8 +84,26 @@ class DiabloParameters(HoldingLayer):
                 )
             self._check_unmerged()
             names = tuple(rows[:1])
-        if self.merged_adapters or not names:
+        names = self._not_merged(names)
+        if not names:
             return self.base_layer(*args, **kwargs)
+        if offloading_hook(self.base_layer) is not None:
+            return self._run_offloaded(names, *args, **kwargs)
+        return functional_call(self.base_layer, self._changed(names), args, kwargs)
+
+    def _run_offloaded(self, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        """The same where accelerate fetches the parameters for the forward: it would put them in the copies' place."""
+        module: Any = self.base_layer
+        hooked, hook = module.forward, module._hf_hook
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        module.forward = module._old_forward
+        try:
+            return hook.post_forward(module, functional_call(module, self._changed(names), args, kwargs))
+        finally:
+            module.forward = hooked
+
+    def _changed(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Copies of the parameters with the blocks of these adapters added."""
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:
             layouts = self.layouts_of(adapter_name)
@@ -94,7 +111,7 @@ class DiabloParameters(HoldingLayer):
                 weight = self.weights[name]
                 base: Any = changed.get(name, self.get_base_layer()._parameters[name])
                 changed[name] = weight.original(add_to_diagonal(weight.matrix(base), blocks, layouts[name]))
-        return functional_call(self.base_layer, changed, args, kwargs)
+        return changed
 
     def obstacle(self) -> str | None:
         """Why the blocks have to stand beside the parameters; None where they can be written into them."""
