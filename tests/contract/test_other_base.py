@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import CASES, fill, llama, mlp, seeded, tuner_layers
 
-from diablo import DiabloConfig
+from diablo import DiabloConfig, hotswap_adapter
 from diablo.tuner.base_digest import OtherBaseWarning, is_same_base
 
 IN_BF16 = "bfloat16:" + "0" * 32
@@ -110,3 +110,18 @@ def test_a_second_adapter_is_for_the_base_and_not_for_what_is_merged_into_it(tmp
     }
     own = json.loads((tmp_path / "adapter_config.json").read_text())["base_digest"]
     assert digests == {"second": own, "third": own, "sum": own} != dict.fromkeys(digests)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_swapping_compares_the_base_too(num_blocks, tmp_path):
+    other = fill(get_peft_model(another_mlp(), DiabloConfig(num_blocks=num_blocks, target_modules=["up"])))
+    settings = saved(other, tmp_path / "other")
+    own = fill(get_peft_model(mlp(), DiabloConfig(num_blocks=num_blocks, target_modules=["up"])))
+    saved(own, tmp_path / "own")
+    model = fill(get_peft_model(mlp(), DiabloConfig(num_blocks=2, target_modules=["up"])))
+    with pytest.warns(OtherBaseWarning, match="'default' was made for"):
+        hotswap_adapter(model, tmp_path / "other")
+    assert saved(model, tmp_path / "again")["base_digest"] == settings["base_digest"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherBaseWarning)
+        hotswap_adapter(model, tmp_path / "own")

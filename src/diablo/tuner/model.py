@@ -145,21 +145,32 @@ class DiabloModel(BaseTuner):
         configs: dict[str, Any] = self.peft_config
         for adapter_name, config in configs.items():
             if adapter_name not in self.base_digests:
-                self.base_digests[adapter_name] = config._made_for = self._digest_of_base(adapter_name)
+                config._made_for = self.digest_base(adapter_name)
 
-    def _note_base(self, adapter_name: str) -> None:
-        """Compare the weights that a loaded adapter was made for with those that it is on."""
+    def note_base(self, adapter_name: str, saved: Any) -> None:
+        """Compare the weights that a saved adapter was made for with those that it is loaded onto, and warn.
+
+        Args:
+            adapter_name: the adapter that has got its values.
+            saved: the settings that it was saved with.
+        """
         config: Any = self.peft_config[adapter_name]
-        if config.base_digest is not None:
-            # What it was made for stays in its settings, whatever it is loaded onto.
-            config._made_for = config.base_digest
+        # What it was made for stays in its settings, whatever it is loaded onto.
+        config._made_for = saved.base_digest or self.base_digests[adapter_name]
+        if saved.base_digest is not None:
             own = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-            warn_of_other_base(adapter_name, config, self.base_digests[adapter_name], own)
+            warn_of_other_base(adapter_name, saved, self.base_digests[adapter_name], own)
+
+    def digest_base(self, adapter_name: str) -> str | None:
+        """Take the digest of the weights that an adapter is on, without what is merged into them.
+
+        Returns:
+            The digest, as it now stands in ``base_digests``; None where the weights are out of reach.
+        """
+        self.base_digests[adapter_name] = self._digest_of_base(adapter_name)
+        return self.base_digests[adapter_name]
 
     def _digest_of_base(self, adapter_name: str) -> str | None:
-        """The digest of the weights that an adapter is on, without what is merged into them; None where they are out of
-        reach.
-        """
         layers = [layer for layer in self._layers().values() if layer.layouts_of(adapter_name)]
         if any(is_quantized(layer.get_base_layer()) for layer in layers):
             return None
@@ -353,7 +364,7 @@ class DiabloModel(BaseTuner):
         # Of what does not fit, torch says so.
         if not (missing or unexpected) and all(state_dict[key].shape == own[key].shape for key in given):
             for adapter_name in adapters:
-                self._note_base(adapter_name)
+                self.note_base(adapter_name, self.peft_config[adapter_name])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _block_keys(self) -> Iterator[tuple[str, str]]:

@@ -140,6 +140,10 @@ def _swap(
         if adapter_name in layer.merged_adapters:
             layer.merge_instead(layer.merged_adapters)
     current.num_blocks, current.block_pattern = config.num_blocks, dict(config.block_pattern)
+    tuner: Any = peft_model.base_model
+    if layouts:
+        tuner.digest_base(adapter_name)
+    tuner.note_base(adapter_name, config)
     if layouts and current._trained_of_all is not None:
         trained = sum(targets[key].numel() for key, _, _ in places)
         current._trained_of_all = (trained, current._trained_of_all[1])
