@@ -279,7 +279,7 @@ def test_the_table_says_what_the_figures_say(summary):
 
 def test_the_notes_name_edges_extensions_and_failures(summary):
     said = "\n".join(notes(summary))
-    assert "diablo: the best rate was at the grid's edge; it was extended by 0.002." in said
+    assert "diablo: the best rate was at the edge of the grid, so the grid was extended by 0.002." in said
     assert "* diablo: the best rate is the lowest that was tried" in said
     assert "full: no run of the sweep gave a finite loss." in said
     assert "Failed: lora, test, learning rate 0.001, seed 1: out of memory" in said

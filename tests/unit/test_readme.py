@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = pytest.mark.parametrize(
+    "page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.name
+)
+MOST_CHARACTERS = 120
+# A line that cannot be wrapped: a row of a table, a heading, or nothing but a link or an image.
+UNWRAPPED = re.compile(r"\||#|([-*] |\d+\. )?!?\[[^\]]*\]\([^)]*\)[.,;:]?$")
 
 
 def test_every_cell_of_the_feature_table_is_backed_by_a_test():
@@ -27,7 +33,7 @@ def test_every_cell_of_the_feature_table_is_backed_by_a_test():
         assert claim in ("no", "not yet") or re.search(r"\(\d+\)$", claim), row
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+@PAGES
 def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for link in links:
@@ -51,3 +57,25 @@ def test_every_test_that_a_page_names_exists() -> None:
     named = re.findall(r"`(?:tests/\w+/)?(test_\w+)(?:\.py)?`", (ROOT / "docs" / "promises.md").read_text("utf-8"))
     assert len(named) > 15
     assert not set(named) - defined
+
+
+def long_prose(text: str) -> list[str]:
+    """The lines of prose that are too long. What stands between code fences is no prose."""
+    prose = re.sub(r"^ *(```+).*?^ *\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in prose.splitlines() if len(line) > MOST_CHARACTERS and not UNWRAPPED.match(line.lstrip())]
+
+
+@PAGES
+def test_prose_is_wrapped(page: Path) -> None:
+    assert long_prose(page.read_text(encoding="utf-8")) == []
+
+
+def test_long_prose_is_told_from_what_cannot_be_wrapped():
+    word = "x" * MOST_CHARACTERS
+    kept = f"{word}\n| {word} |\n# {word}\n  - [{word}](page.md).\n![{word}](figure.png)\n```console\n$ {word}\n```\n"
+    assert long_prose(kept) == []
+    assert long_prose(f"{kept}{word}x\n- {word}\n[{word}](page.md) and more\n") == [
+        f"{word}x",
+        f"- {word}",
+        f"[{word}](page.md) and more",
+    ]

@@ -126,26 +126,32 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     """What has to be said under the table."""
     settings = record["settings"]
     data, seeds = settings["data"], settings["seeds"]
-    scored = ", ".join(sorted({task for run in record["runs"] for task in run.get("scores", {})}))
+    scored = sorted({task for run in record["runs"] for task in run.get("scores", {})})
+    metrics = f"{'headline metric' if len(scored) == 1 else 'mean of the headline metrics'} of {', '.join(scored)}"
     said = [
-        f"{settings['model']}; {record['steps']} steps a run; seeds {', '.join(map(str, seeds))}; mean ± standard "
-        "deviation over the seeds. "
-        + (f"Score: headline metric of {scored} on the test problems. " if scored else "")
-        + "Losses are nats per token.",
+        f"The model is {settings['model']}. A run has {record['steps']} steps. Figures are the mean ± the standard "
+        f"deviation over the seeds {', '.join(map(str, seeds))}. "
+        + (f"The score is the {metrics} on the test problems. " if scored else "")
+        + "Losses are in nats per token.",
         f"Every method was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
-        f"{seeds[0]}, and the rate of the lowest loss on {data['validation_rows']} validation rows (cut from the "
-        f"training rows with seed {data['validation_seed']}, never trained or tested on) was taken for all seeds.",
-        f"{record['budget']:,} trained parameters are DiaBlo's; the others have the rank that comes closest. Full "
-        "fine-tuning trains all weights. PiSSA's file holds twice its trained parameters: the difference to its start.",
-        "Forgetting is the rise of the loss on general text; training time and peak memory leave out scoring.",
+        f"{seeds[0]}. The rate with the lowest loss on {data['validation_rows']} validation rows was then used for all "
+        f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
+        "or tested on them.",
+        f"DiaBlo trains {record['budget']:,} parameters. Full fine-tuning trains all weights. Every other method has "
+        "the rank at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
+        "many values as PiSSA trains, since it holds the difference to PiSSA's start.",
+        "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
+        "include scoring.",
     ]
     for method in record["methods"]:
         if method["extended_by"]:
-            rates = ", ".join(f"{rate:g}" for rate in method["extended_by"])
-            said.append(f"{method['method']}: the best rate was at the grid's edge; it was extended by {rates}.")
+            rates = " and then by ".join(f"{rate:g}" for rate in method["extended_by"])
+            said.append(
+                f"{method['method']}: the best rate was at the edge of the grid, so the grid was extended by {rates}."
+            )
         if method["at_edge"]:
             said.append(
-                f"* {method['method']}: the best rate is the {method['at_edge']} that was tried; a better one may lie "
+                f"* {method['method']}: the best rate is the {method['at_edge']} that was tried. A better one may lie "
                 "beyond it."
             )
         if method["learning_rate"] is None:
