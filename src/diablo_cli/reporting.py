@@ -269,7 +269,7 @@ def tasks_table(tasks: Iterable[type[Task]]) -> Table:
     table = Table("task", "splits", Column("data", overflow="fold"), "scored", "what it is")
     for task in tasks:
         source = task.source
-        files = [f"{source.family}/{source.files[split]}" for split in task.splits] if source else []
+        files = [source.own_place(split) for split in task.splits] if source else []
         where = "in the package" if source is None else source.hub or f"in a folder: {', '.join(files)}"
         summary = (task.__doc__ or "").partition("\n")[0]
         scored = task.measure if "test" in task.splits else "trained on only"

@@ -25,14 +25,20 @@ class CodeAlpaca(InstructionTask):
     """CodeAlpaca (Chaudhary, 2023): 20,000 instructions about code with their responses, to train on."""
 
     name = "code_alpaca"
-    source = alpaca_source("code", "code_alpaca_20k.json", _CODE_ALPACA, hub="sahil2801/CodeAlpaca-20k")
+    source = alpaca_source(
+        "code/code_alpaca_20k.json",
+        "codealpaca/data/code_alpaca_20k.json",
+        "CodeAlpaca-20k/code_alpaca_20k.json",
+        origin=_CODE_ALPACA,
+        hub="sahil2801/CodeAlpaca-20k",
+    )
 
 
 class CodeAlpaca2k(InstructionTask):
     """The part of CodeAlpaca that its authors publish as a file of 2,000 instructions, to train on."""
 
     name = "code_alpaca_2k"
-    source = alpaca_source("code", "code_alpaca_2k.json", _CODE_ALPACA)
+    source = alpaca_source("code/code_alpaca_2k.json", "codealpaca/data/code_alpaca_2k.json", origin=_CODE_ALPACA)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,11 @@ class HumanEval(Task):
     temperature = 0.2
     runs_code = True
     source = Source(
-        family="code",
-        files={"test": "HumanEval.jsonl.gz"},
+        places=(
+            "code/HumanEval.jsonl.gz",
+            "human-eval/data/HumanEval.jsonl.gz",
+            "openai_humaneval/openai_humaneval/{split}-*-of-*.parquet",
+        ),
         fields={"prompt": str, "canonical_solution": str, "test": str, "entry_point": str},
         origin="https://github.com/openai/human-eval",
         hub="openai/openai_humaneval",

@@ -6,7 +6,6 @@ A completion reads ``the correct answer is answer2``; the choices are numbered w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,18 +17,13 @@ from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_re
 _CUE = "the correct answer is"
 
 
-def _source(hub: str | None = None, *, published: str, files: Mapping[Split, str]) -> Source:
-    return Source(
-        family="commonsense",
-        files=files,
-        fields={"instruction": str, "output": str, "answer": str},
-        origin=f"{LLM_ADAPTERS}/{published}",
-        hub=hub,
-    )
+def _source(*places: str, hub: str | None = None) -> Source:
+    fields = {"instruction": str, "output": str, "answer": str}
+    return Source(places=places, fields=fields, origin=LLM_ADAPTERS, hub=hub)
 
 
 def _splits_of(name: str) -> Source:
-    return _source(published=f"dataset/{name}", files={"train": f"{name}.train.json", "test": f"{name}.test.json"})
+    return _source(f"commonsense/{name}.{{split}}.json", f"LLM-Adapters/dataset/{name}/{{split}}.json")
 
 
 class CommonsenseTask(MultipleChoice):
@@ -153,7 +147,8 @@ class Commonsense170k(CommonsenseTask):
     splits = ("train",)
     words = "true|false|(?:solution|answer|ending|option)[1-5]"
     source = _source(
-        "zwhe99/commonsense_170k",
-        published="ft-training_set/commonsense_170k.json",
-        files={"train": "commonsense_170k.json"},
+        "commonsense/commonsense_170k.json",
+        "LLM-Adapters/ft-training_set/commonsense_170k.json",
+        "commonsense_170k/data/{split}-*-of-*.parquet",
+        hub="zwhe99/commonsense_170k",
     )

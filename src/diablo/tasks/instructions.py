@@ -33,7 +33,7 @@ class InstructionTask(Task):
         return parsed == answer.strip()
 
 
-def alpaca_source(family: str, file: str, origin: str, hub: str | None = None) -> Source:
+def alpaca_source(*places: str, origin: str, hub: str | None = None) -> Source:
     """A source of records in the format of Alpaca's data, to train on."""
     fields = {"instruction": str, "input": str, "output": str}
-    return Source(family=family, files={"train": file}, fields=fields, origin=origin, hub=hub)
+    return Source(places=places, fields=fields, origin=origin, hub=hub)

@@ -32,8 +32,11 @@ class Math(ExpressionTask):
     name = "math"
     splits = ("test",)
     source = Source(
-        family="math",
-        files={"test": "MATH.test.jsonl"},
+        places=(
+            "math/MATH.{split}.jsonl",
+            "MATH/{split}/*/*.json",
+            "MATH-lighteval/data/{split}-*-of-*.parquet",
+        ),
         fields={"problem": str, "solution": str},
         origin="https://github.com/hendrycks/math",
         hub="DigitalLearningGmbH/MATH-lighteval",
@@ -57,8 +60,7 @@ class MetaMathQA(ExpressionTask):
     name = "metamathqa"
     splits = ("train",)
     source = Source(
-        family="math",
-        files={"train": "MetaMathQA-395K.json"},
+        places=("math/MetaMathQA-395K.json", "MetaMathQA/MetaMathQA-395K.json"),
         fields={"query": str, "response": str},
         origin="https://huggingface.co/datasets/meta-math/MetaMathQA",
         hub="meta-math/MetaMathQA",

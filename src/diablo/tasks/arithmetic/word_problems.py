@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diablo.data.rows import instruction_row
@@ -43,8 +42,11 @@ class Gsm8k(NumberTask):
 
     name = "gsm8k"
     source = Source(
-        family="gsm8k",
-        files={"train": "train.jsonl", "test": "test.jsonl"},
+        places=(
+            "gsm8k/{split}.jsonl",
+            "grade-school-math/grade_school_math/data/{split}.jsonl",
+            "gsm8k/main/{split}-*-of-*.parquet",
+        ),
         fields={"question": str, "answer": str},
         origin="https://github.com/openai/grade-school-math",
         hub="openai/gsm8k",
@@ -64,12 +66,11 @@ class Gsm8k(NumberTask):
         return Problem(instruction_row(number, record["question"].strip(), completion), answer)
 
 
-def _adapters_source(published: str, files: Mapping[Split, str]) -> Source:
+def _adapters_source(own: str, published: str) -> Source:
     return Source(
-        family="math",
-        files=files,
+        places=(own, f"LLM-Adapters/{published}"),
         fields={"instruction": str, "output": str, "answer": (str, int, float)},
-        origin=f"{LLM_ADAPTERS}/{published}",
+        origin=LLM_ADAPTERS,
     )
 
 
@@ -99,28 +100,28 @@ class Svamp(AdaptersTask):
     """SVAMP (Patel et al., NAACL 2021): simple word problems, varied so that shallow patterns fail."""
 
     name = "svamp"
-    source = _adapters_source("dataset/SVAMP", {"test": "SVAMP.test.json"})
+    source = _adapters_source("math/SVAMP.{split}.json", "dataset/SVAMP/{split}.json")
 
 
 class AddSub(AdaptersTask):
     """AddSub (Hosseini et al., EMNLP 2014): word problems of additions and subtractions."""
 
     name = "addsub"
-    source = _adapters_source("dataset/AddSub", {"test": "AddSub.test.json"})
+    source = _adapters_source("math/AddSub.{split}.json", "dataset/AddSub/{split}.json")
 
 
 class SingleEq(AdaptersTask):
     """SingleEq (Koncel-Kedziorski et al., TACL 2015): word problems of one equation."""
 
     name = "singleeq"
-    source = _adapters_source("dataset/SingleEq", {"test": "SingleEq.test.json"})
+    source = _adapters_source("math/SingleEq.{split}.json", "dataset/SingleEq/{split}.json")
 
 
 class MultiArith(AdaptersTask):
     """MultiArith (Roy and Roth, EMNLP 2015): word problems of several steps."""
 
     name = "multiarith"
-    source = _adapters_source("dataset/MultiArith", {"test": "MultiArith.test.json"})
+    source = _adapters_source("math/MultiArith.{split}.json", "dataset/MultiArith/{split}.json")
 
 
 class Aqua(AdaptersTask):
@@ -128,7 +129,7 @@ class Aqua(AdaptersTask):
 
     name = "aqua"
     measure = "share of right letters"
-    source = _adapters_source("dataset/AQuA", {"test": "AQuA.test.json"})
+    source = _adapters_source("math/AQuA.{split}.json", "dataset/AQuA/{split}.json")
 
     def parse(self, text: str) -> str | None:
         """Strict: the letter that the text calls its answer. Paper: see :func:`answers.paper_choice`."""
@@ -149,7 +150,7 @@ class Math10k(AdaptersTask):
     name = "math10k"
     splits = ("train",)
     measure = "share of right numbers and letters"
-    source = _adapters_source("ft-training_set/math_10k.json", {"train": "math_10k.json"})
+    source = _adapters_source("math/math_10k.json", "ft-training_set/math_10k.json")
 
     def parse(self, text: str) -> Any | None:
         """A letter where the answer begins with one, else a number."""
