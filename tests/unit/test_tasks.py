@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from diablo.errors import UserError
-from diablo.tasks import PROTOCOLS, TASKS, Problem, Task, get_task, without_tested
+from diablo.tasks import PROTOCOLS, TASKS, MultipleChoice, Problem, Task, get_task, without_tested
 from diablo.tasks.arithmetic.word_problems import Gsm8k
 from diablo.tasks.sources import read_records
 
@@ -268,9 +268,10 @@ def test_a_malformed_record_is_named(tmp_path: Path, text: str, part: str) -> No
 @pytest.mark.parametrize(
     ("name", "split", "change", "part"),
     [
-        ("aqua", "test", {"answer": "F"}, "answer is 'F'"),
+        ("aqua", "test", {"answer": "F"}, "answer is 'F', not one of [A-E]."),
         ("aqua", "test", {"answer": 2}, "answer is 2"),
-        ("addsub", "test", {"answer": "B"}, "answer is 'B'"),
+        ("addsub", "test", {"answer": "B"}, "answer is 'B', not a number."),
+        ("math10k", "train", {"answer": "F"}, "answer is 'F', not one of [A-E] or a number."),
         ("addsub", "test", {"answer": None}, "answer is null, not a str or int or float"),
         ("math", "test", {"solution": "no box"}, "no \\boxed{} answer"),
         ("metamathqa", "train", {"response": "no answer given"}, "names no answer"),
@@ -348,7 +349,17 @@ def test_a_task_says_what_it_is_and_has_a_file_for_each_split(name: str) -> None
     task = TASKS[name]
     assert (task.__doc__ or "").strip()
     assert task.splits
+    assert len(task.sizes) == len(task.splits) or (name, task.sizes) == ("safety", ())
     assert task.source is None or all(task.source.own_place(split) for split in task.splits)
+
+
+def test_the_sizes_are_those_of_the_data() -> None:
+    for name in ("mawps", "mawps_cot"):
+        task = get_task(name)
+        assert tuple(len(task.problems(split)) for split in task.splits) == task.sizes
+    # Commonsense-170K is made of the training splits of the eight.
+    sets = [task for name, task in TASKS.items() if issubclass(task, MultipleChoice) and name != "commonsense170k"]
+    assert sum(task.sizes[0] for task in sets) == TASKS["commonsense170k"].sizes[0]
 
 
 def test_the_headline_figure_is_the_share_of_right_samples() -> None:

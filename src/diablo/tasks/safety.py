@@ -27,6 +27,7 @@ class SaferPaca(InstructionTask):
     """SaferPaca (Bianchi et al., ICLR 2024): 20,000 instructions of Alpaca and 2,000 unsafe ones, answered safely."""
 
     name = "saferpaca"
+    sizes = (22_000,)
     source = _training("saferpaca_Instructions_2000.json")
 
 
@@ -34,6 +35,7 @@ class SaferPacaSafetyOnly(InstructionTask):
     """The safety data of SaferPaca (Bianchi et al., ICLR 2024): 2,483 unsafe instructions, answered safely."""
 
     name = "saferpaca_safety_only"
+    sizes = (2_483,)
     source = _training("safety_only_data_Instructions.json")
 
 
@@ -92,6 +94,7 @@ class Safety(RefusalTask):
     """
 
     name = "safety"
+    licence = "CC BY-NC 4.0"
     source = Source(
         places=("safety/*.json", "safety-tuned-llamas/data/evaluation/*.json"),
         fields={"instructions": list},
@@ -165,6 +168,7 @@ class HexPhi(RefusalTask):
     """
 
     name = "hex_phi"
+    sizes = (300,)
     source = Source(
         places=("safety/HEx-PHI/category_*.csv",),
         fields={},

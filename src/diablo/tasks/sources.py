@@ -14,8 +14,6 @@ from diablo.errors import UserError
 
 Split = Literal["train", "test"]
 
-LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
-
 _HOW_TO_GIVE_A_FOLDER = "as data.folder in a recipe or --data-folder on the command line"
 _PART = re.compile(r"(.*)-(\d+)-of-(\d+)")
 
@@ -130,11 +128,6 @@ def _check_parts(files: list[Path]) -> None:
             f"data.folder (--data-folder): found {', '.join(path.name for path in files)} in {str(files[0].parent)!r}, "
             "which are not all the parts of one dataset, each once; get it anew."
         )
-
-
-def malformed(task: str, split: Split, number: int, reason: str) -> UserError:
-    """The error of a record whose values mean nothing to its task."""
-    return UserError(f"task {task}: record {number} of the {split} split is malformed: {reason}.")
 
 
 def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from diablo.data.rows import instruction_row
+from typing import Any
+
+from diablo.data.rows import RowFault, instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.latex import normalise_latex
 from diablo.tasks.base import Problem
-from diablo.tasks.sources import Source, Split, malformed, read_records
+from diablo.tasks.sources import Source
 
 
 class ExpressionTask(answers.ValueTask):
@@ -31,6 +33,8 @@ class Math(ExpressionTask):
 
     name = "math"
     splits = ("test",)
+    sizes = (5_000,)
+    licence = "MIT"
     source = Source(
         places=(
             "math/MATH.{split}.jsonl",
@@ -42,16 +46,13 @@ class Math(ExpressionTask):
         hub="DigitalLearningGmbH/MATH-lighteval",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
         r"""The problem as the instruction; its answer is what the solution puts in its last ``\boxed{}``."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = answers.last_boxed(record["solution"])
-            if answer is None:
-                raise malformed(self.name, split, number, r"solution has no \boxed{} answer")
-            completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
-            problems.append(Problem(instruction_row(number, record["problem"].strip(), completion), answer))
-        return problems
+        answer = answers.last_boxed(record["solution"])
+        if answer is None:
+            return RowFault(number, r"solution has no \boxed{} answer")
+        completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
+        return Problem(instruction_row(number, record["problem"].strip(), completion), answer)
 
 
 class MetaMathQA(ExpressionTask):
@@ -59,6 +60,8 @@ class MetaMathQA(ExpressionTask):
 
     name = "metamathqa"
     splits = ("train",)
+    sizes = (395_000,)
+    licence = "MIT"
     source = Source(
         places=("math/MetaMathQA-395K.json", "MetaMathQA/MetaMathQA-395K.json"),
         fields={"query": str, "response": str},
@@ -66,12 +69,9 @@ class MetaMathQA(ExpressionTask):
         hub="meta-math/MetaMathQA",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
         """The query as the instruction, and the response, which ends in ``The answer is: ...``."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = answers.stated_answer(record["response"])
-            if answer is None:
-                raise malformed(self.name, split, number, "response names no answer")
-            problems.append(Problem(instruction_row(number, record["query"].strip(), record["response"]), answer))
-        return problems
+        answer = answers.stated_answer(record["response"])
+        if answer is None:
+            return RowFault(number, "response names no answer")
+        return Problem(instruction_row(number, record["query"].strip(), record["response"]), answer)
