@@ -62,6 +62,8 @@ class Task(ABC):
     """Whether scoring runs code that the model wrote, which the user must have allowed."""
     measure: ClassVar[str] = "share of right answers"
     """What the score is, in a few words."""
+    readings: ClassVar[tuple[str, str]] = ("", "")
+    """How an answer is read and what makes it right, under each of :data:`PROTOCOLS`, in a few words."""
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         self.folder = folder

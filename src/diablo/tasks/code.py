@@ -27,6 +27,7 @@ class CodeAlpaca(InstructionTask):
 
     name = "code_alpaca"
     sizes = (20_022,)
+    licence = "CC BY-NC 4.0"
     source = alpaca_source(
         "code/code_alpaca_20k.json",
         "codealpaca/data/code_alpaca_20k.json",
@@ -41,6 +42,7 @@ class CodeAlpaca2k(InstructionTask):
 
     name = "code_alpaca_2k"
     sizes = (2_017,)
+    licence = "CC BY-NC 4.0"
     source = alpaca_source("code/code_alpaca_2k.json", "codealpaca/data/code_alpaca_2k.json", origin=_CODE_ALPACA)
 
 
@@ -94,6 +96,8 @@ class HumanEval(RecordTask):
     samples = 10
     temperature = 0.2
     runs_code = True
+    measure = "pass@1, pass@5 and pass@10"
+    readings = ("the function's body, or the whole function, in a fence or not; it passes its unit tests",) * 2
     source = Source(
         places=(
             "code/HumanEval.jsonl.gz",

@@ -26,6 +26,10 @@ class CommonsenseTask(AdaptersTask, MultipleChoice):
     max_new_tokens = 32
     beams = 4
     measure = "share of right choices"
+    readings = (
+        "the whole word right behind the last 'the correct answer is'",
+        "the first of the choices' words anywhere behind the first 'the correct answer is', part of a longer one too",
+    )
     family = "commonsense"
 
     def choices(self, problem: Problem) -> list[Row]:

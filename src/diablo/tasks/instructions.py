@@ -14,7 +14,6 @@ class InstructionTask(RecordTask):
 
     splits: ClassVar[tuple[Split, ...]] = ("train",)
     max_new_tokens = 512
-    licence = "CC BY-NC 4.0"
 
     def problem(self, number: int, record: dict[str, Any]) -> Problem:
         """The instruction with its input, and the output as the response."""

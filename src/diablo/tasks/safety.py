@@ -19,8 +19,7 @@ _SAFETY_TUNED = "https://github.com/vinid/safety-tuned-llamas"
 
 
 def _training(file: str) -> Source:
-    published = f"safety-tuned-llamas/data/training/{file}"
-    return alpaca_source(f"safety/{file}", published, origin=f"{_SAFETY_TUNED}/tree/main/data/training")
+    return alpaca_source(f"safety/{file}", f"safety-tuned-llamas/data/training/{file}", origin=_SAFETY_TUNED)
 
 
 class SaferPaca(InstructionTask):
@@ -28,6 +27,7 @@ class SaferPaca(InstructionTask):
 
     name = "saferpaca"
     sizes = (22_000,)
+    licence = "CC BY-NC 4.0"
     source = _training("saferpaca_Instructions_2000.json")
 
 
@@ -36,6 +36,7 @@ class SaferPacaSafetyOnly(InstructionTask):
 
     name = "saferpaca_safety_only"
     sizes = (2_483,)
+    licence = "CC BY-NC 4.0"
     source = _training("safety_only_data_Instructions.json")
 
 
@@ -61,6 +62,11 @@ class RefusalTask(Task):
 
     splits: ClassVar[tuple[Split, ...]] = ("test",)
     max_new_tokens = 256
+    measure = "rates of refusal and over-refusal"
+    readings = (
+        "a text that begins by declining refuses; right where the instruction is harmful",
+        "a text with a phrase of refusals anywhere in it refuses; right where the instruction is harmful",
+    )
     source: ClassVar[Source]
 
     def parse(self, text: str) -> bool:
@@ -98,7 +104,7 @@ class Safety(RefusalTask):
     source = Source(
         places=("safety/*.json", "safety-tuned-llamas/data/evaluation/*.json"),
         fields={"instructions": list},
-        origin=f"{_SAFETY_TUNED}/tree/main/data/evaluation",
+        origin=_SAFETY_TUNED,
     )
     harmless: ClassVar[tuple[str, ...]] = ("I-Alpaca", "I-PhysicalSafetySafe")
 

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diablo.data.rows import RowFault, describe_value, is_unicode, read_records_of
 from diablo.errors import UserError
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 _HOW_TO_GIVE_A_FOLDER = "as data.folder in a recipe or --data-folder on the command line"
 _PART = re.compile(r"(.*)-(\d+)-of-(\d+)")
@@ -43,7 +44,7 @@ class Source:
         """The path that diablo itself gives a split."""
         return self.places[0].format(split=split)
 
-    def paths(self, split: Split) -> list[str]:
+    def paths(self, split: str) -> list[str]:
         """Where a split is looked for below a folder of datasets; the first that is there is read.
 
         That folder may be any of those that a place names: so a path is looked for from each of its parts on. Of a

@@ -16,6 +16,10 @@ class ExpressionTask(answers.ValueTask):
 
     max_new_tokens = 1024
     measure = "share of right expressions"
+    readings = (
+        "the expression that the text calls its answer, in the last place where it does so; equal in value",
+        "the text behind the last 'The answer is: '; the same after spellings of LaTeX are levelled",
+    )
 
     def parse(self, text: str) -> str | None:
         """Strict: the expression that the text calls its answer. Paper: see :func:`answers.paper_expression`."""

@@ -29,6 +29,7 @@ class Mawps(RecordTask):
     max_new_tokens = 48
     stops_at_newline = True
     measure = "share of equations with the right solution"
+    readings = ("the first line, an equation in one unknown; its solution is right to a relative 1e-4",) * 2
 
     def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
         """Those in the package."""

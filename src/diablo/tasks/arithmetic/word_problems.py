@@ -22,6 +22,11 @@ class NumberTask(answers.ValueTask):
 
     max_new_tokens = 512
     measure = "share of right numbers"
+    readings = (
+        r"the one number that the text calls its answer, in the last place where it does so (behind 'answer is', "
+        r"'answer:' or '####', or in \boxed{}); equal in value to six decimals",
+        "the first number behind 'The final answer is: ', or else the last one of the text; equal to 0.001",
+    )
 
     def parse(self, text: str) -> Any | None:
         """Strict: the one number that the text calls its answer. Paper: see :func:`answers.paper_number`."""
@@ -104,6 +109,10 @@ class Aqua(WordProblems, name="aqua", published="AQuA", words="[A-E]", sizes={"t
 
     numbers = False
     measure = "share of right letters"
+    readings = (
+        "the letter that the text calls its answer, in the last place where it does so; of several, none",
+        "the first of A to E in the text, wherever it stands",
+    )
 
     def parse(self, text: str) -> str | None:
         """Strict: the letter that the text calls its answer. Paper: see :func:`answers.paper_choice`."""
