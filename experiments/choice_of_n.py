@@ -9,10 +9,8 @@ modules: attention, the MLP, all of them, and the paper's choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
-
-import typer
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from diablo import DiabloConfig
 from diablo.models.loading import count_parameters, meta_model
@@ -22,7 +20,7 @@ from diablo.recipes.methods import DiabloMethod
 from diablo.scoring.generation import evaluate_task
 from diablo.tasks import get_task
 from experiments.finetuning import finetune, load_adapted, plan_data
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Model, Seed
 
 QUESTION = "loss, accuracy, parameters and time over the number of blocks and the modules that have them"
 
@@ -75,7 +73,7 @@ def nearest_num_blocks(plan: Plan, targets: list[str], wanted: int) -> int:
 
 
 def run(
-    model: str = "builtin:smollm2-135m",
+    model: Model = "builtin:smollm2-135m",
     rows: int = 256,
     held_out: int = 128,
     problems: int = 128,
@@ -83,7 +81,7 @@ def run(
     rates: Sequence[float] = RATES,
     modules: Mapping[str, list[str]] = MODULES,
     reference: int = 32,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Measure every N and every choice of modules.
 
@@ -130,31 +128,18 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     right.set(xlabel="held-out loss per token (nats), equal parameters", xlim=(0.8 * lowest, None))
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")] = "builtin:smollm2-135m",
-    rows: int = 256,
-    out: Out = RESULTS,
-    seed: Seed = 0,
-) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {
-        "model": model,
-        "rows": rows,
-        "held_out": 128,
-        "problems": 128,
-        "rates": RATES,
-        "seed": seed,
-    }
-    results = run(**settings)
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
     for found in results["by_num_blocks"] + results["by_modules"]:
         what = found.get("modules", "q k v up down")
-        print(
+        yield (
             f"{what}, N = {found['num_blocks']}: {found['parameters']:,} ({found['share']:.2%}), rate "
             f"{found['rate']:g}, loss {found['held_out_loss']:.4f}, accuracy {found['accuracy']:.1%}, "
             f"{found['seconds']:.0f} s"
         )
-    publish("choice-of-n", QUESTION, settings, results, draw, out, size=(12, 4))
 
+
+EXPERIMENT = Experiment("choice-of-n", QUESTION, run, report, draw, size=(12, 4))
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

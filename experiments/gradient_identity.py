@@ -10,17 +10,17 @@ relative to the largest entry of the gradient there. What remains is rounding: i
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import typer
 from peft import get_peft_model
 
 from diablo import DiabloConfig, DiabloLayer
 from diablo.models.loading import load_model
 from diablo.planning.plan import Plan
 from experiments.finetuning import batch_of, completion_loss, plan_data
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Model, Seed
 
 QUESTION = "the largest difference between a block's gradient and full fine-tuning's, relative to the largest entry"
 
@@ -64,7 +64,7 @@ def measure(plan: Plan, num_blocks: int, dtype: torch.dtype, std: float, *, in_p
     return differences
 
 
-def run(model: str = "builtin:smollm2-135m", num_blocks: int = 64, rows: int = 8, seed: int = 0) -> dict[str, Any]:
+def run(model: Model = "builtin:smollm2-135m", num_blocks: int = 64, rows: int = 8, seed: Seed = 0) -> dict[str, Any]:
     """Measure in two precisions, at zero and away from it, beside and in place.
 
     Args:
@@ -104,21 +104,16 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")] = "builtin:smollm2-135m",
-    out: Out = RESULTS,
-    seed: Seed = 0,
-) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {"model": model, "num_blocks": 64, "rows": 8, "seed": seed}
-    results = run(**settings)
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
     for case in results["cases"]:
-        print(
+        yield (
             f"{case['precision']}, blocks {case['blocks']}, {case['path']}: at most {case['largest']:.1e} in "
             f"{case['layers']} layers"
         )
-    publish("gradient-identity", QUESTION, settings, results, draw, out)
 
+
+EXPERIMENT = Experiment("gradient-identity", QUESTION, run, report, draw)
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

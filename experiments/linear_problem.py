@@ -12,14 +12,13 @@ All losses are given as the share of full fine-tuning's gain that is not reached
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import typer
 
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Seed
 
 QUESTION = "which share of full fine-tuning's gain in least squares DiaBlo and LoRA of as many parameters do not reach"
 
@@ -172,7 +171,7 @@ def descents(problem: Problem, num_blocks: int, ranks: Sequence[int], steps: int
     return found
 
 
-def run(width: int = 64, num_blocks: int = 4, steps: int = 8000, draws: int = 5, seed: int = 0) -> dict[str, Any]:
+def run(width: int = 64, num_blocks: int = 4, steps: int = 8000, draws: int = 5, seed: Seed = 0) -> dict[str, Any]:
     """Sweep the rank of the inputs in closed form, and descend on both sides of the condition.
 
     Args:
@@ -235,24 +234,22 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
         axes.legend(fontsize="small")
 
 
-def main(out: Out = RESULTS, seed: Seed = 0) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {"width": 64, "num_blocks": 4, "steps": 8000, "draws": 5, "seed": seed}
-    results = run(**settings)
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
     for descended in results["descent"]:
-        print(
-            f"Inputs of rank {descended['rank_of_inputs']}, blocks of {results['block_in']}; share of the gain missed:"
-        )
+        inputs = f"Inputs of rank {descended['rank_of_inputs']}, blocks of {results['block_in']}"
+        yield f"{inputs}; share of the gain missed:"
         for method, missed in descended["optimum"].items():
-            print(f"  {method:10} optimum in closed form  {missed:.1e}")
+            yield f"  {method:10} optimum in closed form  {missed:.1e}"
         for found in descended["methods"]:
             worst = max(found["missed"])
-            print(
+            yield (
                 f"  {found['method']:10} {found['parameters']:6,} parameters, descended to {worst:.1e}, rate "
                 f"{found['rate']:.2g}"
             )
-    publish("linear-problem", QUESTION, settings, results, draw, out, size=(14, 4))
 
+
+EXPERIMENT = Experiment("linear-problem", QUESTION, run, report, draw, size=(14, 4))
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

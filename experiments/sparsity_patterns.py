@@ -11,16 +11,14 @@ backward.
 from __future__ import annotations
 
 import statistics
-from typing import Annotated, Any
-
-import torch
-import typer
+from collections.abc import Iterator
+from typing import Any
 
 from diablo.models.loading import count_parameters, load_model
 from diablo.planning.plan import Plan
 from diablo.planning.sizes import kept_for_backward
 from experiments.finetuning import Trajectory, batch_of, completion_loss, finetune, plan_data
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Model, Seed
 from experiments.patterns import PATTERNS, apply_pattern
 
 QUESTION = "loss, time and memory of patterns of trained entries at equal numbers of them"
@@ -38,13 +36,13 @@ def train(plan: Plan, pattern: str, num_blocks: int, rate: float, seed: int) -> 
 
 
 def run(
-    model: str = "builtin:smollm2-135m",
+    model: Model = "builtin:smollm2-135m",
     num_blocks: int = 64,
     rows: int = 256,
     held_out: int = 128,
     rates: tuple[float, ...] = RATES,
     seeds: int = 3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Train every pattern.
 
@@ -108,38 +106,17 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     panels[2].set(xlabel="kept for the backward (MB)")
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")] = "builtin:smollm2-135m",
-    num_blocks: int = 64,
-    rows: int = 256,
-    out: Out = RESULTS,
-    seed: Seed = 0,
-) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {
-        "model": model,
-        "num_blocks": num_blocks,
-        "rows": rows,
-        "held_out": 128,
-        "rates": RATES,
-        "seeds": 3,
-    }
-    results = run(**settings, seed=seed)
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
     for found in results["patterns"]:
-        print(
+        yield (
             f"{found['pattern']:16} {found['parameters']:,} parameters, rate {found['rate']:g}: loss "
             f"{found['mean']:.4f} ± {found['deviation']:.4f}, {found['seconds']:.0f} s, "
             f"{found['kept_bytes'] / 1e6:.0f} MB"
         )
-    publish(
-        "sparsity-patterns",
-        QUESTION,
-        {**settings, "seed": seed, "threads": torch.get_num_threads()},
-        results,
-        draw,
-        out,
-    )
 
+
+EXPERIMENT = Experiment("sparsity-patterns", QUESTION, run, report, draw)
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

@@ -11,17 +11,16 @@ variation, the deviation over the steps divided by the mean, since the two norms
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import typer
 from peft import LoraConfig
 
 from diablo.recipes.applying import nearest_size, shapes_of
 from diablo.recipes.methods import AnyMethod, DiabloMethod, LoraMethod
 from experiments.finetuning import Trajectory, finetune, load_adapted, plan_data
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Model, Seed
 
 QUESTION = "gradient norms over the steps, and the held-out loss over learning rates, of DiaBlo and LoRA"
 
@@ -54,12 +53,12 @@ def describe(found: Trajectory, rate: float, warmup: int) -> dict[str, Any]:
 
 
 def run(
-    model: str = "builtin:smollm2-135m",
+    model: Model = "builtin:smollm2-135m",
     num_blocks: int = 16,
     rows: int = 256,
     held_out: int = 128,
     rates: Sequence[float] = RATES,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, Any]:
     """Train both methods at every rate.
 
@@ -111,33 +110,19 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
         axes.legend()
 
 
-def main(
-    model: Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")] = "builtin:smollm2-135m",
-    num_blocks: int = 16,
-    rows: int = 256,
-    out: Out = RESULTS,
-    seed: Seed = 0,
-) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {
-        "model": model,
-        "num_blocks": num_blocks,
-        "rows": rows,
-        "held_out": 128,
-        "rates": RATES,
-        "seed": seed,
-    }
-    results = run(**settings)
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
     for method, runs in results["runs"].items():
         found = best(runs)
         first = found["norms_by_kind"][0]
-        print(
+        yield (
             f"{method}: best rate {found['rate']:g}, loss {found['held_out_loss']:.4f}; gradient norm "
             f"{found['mean_norm']:.3g}, coefficient of variation {found['coefficient_of_variation']:.2f}; "
             "at the first step " + ", ".join(f"{kind} {norm:.3g}" for kind, norm in first.items())
         )
-    publish("stability", QUESTION, settings, results, draw, out, size=(14, 4))
 
+
+EXPERIMENT = Experiment("stability", QUESTION, run, report, draw, size=(14, 4))
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

@@ -14,16 +14,15 @@ gone; then the gradient of the whole matrices is measured. Two settings have act
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import typer
 from peft import get_peft_model
 from torch import nn
 
 from diablo import DiabloConfig
-from experiments.harness import RESULTS, Out, Seed, publish
+from experiments.harness import Experiment, Seed
 
 QUESTION = "the gradient of the whole matrices where DiaBlo's gradient is gone, as a share of what it was at the start"
 
@@ -99,7 +98,9 @@ def measure(
     }
 
 
-def run(width: int = 64, num_blocks: int = 4, rows: int = 512, iterations: int = 4000, seed: int = 0) -> dict[str, Any]:
+def run(
+    width: int = 64, num_blocks: int = 4, rows: int = 512, iterations: int = 4000, seed: Seed = 0
+) -> dict[str, Any]:
     """Measure on both sides of the condition, a rank of at most ``width / num_blocks``.
 
     Args:
@@ -131,19 +132,18 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     figure.axes[0].set_ylabel("gradient / gradient at the start")
 
 
-def main(out: Out = RESULTS, seed: Seed = 0) -> None:
-    """Print, draw and record it."""
-    settings: dict[str, Any] = {"width": 64, "num_blocks": 4, "rows": 512, "iterations": 4000, "seed": seed}
-    results = run(**settings)
-    print(f"Blocks of {results['block_in']} inputs. Gradients as shares of those at the start:")
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """The figures in words."""
+    yield f"Blocks of {results['block_in']} inputs. Gradients as shares of those at the start:"
     for point in results["points"]:
-        print(
+        yield (
             f"  {point['setting']}, rank {point['rank']:3} (hidden {point['rank_of_hidden']}): blocks "
             f"{point['gradient_of_blocks']:.0e}, whole matrices {point['gradient_of_whole']:.0e}, "
             f"loss {point['loss_before']:.3f} -> {point['loss_after']:.3f}"
         )
-    publish("stationary-points", QUESTION, settings, results, draw, out, size=(10, 4))
 
+
+EXPERIMENT = Experiment("stationary-points", QUESTION, run, report, draw)
 
 if __name__ == "__main__":
-    typer.run(main)
+    EXPERIMENT.main()

@@ -30,11 +30,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def diablo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process and gives its exit status, output and errors."""
+    """Runs the command line in this process and gives its exit status, output and errors.
 
-    def run(*args: object) -> tuple[int, str, str]:
+    The output is that for a terminal of 200 columns, or of the given ones.
+    """
+
+    def run(*args: object, columns: int = 200) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["diablo", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(columns))
         try:
             diablo_cli.main()
             status = 0

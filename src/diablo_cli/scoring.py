@@ -109,13 +109,20 @@ def evaluate(
 
 
 @app.command()
-def tasks() -> None:
-    """List the tasks: what they are, where their data is, and what is scored."""
-    from diablo.tasks import TASKS
-    from diablo_cli.reporting import tasks_table
+def tasks(
+    name: Annotated[
+        str | None, typer.Argument(help="A task to say everything about; all are listed if not given.")
+    ] = None,
+) -> None:
+    """List the tasks; or say of one where its data comes from, and how its answers are read."""
+    from diablo.tasks import TASKS, task_class
+    from diablo_cli.reporting import print_task, tasks_table
 
+    if name is not None:
+        print_task(out, task_class(name))
+        return
     out.print(tasks_table(TASKS.values()))
-    out.print("Where a task's files are published, and how answers are read: docs/tasks.md")
+    out.print("Where a task's data comes from, and how its answers are read: diablo tasks NAME")
 
 
 def _evaluate_by_harness(

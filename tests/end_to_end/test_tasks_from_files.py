@@ -243,13 +243,59 @@ def test_code_runs_only_where_it_is_allowed(diablo, tiny_model, tmp_path, data, 
     assert diablo(*command, "--dry-run", "evaluation.allow_code_execution=true")[0] == 0
 
 
-def test_the_list_of_tasks(diablo):
-    status, out, _ = diablo("tasks")
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_list_of_tasks_can_be_read_in_a_narrow_terminal(diablo, columns):
+    status, out, _ = diablo("tasks", columns=columns)
     assert status == 0
-    for name in TASKS:
-        assert name in out
-    for part in ("openai/gsm8k", "in the package", "trained on only"):
-        assert part in out
+    table, _, hint = out.strip().rpartition("\n")
+    assert hint.endswith("diablo tasks NAME")
+    assert max(map(len, table.splitlines())) <= columns
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if line[0] == "│"]
+    # Each row begins with the name and the sizes, whole; no text is cut off or split into many lines.
+    first = {name: (train, test) for name, train, test, _ in rows if name}
+    assert list(first) == list(TASKS)
+    assert first["gsm8k"] == ("7,473", "1,319")
+    assert first["math10k"] == ("9,919", "")
+    assert first["safety"] == ("", "any")
+    assert "…" not in table
+    assert len(rows) == len(TASKS) if columns == 200 else len(rows) <= 3 * len(TASKS)
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_everything_about_itself(diablo, name, columns):
+    task = TASKS[name]
+    status, out, _ = diablo("tasks", name, columns=columns)
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= columns
+    lines = [line.strip() for line in out.splitlines()]
+    words = " ".join(out.split())
+    assert task.__doc__.split(".")[0].split("\n")[0].replace("``", "'") in words
+    for split in task.splits:
+        assert split in words
+    if task.source is None:
+        assert "in the package" in words
+        assert "--data-folder" not in words
+    else:
+        assert task.source.origin in words
+        for path in task.source.paths(task.splits[0] if len(task.splits) == 1 else "{train,test}"):
+            assert any(line.endswith(path) for line in lines)
+    if "test" in task.splits:
+        assert all(task.readings)
+        for part in (task.measure, *task.readings, f"diablo evaluate MODEL --task {name}"):
+            assert part in words
+    else:
+        assert "trained on only" in words
+    if "train" in task.splits:
+        assert f"diablo train recipe.yaml task={name}" in words
+    assert ("--allow-code-execution" in words) == task.runs_code
+
+
+def test_an_unknown_task_is_refused_with_the_closest_name(diablo):
+    status, out, err = diablo("tasks", "gsm9k")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: There is no task 'gsm9k'; allowed: mawps, gsm8k")
+    assert err.strip().endswith("Did you mean gsm8k?")
 
 
 @pytest.fixture(scope="module")

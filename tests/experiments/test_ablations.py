@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from experiments import choice_of_n, sparsity_patterns, stability
-from experiments.harness import publish
 from experiments.patterns import PATTERNS, RandomBlocks, apply_pattern
 
 
@@ -81,7 +80,8 @@ def test_the_patterns_are_trained_at_equal_sizes(tiny_model, tmp_path):
     # A copy of every weight is kept for the backward.
     kept = {found["pattern"]: found["kept_bytes"] for found in results["patterns"]}
     assert kept["random entries"] > kept["diagonal blocks"]
-    publish("sparsity-patterns", sparsity_patterns.QUESTION, {}, results, sparsity_patterns.draw, tmp_path)
+    assert all(sparsity_patterns.EXPERIMENT.report(results))
+    sparsity_patterns.EXPERIMENT.publish({}, results, tmp_path)
 
 
 def test_loras_a_has_no_gradient_at_the_first_step_and_blocks_have(tiny_model, tmp_path):
@@ -96,7 +96,8 @@ def test_loras_a_has_no_gradient_at_the_first_step_and_blocks_have(tiny_model, t
             assert found["coefficient_of_variation"] ** 2 * found["mean_norm"] ** 2 == pytest.approx(
                 found["variance_of_norm"]
             )
-    publish("stability", stability.QUESTION, {}, results, stability.draw, tmp_path)
+    assert all(stability.EXPERIMENT.report(results))
+    stability.EXPERIMENT.publish({}, results, tmp_path)
 
 
 def test_fewer_blocks_train_more_and_modules_are_compared_at_equal_sizes(tiny_model, tmp_path):
@@ -114,4 +115,5 @@ def test_fewer_blocks_train_more_and_modules_are_compared_at_equal_sizes(tiny_mo
     assert few["parameters"] == 4 * many["parameters"]
     for found in results["by_modules"]:
         assert found["parameters"] == pytest.approx(many["parameters"], rel=0.35)
-    publish("choice-of-n", choice_of_n.QUESTION, {}, results, choice_of_n.draw, tmp_path)
+    assert all(choice_of_n.EXPERIMENT.report(results))
+    choice_of_n.EXPERIMENT.publish({}, results, tmp_path)

@@ -6,11 +6,19 @@ import json
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from diablo import BlockLayout, block_diagonal_linear
-from experiments import gradient_identity, linear_problem, stationary_points
+from experiments import (
+    choice_of_n,
+    gradient_identity,
+    linear_problem,
+    sparsity_patterns,
+    stability,
+    stationary_points,
+)
 from experiments.finetuning import plan_data
-from experiments.harness import publish
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +88,30 @@ def test_the_gradient_of_a_block_is_the_block_of_the_whole_gradient(tiny_model):
                 assert max(differences) < tolerance, (dtype, std, in_place)
 
 
+def test_the_numbers_of_an_experiment_are_options_and_all_its_settings_are_recorded(tmp_path):
+    app = typer.Typer()
+    app.command()(stationary_points.EXPERIMENT.command())
+    done = CliRunner().invoke(app, ["--width", "16", "--rows", "32", "--iterations", "5", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "Blocks of 4 inputs" in done.output
+    record = json.loads((tmp_path / "experiment-stationary-points.json").read_text())
+    assert record["question"] == stationary_points.QUESTION
+    assert record["settings"] == {"width": 16, "num_blocks": 4, "rows": 32, "iterations": 5, "seed": 0}
+
+
+@pytest.mark.parametrize("module", [choice_of_n, gradient_identity, linear_problem, sparsity_patterns, stability])
+def test_every_experiment_has_a_command_line(module):
+    app = typer.Typer()
+    app.command()(module.EXPERIMENT.command())
+    done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for option in ("--seed", "--out"):
+        assert option in done.output
+
+
 def test_a_record_has_the_machine_and_a_figure(tmp_path, linear):
-    publish("linear-problem", linear_problem.QUESTION, {"width": 32}, linear, linear_problem.draw, tmp_path)
+    assert all(linear_problem.EXPERIMENT.report(linear))
+    linear_problem.EXPERIMENT.publish({"width": 32}, linear, tmp_path)
     record = json.loads((tmp_path / "experiment-linear-problem.json").read_text())
     assert record["machine"]["processor"]
     assert record["versions"]["torch"]

@@ -42,6 +42,17 @@ def test_the_folder_itself_is_read_too(folder: Path) -> None:
     assert Safety(folder=folder / "safety").problems("test") == Safety(folder=folder).problems("test")
 
 
+def test_the_published_folder_is_read_and_one_name_stands_for_one_file(folder: Path) -> None:
+    clone = folder / "safety-tuned-llamas"
+    write(clone / "data" / "evaluation", "Q-Harm.json", HARMFUL)
+    for each in (clone, clone / "data"):
+        assert {problem.answer.group for problem in Safety(folder=each).problems("test")} == {"Q-Harm"}
+    assert len(Safety(folder=folder).problems("test")) == 7
+    write(clone / "data" / "evaluation", "I-Alpaca.json", HARMLESS)
+    with pytest.raises(UserError, match=r"I-Alpaca\.json and .*I-Alpaca\.json are instruction files of one name"):
+        Safety(folder=folder).problems("test")
+
+
 def test_a_file_can_say_that_it_is_harmless(tmp_path: Path) -> None:
     write(tmp_path, "mine.json", HARMFUL | {"harmless": True})
     write(tmp_path, "I-Alpaca.json", HARMLESS | {"harmless": False})
@@ -105,7 +116,7 @@ def test_harmless_files_alone_have_no_refusal_rate(tmp_path: Path) -> None:
         ({"instructions": ["x"], "inputs": [None]}, '"inputs" must be a list of texts'),
         ({"instructions": ["x"], "inputs": ["", ""]}, 'there are 1 "instructions" and 2 "inputs"'),
         ({"instructions": ["x"], "harmless": "yes"}, "\"harmless\" is 'yes'; allowed: true, false"),
-        ({"questions": ["x"]}, 'has a .json file with a list "instructions"'),
+        ({"questions": ["x"]}, 'is a file with a list "instructions"'),
     ],
 )
 def test_faulty_files(tmp_path: Path, content: Any, message: str) -> None:
@@ -126,7 +137,7 @@ HEX_PHI = {
 }
 
 
-@pytest.mark.parametrize("place", ["HEx-PHI", "safety/HEx-PHI"])
+@pytest.mark.parametrize("place", [".", "HEx-PHI", "safety/HEx-PHI"])
 def test_hex_phi(tmp_path: Path, place: str) -> None:
     for name, text in HEX_PHI.items():
         write(tmp_path / place, name, text)
@@ -144,7 +155,7 @@ def test_hex_phi(tmp_path: Path, place: str) -> None:
 
 
 def test_hex_phi_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither in .*HEx-PHI nor in .*; ask for access at https://huggingface\.co/"):
+    with pytest.raises(UserError, match=r"none of .*, safety/HEx-PHI/category_\*\.csv; .* https://huggingface\.co/"):
         HexPhi(folder=tmp_path).problems("test")
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from diablo.errors import UserError
-from diablo.tasks import PROTOCOLS, TASKS, Problem, Task, get_task, without_tested
+from diablo.tasks import PROTOCOLS, TASKS, MultipleChoice, Problem, Task, get_task, without_tested
 from diablo.tasks.arithmetic.word_problems import Gsm8k
 from diablo.tasks.sources import read_records
 
@@ -65,6 +65,9 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
 
 def write(path: Path, records: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(records).to_parquet(path)
+        return
     text = json.dumps(records) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in records)
     path.write_text(text, encoding="utf-8")
 
@@ -76,7 +79,7 @@ def test_a_training_completion_is_itself_right(tmp_path: Path, name: str, protoc
     assert source is not None
     task = get_task(name, folder=tmp_path, protocol=protocol)
     for split in task.splits:
-        write(tmp_path / source.files[split], RECORDS[name])
+        write(tmp_path / source.own_place(split), RECORDS[name])
         problems = task.problems(split)
         assert len(problems) == len(RECORDS[name])
         for problem in problems:
@@ -110,11 +113,130 @@ def test_the_file_itself_goes_before_the_familys_folder(tmp_path: Path) -> None:
     assert len(read_records(Gsm8k.source, "train", tmp_path)) == 1
 
 
+# Where tasks are published, from the folder that a clone or a copy of the hub's makes; each may also be left out.
+PUBLISHED = {
+    ("gsm8k", "train"): ["grade-school-math/grade_school_math/data/train.jsonl"],
+    ("gsm8k", "test"): [
+        "grade-school-math/grade_school_math/data/test.jsonl",
+        "gsm8k/main/test-00000-of-00001.parquet",
+    ],
+    ("math", "test"): ["MATH-lighteval/data/test-00000-of-00001.parquet"],
+    ("metamathqa", "train"): ["MetaMathQA/MetaMathQA-395K.json"],
+    ("math10k", "train"): ["LLM-Adapters/ft-training_set/math_10k.json"],
+    ("svamp", "test"): ["LLM-Adapters/dataset/SVAMP/test.json"],
+    ("aqua", "test"): ["LLM-Adapters/dataset/AQuA/test.json"],
+    ("addsub", "test"): ["LLM-Adapters/dataset/AddSub/test.json"],
+    ("singleeq", "test"): ["LLM-Adapters/dataset/SingleEq/test.json"],
+    ("multiarith", "test"): ["LLM-Adapters/dataset/MultiArith/test.json"],
+    ("commonsense170k", "train"): [
+        "LLM-Adapters/ft-training_set/commonsense_170k.json",
+        "commonsense_170k/data/train-00000-of-00001.parquet",
+    ],
+    ("boolq", "train"): ["LLM-Adapters/dataset/boolq/train.json"],
+    ("piqa", "test"): ["LLM-Adapters/dataset/piqa/test.json"],
+    ("social_i_qa", "test"): ["LLM-Adapters/dataset/social_i_qa/test.json"],
+    ("hellaswag", "test"): ["LLM-Adapters/dataset/hellaswag/test.json"],
+    ("winogrande", "train"): ["LLM-Adapters/dataset/winogrande/train.json"],
+    ("arc_easy", "test"): ["LLM-Adapters/dataset/ARC-Easy/test.json"],
+    ("arc_challenge", "test"): ["LLM-Adapters/dataset/ARC-Challenge/test.json"],
+    ("openbookqa", "test"): ["LLM-Adapters/dataset/openbookqa/test.json"],
+    ("code_alpaca", "train"): ["codealpaca/data/code_alpaca_20k.json", "CodeAlpaca-20k/code_alpaca_20k.json"],
+    ("code_alpaca_2k", "train"): ["codealpaca/data/code_alpaca_2k.json"],
+    ("humaneval", "test"): ["openai_humaneval/openai_humaneval/test-00000-of-00001.parquet"],
+    ("saferpaca", "train"): ["safety-tuned-llamas/data/training/saferpaca_Instructions_2000.json"],
+    ("saferpaca_safety_only", "train"): ["safety-tuned-llamas/data/training/safety_only_data_Instructions.json"],
+}
+LAYOUTS = [(name, split, path) for (name, split), paths in PUBLISHED.items() for path in paths]
+
+
+@pytest.mark.parametrize(("name", "split", "path"), LAYOUTS)
+def test_data_is_read_as_it_is_published(tmp_path: Path, name: str, split: Any, path: str) -> None:
+    alpaca = [{"instruction": "Name it.", "input": "", "output": "It."}]
+    function = [{"prompt": "def f():\n", "canonical_solution": "    pass\n", "test": "", "entry_point": "f"}]
+    records = RECORDS.get(name) or (function if name == "humaneval" else alpaca)
+    write(tmp_path / path, records)
+    clone, _, inside = path.partition("/")
+    for folder in (tmp_path, tmp_path / clone):
+        assert len(get_task(name, folder=folder, protocol="paper").problems(split)) == len(records), inside
+    if inside.startswith("dataset/"):
+        assert get_task(name, folder=tmp_path / clone / "dataset", protocol="paper").problems(split)
+
+
+def test_a_name_that_many_datasets_share_is_not_enough(tmp_path: Path) -> None:
+    write(tmp_path / "SVAMP" / "test.json", WORDS)
+    assert get_task("svamp", folder=tmp_path).problems("test")
+    for name in ("svamp", "addsub"):
+        with pytest.raises(UserError, match="has none of"):
+            get_task(name, folder=tmp_path / "SVAMP").problems("test")
+    write(tmp_path / "main" / "test.parquet", GSM8K)
+    with pytest.raises(UserError, match="has none of"):
+        get_task("gsm8k", folder=tmp_path).problems("test")
+
+
+def test_no_path_is_that_of_two_tasks() -> None:
+    found = [
+        path
+        for task in TASKS.values()
+        for split in task.splits
+        if task.source and task.name != "safety"  # it takes any file that has instructions
+        for path in dict.fromkeys(task.source.paths(split))
+    ]
+    assert len(found) == len(set(found))
+    assert not [path for path in found if path.startswith("*")]
+
+
+def test_a_record_in_each_file_is_read_by_the_files_numbers(tmp_path: Path) -> None:
+    answers = {"algebra/2": "2", "algebra/10": "10", "geometry/1": "1"}
+    for name, answer in answers.items():
+        write(tmp_path / "MATH" / "test" / f"{name}.json", MATH[0] | {"solution": rf"\boxed{{{answer}}}"})
+    problems = get_task("math", folder=tmp_path).problems("test")
+    assert [problem.answer for problem in problems] == list(answers.values())
+    assert [problem.row.number for problem in problems] == [1, 2, 3]
+    write(tmp_path / "MATH" / "test" / "algebra" / "10.json", {"problem": "Half?"})
+    with pytest.raises(UserError, match=r"10\.json: record 1 is malformed: solution is missing"):
+        get_task("math", folder=tmp_path).problems("test")
+
+
+def test_a_split_in_parts_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    for part in range(2):
+        write(tmp_path / "main" / f"test-0000{part}-of-00002.parquet", GSM8K[part : part + 2])
+    problems = get_task("gsm8k", folder=tmp_path).problems("test")
+    assert [(problem.row.number, problem.answer) for problem in problems] == [
+        (1, "10"),
+        (2, "130000"),
+        (3, "130000"),
+        (4, "-2"),
+    ]
+    write(tmp_path / "main" / "test-00000-of-00001.parquet", GSM8K)
+    with pytest.raises(UserError, match="not all the parts of one dataset, each once"):
+        get_task("gsm8k", folder=tmp_path).problems("test")
+    for name in ("test-00000-of-00001", "test-00001-of-00002"):
+        (tmp_path / "main" / f"{name}.parquet").unlink()
+    with pytest.raises(UserError, match=r"found test-00000-of-00002\.parquet in .* not all the parts"):
+        get_task("gsm8k", folder=tmp_path).problems("test")
+
+
+def test_own_names_go_before_published_ones_and_a_clone_before_the_hubs(tmp_path: Path) -> None:
+    for count, path in enumerate(("main/test-00000-of-00001.parquet", "data/test.jsonl", "gsm8k/test.jsonl"), start=1):
+        write(tmp_path / path, GSM8K[:count])
+        assert len(get_task("gsm8k", folder=tmp_path).problems("test")) == count
+
+
 def test_a_folder_without_the_file_names_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         get_task("gsm8k", folder=tmp_path).problems("test")
-    for part in (str(tmp_path / "test.jsonl"), str(tmp_path / "gsm8k" / "test.jsonl"), "--data-folder"):
-        assert part in str(caught.value)
+    looked_at = [
+        "test.jsonl",
+        "gsm8k/test.jsonl",
+        "data/test.jsonl",
+        "grade_school_math/data/test.jsonl",
+        "grade-school-math/grade_school_math/data/test.jsonl",
+        "main/test-*-of-*.parquet",
+        "gsm8k/main/test-*-of-*.parquet",
+    ]
+    assert f"{str(tmp_path)!r} has none of {', '.join(looked_at)}; get the data from https://" in str(caught.value)
+    assert "put it there as gsm8k/test.jsonl, or as it is published" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(UserError, match="there is no folder"):
         get_task("gsm8k", folder=tmp_path / "absent").problems("test")
 
@@ -146,9 +268,10 @@ def test_a_malformed_record_is_named(tmp_path: Path, text: str, part: str) -> No
 @pytest.mark.parametrize(
     ("name", "split", "change", "part"),
     [
-        ("aqua", "test", {"answer": "F"}, "answer is 'F'"),
+        ("aqua", "test", {"answer": "F"}, "answer is 'F', not one of [A-E]."),
         ("aqua", "test", {"answer": 2}, "answer is 2"),
-        ("addsub", "test", {"answer": "B"}, "answer is 'B'"),
+        ("addsub", "test", {"answer": "B"}, "answer is 'B', not a number."),
+        ("math10k", "train", {"answer": "F"}, "answer is 'F', not one of [A-E] or a number."),
         ("addsub", "test", {"answer": None}, "answer is null, not a str or int or float"),
         ("math", "test", {"solution": "no box"}, "no \\boxed{} answer"),
         ("metamathqa", "train", {"response": "no answer given"}, "names no answer"),
@@ -159,7 +282,7 @@ def test_a_malformed_record_is_named(tmp_path: Path, text: str, part: str) -> No
 def test_an_answer_that_is_none_of_the_tasks(tmp_path: Path, name: str, split: Any, change: Any, part: str) -> None:
     source = TASKS[name].source
     assert source is not None
-    write(tmp_path / source.files[split], [RECORDS[name][0] | change])
+    write(tmp_path / source.own_place(split), [RECORDS[name][0] | change])
     with pytest.raises(UserError, match="record 1") as caught:
         get_task(name, folder=tmp_path).problems(split)
     assert part in str(caught.value)
@@ -190,7 +313,7 @@ def test_a_hub_that_cannot_be_reached_says_how_to_give_a_folder(monkeypatch: pyt
 
 
 def test_a_task_that_no_hub_has_says_where_its_file_is() -> None:
-    with pytest.raises(UserError, match=r"'SVAMP.test.json'.*github.com/AGI-Edgerunners.*data.folder"):
+    with pytest.raises(UserError, match=r"'math/SVAMP.test.json'.*github.com/AGI-Edgerunners.*data.folder"):
         get_task("svamp").problems("test")
 
 
@@ -226,7 +349,17 @@ def test_a_task_says_what_it_is_and_has_a_file_for_each_split(name: str) -> None
     task = TASKS[name]
     assert (task.__doc__ or "").strip()
     assert task.splits
-    assert task.source is None or set(task.splits) <= set(task.source.files)
+    assert len(task.sizes) == len(task.splits) or (name, task.sizes) == ("safety", ())
+    assert task.source is None or all(task.source.own_place(split) for split in task.splits)
+
+
+def test_the_sizes_are_those_of_the_data() -> None:
+    for name in ("mawps", "mawps_cot"):
+        task = get_task(name)
+        assert tuple(len(task.problems(split)) for split in task.splits) == task.sizes
+    # Commonsense-170K is made of the training splits of the eight.
+    sets = [task for name, task in TASKS.items() if issubclass(task, MultipleChoice) and name != "commonsense170k"]
+    assert sum(task.sizes[0] for task in sets) == TASKS["commonsense170k"].sizes[0]
 
 
 def test_the_headline_figure_is_the_share_of_right_samples() -> None:

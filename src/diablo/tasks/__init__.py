@@ -10,10 +10,11 @@ from diablo.errors import UserError, did_you_mean
 from diablo.execution import describe_isolation
 from diablo.tasks import arithmetic, code, commonsense, safety
 from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
-from diablo.tasks.sources import Split
+from diablo.tasks.sources import SPLITS, Split
 
 __all__ = [
     "PROTOCOLS",
+    "SPLITS",
     "TASKS",
     "MultipleChoice",
     "Problem",
@@ -24,6 +25,7 @@ __all__ = [
     "check_split",
     "chosen_tasks",
     "get_task",
+    "task_class",
     "without_tested",
 ]
 
@@ -61,6 +63,17 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of the task of that name.
+
+    Raises:
+        UserError: there is no such task; the message lists those that there are.
+    """
+    if name not in TASKS:
+        raise UserError(f"There is no task {name!r}; allowed: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+    return TASKS[name]
+
+
 def get_task(name: str, *, folder: Path | None = None, protocol: Protocol = "strict") -> Task:
     """The task of that name.
 
@@ -72,9 +85,7 @@ def get_task(name: str, *, folder: Path | None = None, protocol: Protocol = "str
     Raises:
         UserError: there is no such task; the message lists those that there are.
     """
-    if name not in TASKS:
-        raise UserError(f"There is no task {name!r}; allowed: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
-    return TASKS[name](folder=folder, protocol=protocol)
+    return task_class(name)(folder=folder, protocol=protocol)
 
 
 def check_split(key: str, name: str, split: Split) -> None:

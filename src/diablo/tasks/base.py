@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diablo.data.rows import Row
-from diablo.tasks.sources import Source, Split
+from diablo.data.rows import Row, RowFault
+from diablo.errors import UserError
+from diablo.tasks.sources import Source, Split, read_records
 
 Protocol = Literal["strict", "paper"]
 PROTOCOLS: tuple[Protocol, ...] = ("strict", "paper")
@@ -43,6 +44,10 @@ class Task(ABC):
     source: ClassVar[Source | None] = None
     """Where the records are; None where they are in the package."""
     splits: ClassVar[tuple[Split, ...]] = ("train", "test")
+    sizes: ClassVar[tuple[int, ...]] = ()
+    """How many records each of the splits has as it is published; empty where that depends on the user's files."""
+    licence: ClassVar[str | None] = None
+    """The licence of the data, as those who publish it state it; None where we know of none."""
     max_new_tokens: ClassVar[int]
     """Length of the longest answer that is waited for."""
     stops_at_newline: ClassVar[bool] = False
@@ -57,6 +62,8 @@ class Task(ABC):
     """Whether scoring runs code that the model wrote, which the user must have allowed."""
     measure: ClassVar[str] = "share of right answers"
     """What the score is, in a few words."""
+    readings: ClassVar[tuple[str, str]] = ("", "")
+    """How an answer is read and what makes it right, under each of :data:`PROTOCOLS`, in a few words."""
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         self.folder = folder
@@ -92,6 +99,35 @@ class Task(ABC):
         """
         verdicts = [right for samples in rights for right in samples]
         return {"accuracy": sum(verdicts) / len(verdicts)}
+
+
+class RecordTask(Task):
+    """A task of which each record of its data is a problem."""
+
+    def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
+        """The records of a split, each with its number from 1."""
+        assert self.source is not None
+        return read_records(self.source, split, self.folder)
+
+    @abstractmethod
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+        """The problem that a record is, or why its values mean nothing to this task."""
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of a split, in the order of the records.
+
+        Raises:
+            UserError: there are no records, or one of them is malformed.
+        """
+        problems = []
+        for number, record in self.records(split):
+            problem = self.problem(number, record)
+            if isinstance(problem, RowFault):
+                raise UserError(
+                    f"task {self.name}: record {number} of the {split} split is malformed: {problem.reason}."
+                )
+            problems.append(problem)
+        return problems
 
 
 class MultipleChoice(Task):

@@ -7,12 +7,13 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diablo.data.rows import Row
 from diablo.execution import Program, run_programs
-from diablo.tasks.base import Problem, Task
+from diablo.tasks.base import Problem, RecordTask
 from diablo.tasks.instructions import InstructionTask, alpaca_source
-from diablo.tasks.sources import Source, Split, read_records
+from diablo.tasks.sources import Source
 
 _CODE_ALPACA = "https://github.com/sahil280114/codealpaca"
 _INDENT = "    "
@@ -25,14 +26,24 @@ class CodeAlpaca(InstructionTask):
     """CodeAlpaca (Chaudhary, 2023): 20,000 instructions about code with their responses, to train on."""
 
     name = "code_alpaca"
-    source = alpaca_source("code", "code_alpaca_20k.json", _CODE_ALPACA, hub="sahil2801/CodeAlpaca-20k")
+    sizes = (20_022,)
+    licence = "CC BY-NC 4.0"
+    source = alpaca_source(
+        "code/code_alpaca_20k.json",
+        "codealpaca/data/code_alpaca_20k.json",
+        "CodeAlpaca-20k/code_alpaca_20k.json",
+        origin=_CODE_ALPACA,
+        hub="sahil2801/CodeAlpaca-20k",
+    )
 
 
 class CodeAlpaca2k(InstructionTask):
     """The part of CodeAlpaca that its authors publish as a file of 2,000 instructions, to train on."""
 
     name = "code_alpaca_2k"
-    source = alpaca_source("code", "code_alpaca_2k.json", _CODE_ALPACA)
+    sizes = (2_017,)
+    licence = "CC BY-NC 4.0"
+    source = alpaca_source("code/code_alpaca_2k.json", "codealpaca/data/code_alpaca_2k.json", origin=_CODE_ALPACA)
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class FunctionTest:
         return Program(source, f"{self.test}\ncheck({self.entry_point})\n")
 
 
-class HumanEval(Task):
+class HumanEval(RecordTask):
     """HumanEval (Chen et al., 2021): 164 Python functions to complete, decided on by unit tests, which run the code.
 
     Ten completions are sampled for each, at temperature 0.2, the fewest that give pass@10.
@@ -79,27 +90,30 @@ class HumanEval(Task):
 
     name = "humaneval"
     splits = ("test",)
+    sizes = (164,)
+    licence = "MIT"
     max_new_tokens = 512
     samples = 10
     temperature = 0.2
     runs_code = True
+    measure = "pass@1, pass@5 and pass@10"
+    readings = ("the function's body, or the whole function, in a fence or not; it passes its unit tests",) * 2
     source = Source(
-        family="code",
-        files={"test": "HumanEval.jsonl.gz"},
+        places=(
+            "code/HumanEval.jsonl.gz",
+            "human-eval/data/HumanEval.jsonl.gz",
+            "openai_humaneval/openai_humaneval/{split}-*-of-*.parquet",
+        ),
         fields={"prompt": str, "canonical_solution": str, "test": str, "entry_point": str},
         origin="https://github.com/openai/human-eval",
         hub="openai/openai_humaneval",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem:
         """The function's signature and docstring as the prompt, its body as the completion."""
-        return [
-            Problem(
-                Row(number, record["prompt"], record["canonical_solution"], user=_request(record["prompt"])),
-                FunctionTest(record["prompt"], record["entry_point"], record["test"]),
-            )
-            for number, record in read_records(self.source, split, self.folder)
-        ]
+        prompt = record["prompt"]
+        row = Row(number, prompt, record["canonical_solution"], user=_request(prompt))
+        return Problem(row, FunctionTest(prompt, record["entry_point"], record["test"]))
 
     def parse(self, text: str) -> str | None:
         """The text itself: what of it is code depends on the problem."""

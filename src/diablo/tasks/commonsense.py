@@ -6,33 +6,17 @@ A completion reads ``the correct answer is answer2``; the choices are numbered w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
-from diablo.data.rows import Row, instruction_row
+from diablo.data.rows import Row
 from diablo.errors import UserError
+from diablo.tasks.adapters import AdaptersTask, adapters_source
 from diablo.tasks.base import MultipleChoice, Problem
-from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_records
 
 _CUE = "the correct answer is"
 
 
-def _source(hub: str | None = None, *, published: str, files: Mapping[Split, str]) -> Source:
-    return Source(
-        family="commonsense",
-        files=files,
-        fields={"instruction": str, "output": str, "answer": str},
-        origin=f"{LLM_ADAPTERS}/{published}",
-        hub=hub,
-    )
-
-
-def _splits_of(name: str) -> Source:
-    return _source(published=f"dataset/{name}", files={"train": f"{name}.train.json", "test": f"{name}.test.json"})
-
-
-class CommonsenseTask(MultipleChoice):
+class CommonsenseTask(AdaptersTask, MultipleChoice):
     """A task whose answer is one of a few words.
 
     The paper's protocol takes the first of the words that stands anywhere behind the first ``the correct answer is``,
@@ -42,20 +26,11 @@ class CommonsenseTask(MultipleChoice):
     max_new_tokens = 32
     beams = 4
     measure = "share of right choices"
-    source: ClassVar[Source]
-    words: ClassVar[str]
-    """A regular expression of the answers."""
-
-    def problems(self, split: Split) -> list[Problem]:
-        """The question with its choices as the instruction, ``the correct answer is ...`` as the response."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = record["answer"]
-            if not re.fullmatch(self.words, answer):
-                raise malformed(self.name, split, number, f"answer is {answer!r}, not one of {self.words}")
-            row = instruction_row(number, record["instruction"].strip(), record["output"].strip())
-            problems.append(Problem(row, answer))
-        return problems
+    readings = (
+        "the whole word right behind the last 'the correct answer is'",
+        "the first of the choices' words anywhere behind the first 'the correct answer is', part of a longer one too",
+    )
+    family = "commonsense"
 
     def choices(self, problem: Problem) -> list[Row]:
         """``the correct answer is`` with each word that the instruction's last line, the answer format, allows."""
@@ -82,78 +57,56 @@ class CommonsenseTask(MultipleChoice):
         return parsed == answer
 
 
-class BoolQ(CommonsenseTask):
+class BoolQ(CommonsenseTask, name="boolq", words="true|false", sizes={"train": 9_427, "test": 3_270}):
     """BoolQ (Clark et al., NAACL 2019): questions that are true or false."""
 
-    name = "boolq"
-    words = "true|false"
-    source = _splits_of("boolq")
 
-
-class Piqa(CommonsenseTask):
+class Piqa(CommonsenseTask, name="piqa", words="solution[12]", sizes={"train": 16_113, "test": 1_838}):
     """PIQA (Bisk et al., AAAI 2020): which of two solutions reaches a goal."""
 
-    name = "piqa"
-    words = "solution[12]"
-    source = _splits_of("piqa")
 
-
-class SocialIqa(CommonsenseTask):
+class SocialIqa(CommonsenseTask, name="social_i_qa", words="answer[1-3]", sizes={"train": 33_410, "test": 1_954}):
     """Social IQa (Sap et al., EMNLP 2019): what people do and feel, three choices."""
 
-    name = "social_i_qa"
-    words = "answer[1-3]"
-    source = _splits_of("social_i_qa")
 
-
-class HellaSwag(CommonsenseTask):
+class HellaSwag(CommonsenseTask, name="hellaswag", words="ending[1-4]", sizes={"train": 39_905, "test": 10_042}):
     """HellaSwag (Zellers et al., ACL 2019): which of four endings continues a text."""
 
-    name = "hellaswag"
-    words = "ending[1-4]"
-    source = _splits_of("hellaswag")
 
-
-class WinoGrande(CommonsenseTask):
+class WinoGrande(CommonsenseTask, name="winogrande", words="option[12]", sizes={"train": 63_238, "test": 1_267}):
     """WinoGrande (Sakaguchi et al., AAAI 2020): whom a sentence is about, two choices."""
 
-    name = "winogrande"
-    words = "option[12]"
-    source = _splits_of("winogrande")
 
-
-class ArcEasy(CommonsenseTask):
+class ArcEasy(
+    CommonsenseTask, name="arc_easy", published="ARC-Easy", words="answer[1-5]", sizes={"train": 2_251, "test": 2_376}
+):
     """ARC, easy set (Clark et al., 2018): science questions of school exams."""
 
-    name = "arc_easy"
-    words = "answer[1-5]"
-    source = _splits_of("ARC-Easy")
 
-
-class ArcChallenge(CommonsenseTask):
+class ArcChallenge(
+    CommonsenseTask,
+    name="arc_challenge",
+    published="ARC-Challenge",
+    words="answer[1-5]",
+    sizes={"train": 1_119, "test": 1_172},
+):
     """ARC, challenge set (Clark et al., 2018): the questions that retrieval and word statistics fail on."""
 
-    name = "arc_challenge"
-    words = "answer[1-5]"
-    source = _splits_of("ARC-Challenge")
 
-
-class OpenBookQA(CommonsenseTask):
+class OpenBookQA(CommonsenseTask, name="openbookqa", words="answer[1-4]", sizes={"train": 4_957, "test": 500}):
     """OpenBookQA (Mihaylov et al., EMNLP 2018): elementary science, four choices."""
 
-    name = "openbookqa"
-    words = "answer[1-4]"
-    source = _splits_of("openbookqa")
 
-
-class Commonsense170k(CommonsenseTask):
+class Commonsense170k(
+    CommonsenseTask,
+    name="commonsense170k",
+    words="true|false|(?:solution|answer|ending|option)[1-5]",
+    sizes={"train": 170_420},
+    source=adapters_source(
+        "commonsense/commonsense_170k.json",
+        "LLM-Adapters/ft-training_set/commonsense_170k.json",
+        "commonsense_170k/data/{split}-*-of-*.parquet",
+        hub="zwhe99/commonsense_170k",
+    ),
+):
     """Commonsense-170K (Hu et al., EMNLP 2023): the training sets of all eight tasks in one."""
-
-    name = "commonsense170k"
-    splits = ("train",)
-    words = "true|false|(?:solution|answer|ending|option)[1-5]"
-    source = _source(
-        "zwhe99/commonsense_170k",
-        published="ft-training_set/commonsense_170k.json",
-        files={"train": "commonsense_170k.json"},
-    )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diablo.data.rows import instruction_row
-from diablo.tasks.base import Problem, Task
-from diablo.tasks.sources import Source, Split, read_records
+from diablo.tasks.base import Problem, RecordTask
+from diablo.tasks.sources import Source, Split
 
 
-class InstructionTask(Task):
+class InstructionTask(RecordTask):
     """Instructions, some with an input, and responses. No response is the only right one, so there is no test split."""
 
     splits: ClassVar[tuple[Split, ...]] = ("train",)
     max_new_tokens = 512
-    source: ClassVar[Source]
+
+    def problem(self, number: int, record: dict[str, Any]) -> Problem:
+        """The instruction with its input, and the output as the response."""
+        row = instruction_row(number, record["instruction"], record["output"], record["input"])
+        return Problem(row, record["output"])
 
     def problems(self, split: Split) -> list[Problem]:
-        """The instruction with its input, and the output as the response. Records with an empty output are left out."""
-        return [
-            Problem(instruction_row(number, record["instruction"], record["output"], record["input"]), record["output"])
-            for number, record in read_records(self.source, split, self.folder)
-            if record["output"].strip()
-        ]
+        """The problems of a split. Records with an empty output are left out."""
+        return [problem for problem in super().problems(split) if problem.answer.strip()]
 
     def parse(self, text: str) -> str | None:
         """The text without blanks around it."""
@@ -33,7 +33,7 @@ class InstructionTask(Task):
         return parsed == answer.strip()
 
 
-def alpaca_source(family: str, file: str, origin: str, hub: str | None = None) -> Source:
+def alpaca_source(*places: str, origin: str, hub: str | None = None) -> Source:
     """A source of records in the format of Alpaca's data, to train on."""
     fields = {"instruction": str, "input": str, "output": str}
-    return Source(family=family, files={"train": file}, fields=fields, origin=origin, hub=hub)
+    return Source(places=places, fields=fields, origin=origin, hub=hub)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +13,31 @@ from diablo.errors import UserError
 from diablo.tasks.base import Problem, Task
 from diablo.tasks.instructions import InstructionTask, alpaca_source
 from diablo.tasks.refusals import is_refusal, mentions_refusal
-from diablo.tasks.sources import Source, Split
+from diablo.tasks.sources import Source, Split, files_at, find_files, read_json
 
 _SAFETY_TUNED = "https://github.com/vinid/safety-tuned-llamas"
+
+
+def _training(file: str) -> Source:
+    return alpaca_source(f"safety/{file}", f"safety-tuned-llamas/data/training/{file}", origin=_SAFETY_TUNED)
 
 
 class SaferPaca(InstructionTask):
     """SaferPaca (Bianchi et al., ICLR 2024): 20,000 instructions of Alpaca and 2,000 unsafe ones, answered safely."""
 
     name = "saferpaca"
-    source = alpaca_source("safety", "saferpaca_Instructions_2000.json", f"{_SAFETY_TUNED}/tree/main/data/training")
+    sizes = (22_000,)
+    licence = "CC BY-NC 4.0"
+    source = _training("saferpaca_Instructions_2000.json")
 
 
 class SaferPacaSafetyOnly(InstructionTask):
     """The safety data of SaferPaca (Bianchi et al., ICLR 2024): 2,483 unsafe instructions, answered safely."""
 
     name = "saferpaca_safety_only"
-    source = alpaca_source("safety", "safety_only_data_Instructions.json", f"{_SAFETY_TUNED}/tree/main/data/training")
+    sizes = (2_483,)
+    licence = "CC BY-NC 4.0"
+    source = _training("safety_only_data_Instructions.json")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class RefusalTask(Task):
 
     splits: ClassVar[tuple[Split, ...]] = ("test",)
     max_new_tokens = 256
+    measure = "rates of refusal and over-refusal"
+    readings = (
+        "a text that begins by declining refuses; right where the instruction is harmful",
+        "a text with a phrase of refusals anywhere in it refuses; right where the instruction is harmful",
+    )
     source: ClassVar[Source]
 
     def parse(self, text: str) -> bool:
@@ -82,17 +94,17 @@ class RefusalTask(Task):
 class Safety(RefusalTask):
     """Instruction files (as those of Bianchi et al., ICLR 2024): refusal of the harmful, over-refusal of the harmless.
 
-    Every ``.json`` file of the folder, or of its ``safety`` subfolder, that is an object with a list ``instructions``
-    is scored; ``inputs``, of the same length, may go with it. I-Alpaca and I-PhysicalSafetySafe are harmless, and so is
-    a file that says ``"harmless": true``.
+    Every ``.json`` file of the folder, of its ``safety`` subfolder, or of ``data/evaluation`` as they are published,
+    that is an object with a list ``instructions`` is scored; ``inputs``, of the same length, may go with it. I-Alpaca
+    and I-PhysicalSafetySafe are harmless, and so is a file that says ``"harmless": true``.
     """
 
     name = "safety"
+    licence = "CC BY-NC 4.0"
     source = Source(
-        family="safety",
-        files={"test": "I-*.json and Q-Harm.json"},
+        places=("safety/*.json", "safety-tuned-llamas/data/evaluation/*.json"),
         fields={"instructions": list},
-        origin=f"{_SAFETY_TUNED}/tree/main/data/evaluation",
+        origin=_SAFETY_TUNED,
     )
     harmless: ClassVar[tuple[str, ...]] = ("I-Alpaca", "I-PhysicalSafetySafe")
 
@@ -104,23 +116,27 @@ class Safety(RefusalTask):
                 f"{self.source.origin} and give their folder as data.folder in a recipe or --data-folder on the "
                 "command line."
             )
-        problems = [
-            problem
-            for path in sorted((*self.folder.glob("*.json"), *self.folder.glob(f"{self.source.family}/*.json")))
-            for problem in self._problems_of(path)
-        ]
+        places = self.source.paths(split)
+        problems: dict[str, list[Problem]] = {}
+        seen: dict[str, Path] = {}
+        for path in sorted(path for place in places for path in files_at(self.folder, place)):
+            found = self._problems_of(path)
+            if found and path.stem in seen:
+                raise UserError(
+                    f"data.folder (--data-folder): {seen[path.stem]} and {path} are instruction files of one name; "
+                    "keep one of them."
+                )
+            if found:
+                seen[path.stem], problems[path.stem] = path, found
         if not problems:
             raise UserError(
-                f"data.folder (--data-folder): neither {self.folder} nor {self.folder / self.source.family} has a "
-                f'.json file with a list "instructions"; such files are published at {self.source.origin}.'
+                f"data.folder (--data-folder): none of {', '.join(places)} in {str(self.folder)!r} is a file with a "
+                f'list "instructions"; such files are published at {self.source.origin}.'
             )
-        return problems
+        return [problem for found in problems.values() for problem in found]
 
     def _problems_of(self, path: Path) -> list[Problem]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+        content = read_json(path)
         if not isinstance(content, dict) or "instructions" not in content:
             return []
         fault = _fault(content)
@@ -152,15 +168,15 @@ def _fault(content: dict[str, Any]) -> str | None:
 class HexPhi(RefusalTask):
     """HEx-PHI (Qi et al., ICLR 2024): harmful instructions of ten categories, 30 each; the share that is refused.
 
-    The hub gives it to those whose request for access was granted. Locally it is a folder ``HEx-PHI`` with the same
+    The hub gives it to those whose request for access was granted. Locally it is a folder with the same
     files, ``category_1.csv`` and so on, one instruction a line and no header. The second category of the paper's eleven
     is not published.
     """
 
     name = "hex_phi"
+    sizes = (300,)
     source = Source(
-        family="safety",
-        files={"test": "HEx-PHI/category_*.csv"},
+        places=("safety/HEx-PHI/category_*.csv",),
         fields={},
         origin="https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI",
         hub="LLM-Tuning-Safety/HEx-PHI",
@@ -168,19 +184,8 @@ class HexPhi(RefusalTask):
 
     def problems(self, split: Split) -> list[Problem]:
         """The instructions of all categories, in their order, each without a completion."""
-        folder = self._download() if self.folder is None else self._local(self.folder)
-        paths = sorted(folder.glob("category_*.csv"), key=lambda path: (len(path.name), path.name))
-        return [problem for path in paths for problem in _read_category(path)]
-
-    def _local(self, folder: Path) -> Path:
-        candidates = [folder / "HEx-PHI", folder / self.source.family / "HEx-PHI"]
-        for candidate in candidates:
-            if any(candidate.glob("category_*.csv")):
-                return candidate
-        raise UserError(
-            f"data.folder (--data-folder): found category_*.csv neither in {candidates[0]} nor in {candidates[1]}; "
-            f"ask for access at {self.source.origin}."
-        )
+        _, files = find_files(self.source, split, self.folder or self._download())
+        return [problem for path in files for problem in _read_category(path)]
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download

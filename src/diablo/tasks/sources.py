@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diablo.data.rows import RowFault, describe_value, is_unicode, read_records_of
 from diablo.errors import UserError
 
 Split = Literal["train", "test"]
-
-LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 _HOW_TO_GIVE_A_FOLDER = "as data.folder in a recipe or --data-folder on the command line"
+_PART = re.compile(r"(.*)-(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,42 @@ class Source:
     """Where a task's records are.
 
     Attributes:
-        family: a subfolder that a local file may lie in, such as ``math``.
-        files: the local file of each split.
+        places: where a split lies in a folder of datasets. Each is a path in which ``{split}`` stands for the split's
+            name and ``*`` for anything. The first is diablo's own; the others are as the data is published, and begin
+            with the folder that a clone of the repository, or a copy of the hub's, makes.
         fields: the keys that a record must have, and their types.
-        origin: where the files are published, for people to read.
+        origin: where the data is published, for people to read.
         hub: id of the dataset on the hub, with records of the same fields and splits of the same names; None where no
             reliable one is known.
         config: the hub dataset's configuration.
     """
 
-    family: str
-    files: Mapping[Split, str]
+    places: tuple[str, ...]
     fields: Mapping[str, type | tuple[type, ...]]
     origin: str
     hub: str | None = None
     config: str | None = None
+
+    def own_place(self, split: Split) -> str:
+        """The path that diablo itself gives a split."""
+        return self.places[0].format(split=split)
+
+    def paths(self, split: str) -> list[str]:
+        """Where a split is looked for below a folder of datasets; the first that is there is read.
+
+        That folder may be any of those that a place names: so a path is looked for from each of its parts on. Of a
+        published one two parts are left at the least, and the first is a name, since ``test.json`` and ``*/*.json`` are
+        those of many datasets.
+        """
+        own, *published = (place.format(split=split) for place in self.places)
+        ends = [end for place in published for end in _ends(place, 2) if not end.startswith("*")]
+        return list(dict.fromkeys([*_ends(own, 1), *ends]))
+
+
+def _ends(path: str, fewest: int) -> list[str]:
+    """What is left of a path from each of its parts on, the shortest first, of as many parts as ``fewest`` or more."""
+    parts = path.split("/")
+    return ["/".join(parts[-count:]) for count in range(fewest, len(parts) + 1)]
 
 
 def read_records(source: Source, split: Split, folder: Path | None) -> list[tuple[int, dict[str, Any]]]:
@@ -45,42 +68,75 @@ def read_records(source: Source, split: Split, folder: Path | None) -> list[tupl
     Args:
         source: where they are.
         split: which of them.
-        folder: a local folder, which is searched for the file itself and for ``FAMILY/FILE``; None asks the hub.
+        folder: a local folder, which is searched for the split's :meth:`Source.paths`; None asks the hub.
 
     Raises:
-        UserError: the folder lacks the file, the hub does not give the dataset, or a record is malformed.
+        UserError: the folder lacks the split, the hub does not give the dataset, or a record is malformed.
     """
-    if folder is not None:
-        path = _find(source, split, folder)
-        return _checked(source, str(path), read_records_of(path))
-    where = f"{source.hub} ({split})"
-    return _checked(source, where, _from_hub(source, split))
+    if folder is None:
+        return _checked(source, f"{source.hub} ({split})", _from_hub(source, split))
+    pattern, files = find_files(source, split, folder)
+    # Where each record is a file of its own, that file holds an object and not a list.
+    is_one = "*" in pattern and pattern.endswith(".json")
+    parts = [_checked(source, str(path), [(1, read_json(path))] if is_one else read_records_of(path)) for path in files]
+    if len(parts) == 1:
+        return parts[0]
+    return list(enumerate((record for part in parts for _, record in part), start=1))
 
 
-def malformed(task: str, split: Split, number: int, reason: str) -> UserError:
-    """The error of a record whose values mean nothing to its task."""
-    return UserError(f"task {task}: record {number} of the {split} split is malformed: {reason}.")
+def find_files(source: Source, split: Split, folder: Path) -> tuple[str, list[Path]]:
+    """The path at which a folder of datasets has a split, and its files there, of which there are several at a ``*``.
 
-
-def _find(source: Source, split: Split, folder: Path) -> Path:
-    name = source.files[split]
-    candidates = [folder / name, folder / source.family / name]
-    for path in candidates:
-        if path.is_file():
-            return path
-    missing = "" if folder.is_dir() else f" (there is no folder {str(folder)!r})"
+    Raises:
+        UserError: there are none, or some parts of the split are missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.folder (--data-folder): there is no folder {str(folder)!r}.")
+    paths = source.paths(split)
+    for pattern in paths:
+        if files := files_at(folder, pattern):
+            _check_parts(files)
+            return pattern, files
     raise UserError(
-        f"data.folder (--data-folder): found neither {candidates[0]} nor {candidates[1]}{missing}; "
-        f"{name} is published at {source.origin}."
+        f"data.folder (--data-folder): {str(folder)!r} has none of {', '.join(paths)}; get the data from "
+        f"{source.origin} and put it there as {source.own_place(split)}, or as it is published."
     )
 
 
+def files_at(folder: Path, pattern: str) -> list[Path]:
+    """The files below a folder at a path with wildcards, by folder; numbers in their names are in order."""
+    found = (path for path in folder.glob(pattern) if path.is_file())
+    return sorted(found, key=lambda path: (path.parent, len(path.name), path.name))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+
+
+def _check_parts(files: list[Path]) -> None:
+    """Check that files with names such as ``test-00000-of-00002`` are all the parts of one whole."""
+    parts = [(found[1], int(found[2]), int(found[3])) for path in files if (found := _PART.fullmatch(path.stem))]
+    if parts and parts != [(parts[0][0], number, len(parts)) for number in range(len(parts))]:
+        raise UserError(
+            f"data.folder (--data-folder): found {', '.join(path.name for path in files)} in {str(files[0].parent)!r}, "
+            "which are not all the parts of one dataset, each once; get it anew."
+        )
+
+
 def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:
-    name = source.files[split]
+    name = source.own_place(split)
     if source.hub is None:
         raise UserError(
-            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin} and give its folder "
-            f"{_HOW_TO_GIVE_A_FOLDER}."
+            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin}, lay it out so or as it "
+            f"is published, and give the folder {_HOW_TO_GIVE_A_FOLDER}."
         )
     try:
         from datasets import load_dataset
@@ -90,7 +146,7 @@ def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
             f"The dataset {source.hub!r} cannot be read from the hub ({reason}); check the network, or give a local "
-            f"folder with {name} or {source.family}/{name} {_HOW_TO_GIVE_A_FOLDER}."
+            f"folder with {name}, or with the data as it is published, {_HOW_TO_GIVE_A_FOLDER}."
         ) from None
     return list(enumerate(records, start=1))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from diablo.errors import UserError
 from diablo.tasks.arithmetic.latex import normalise_latex
-from diablo.tasks.base import Protocol, Task
+from diablo.tasks.base import Protocol, RecordTask
 
 _CUE = re.compile(r"\banswer(?:\*\*)?\s*(?:\bis\b\s*:?|:)|####", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
@@ -59,7 +59,7 @@ _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*", re.ASCII)
 _PAPER_EXPRESSION_CUE = "The answer is: "
 
 
-class ValueTask(Task):
+class ValueTask(RecordTask):
     """A task whose answers are compared by value under the strict protocol.
 
     Args:

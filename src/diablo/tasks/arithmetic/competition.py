@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from diablo.data.rows import instruction_row
+from typing import Any
+
+from diablo.data.rows import RowFault, instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.latex import normalise_latex
 from diablo.tasks.base import Problem
-from diablo.tasks.sources import Source, Split, malformed, read_records
+from diablo.tasks.sources import Source
 
 
 class ExpressionTask(answers.ValueTask):
@@ -14,6 +16,10 @@ class ExpressionTask(answers.ValueTask):
 
     max_new_tokens = 1024
     measure = "share of right expressions"
+    readings = (
+        "the expression that the text calls its answer, in the last place where it does so; equal in value",
+        "the text behind the last 'The answer is: '; the same after spellings of LaTeX are levelled",
+    )
 
     def parse(self, text: str) -> str | None:
         """Strict: the expression that the text calls its answer. Paper: see :func:`answers.paper_expression`."""
@@ -31,24 +37,26 @@ class Math(ExpressionTask):
 
     name = "math"
     splits = ("test",)
+    sizes = (5_000,)
+    licence = "MIT"
     source = Source(
-        family="math",
-        files={"test": "MATH.test.jsonl"},
+        places=(
+            "math/MATH.{split}.jsonl",
+            "MATH/{split}/*/*.json",
+            "MATH-lighteval/data/{split}-*-of-*.parquet",
+        ),
         fields={"problem": str, "solution": str},
         origin="https://github.com/hendrycks/math",
         hub="DigitalLearningGmbH/MATH-lighteval",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
         r"""The problem as the instruction; its answer is what the solution puts in its last ``\boxed{}``."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = answers.last_boxed(record["solution"])
-            if answer is None:
-                raise malformed(self.name, split, number, r"solution has no \boxed{} answer")
-            completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
-            problems.append(Problem(instruction_row(number, record["problem"].strip(), completion), answer))
-        return problems
+        answer = answers.last_boxed(record["solution"])
+        if answer is None:
+            return RowFault(number, r"solution has no \boxed{} answer")
+        completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
+        return Problem(instruction_row(number, record["problem"].strip(), completion), answer)
 
 
 class MetaMathQA(ExpressionTask):
@@ -56,20 +64,18 @@ class MetaMathQA(ExpressionTask):
 
     name = "metamathqa"
     splits = ("train",)
+    sizes = (395_000,)
+    licence = "MIT"
     source = Source(
-        family="math",
-        files={"train": "MetaMathQA-395K.json"},
+        places=("math/MetaMathQA-395K.json", "MetaMathQA/MetaMathQA-395K.json"),
         fields={"query": str, "response": str},
         origin="https://huggingface.co/datasets/meta-math/MetaMathQA",
         hub="meta-math/MetaMathQA",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
         """The query as the instruction, and the response, which ends in ``The answer is: ...``."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = answers.stated_answer(record["response"])
-            if answer is None:
-                raise malformed(self.name, split, number, "response names no answer")
-            problems.append(Problem(instruction_row(number, record["query"].strip(), record["response"]), answer))
-        return problems
+        answer = answers.stated_answer(record["response"])
+        if answer is None:
+            return RowFault(number, "response names no answer")
+        return Problem(instruction_row(number, record["query"].strip(), record["response"]), answer)

@@ -12,11 +12,11 @@ from importlib import resources
 from typing import Any
 
 from diablo.data.rows import Row
-from diablo.tasks.base import Problem, Task
+from diablo.tasks.base import Problem, RecordTask
 from diablo.tasks.sources import Split
 
 
-class Mawps(Task):
+class Mawps(RecordTask):
     """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
 
     1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
@@ -24,19 +24,21 @@ class Mawps(Task):
     """
 
     name = "mawps"
+    sizes = (1_898, 238)
+    licence = "MIT"
     max_new_tokens = 48
     stops_at_newline = True
     measure = "share of equations with the right solution"
+    readings = ("the first line, an equation in one unknown; its solution is right to a relative 1e-4",) * 2
 
-    def problems(self, split: Split) -> list[Problem]:
+    def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
+        """Those in the package."""
+        return read_packaged(split)
+
+    def problem(self, number: int, record: dict[str, Any]) -> Problem:
         """``Problem: ...`` and ``Equation:`` as the prompt, the equation as the completion."""
-        return [
-            Problem(
-                Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}"),
-                float(record["answer"]),
-            )
-            for number, record in read_packaged(split)
-        ]
+        row = Row(number, f"Problem: {record['question']}\nEquation:", f" {record['equation']}")
+        return Problem(row, float(record["answer"]))
 
     def parse(self, text: str) -> float | None:
         """The value of the unknown in the completion's first line."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from diablo.data.rows import instruction_row
+from diablo.data.rows import RowFault, instruction_row
+from diablo.tasks.adapters import AdaptersTask, adapters_source
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.equations import read_packaged
 from diablo.tasks.base import Problem
-from diablo.tasks.sources import LLM_ADAPTERS, Source, Split, malformed, read_records
+from diablo.tasks.sources import Source, Split
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _PAPER_TOLERANCE = 1e-3
@@ -22,6 +22,11 @@ class NumberTask(answers.ValueTask):
 
     max_new_tokens = 512
     measure = "share of right numbers"
+    readings = (
+        r"the one number that the text calls its answer, in the last place where it does so (behind 'answer is', "
+        r"'answer:' or '####', or in \boxed{}); equal in value to six decimals",
+        "the first number behind 'The final answer is: ', or else the last one of the text; equal to 0.001",
+    )
 
     def parse(self, text: str) -> Any | None:
         """Strict: the one number that the text calls its answer. Paper: see :func:`answers.paper_number`."""
@@ -42,93 +47,72 @@ class Gsm8k(NumberTask):
     """
 
     name = "gsm8k"
+    sizes = (7_473, 1_319)
+    licence = "MIT"
     source = Source(
-        family="gsm8k",
-        files={"train": "train.jsonl", "test": "test.jsonl"},
+        places=(
+            "gsm8k/{split}.jsonl",
+            "grade-school-math/grade_school_math/data/{split}.jsonl",
+            "gsm8k/main/{split}-*-of-*.parquet",
+        ),
         fields={"question": str, "answer": str},
         origin="https://github.com/openai/grade-school-math",
         hub="openai/gsm8k",
         config="main",
     )
 
-    def problems(self, split: Split) -> list[Problem]:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
         """The question as the instruction, the worked answer as the response."""
-        return [self._problem(split, *numbered) for numbered in read_records(self.source, split, self.folder)]
-
-    def _problem(self, split: Split, number: int, record: dict[str, Any]) -> Problem:
         worked, _, final = record["answer"].rpartition("####")
         answer = _number(final)
         if answer is None:
-            raise malformed(self.name, split, number, "answer does not end in '#### ' and a number")
+            return RowFault(number, "answer does not end in '#### ' and a number")
         completion = f"{_CALCULATOR.sub('', worked).strip()}\nThe final answer is: {final.strip()}"
         return Problem(instruction_row(number, record["question"].strip(), completion), answer)
 
 
-def _adapters_source(published: str, files: Mapping[Split, str]) -> Source:
-    return Source(
-        family="math",
-        files=files,
-        fields={"instruction": str, "output": str, "answer": (str, int, float)},
-        origin=f"{LLM_ADAPTERS}/{published}",
-    )
-
-
-class AdaptersTask(NumberTask):
+class WordProblems(AdaptersTask, NumberTask):
     """A set of word problems in the format of LLM-Adapters (Hu et al., EMNLP 2023)."""
 
-    source: ClassVar[Source]
-    splits: ClassVar[tuple[Split, ...]] = ("test",)
+    family = "math"
+    numbers: ClassVar[bool] = True
+    """Whether an answer may be a number; one of the task's words it may be in any case."""
 
-    def problems(self, split: Split) -> list[Problem]:
-        """The instruction, and the output as its response."""
-        problems = []
-        for number, record in read_records(self.source, split, self.folder):
-            answer = self.read_answer(record["answer"])
-            if answer is None:
-                raise malformed(self.name, split, number, f"answer is {record['answer']!r}; it cannot be read")
-            row = instruction_row(number, record["instruction"].strip(), record["output"].strip())
-            problems.append(Problem(row, answer))
-        return problems
+    @property
+    def allowed(self) -> str:
+        """What an answer of a record has to be, for a message."""
+        return " or ".join([super().allowed] * bool(self.words) + ["a number"] * self.numbers)
 
     def read_answer(self, answer: str | float) -> str | None:
         """The answer that a record names; None where it is none of this task's."""
-        return _number(str(answer))
+        return super().read_answer(answer) or (_number(str(answer)) if self.numbers else None)
 
 
-class Svamp(AdaptersTask):
+class Svamp(WordProblems, name="svamp", published="SVAMP", sizes={"test": 1_000}):
     """SVAMP (Patel et al., NAACL 2021): simple word problems, varied so that shallow patterns fail."""
 
-    name = "svamp"
-    source = _adapters_source("dataset/SVAMP", {"test": "SVAMP.test.json"})
 
-
-class AddSub(AdaptersTask):
+class AddSub(WordProblems, name="addsub", published="AddSub", sizes={"test": 395}):
     """AddSub (Hosseini et al., EMNLP 2014): word problems of additions and subtractions."""
 
-    name = "addsub"
-    source = _adapters_source("dataset/AddSub", {"test": "AddSub.test.json"})
 
-
-class SingleEq(AdaptersTask):
+class SingleEq(WordProblems, name="singleeq", published="SingleEq", sizes={"test": 508}):
     """SingleEq (Koncel-Kedziorski et al., TACL 2015): word problems of one equation."""
 
-    name = "singleeq"
-    source = _adapters_source("dataset/SingleEq", {"test": "SingleEq.test.json"})
 
-
-class MultiArith(AdaptersTask):
+class MultiArith(WordProblems, name="multiarith", published="MultiArith", sizes={"test": 600}):
     """MultiArith (Roy and Roth, EMNLP 2015): word problems of several steps."""
 
-    name = "multiarith"
-    source = _adapters_source("dataset/MultiArith", {"test": "MultiArith.test.json"})
 
-
-class Aqua(AdaptersTask):
+class Aqua(WordProblems, name="aqua", published="AQuA", words="[A-E]", sizes={"test": 254}):
     """AQuA (Ling et al., ACL 2017): word problems with five choices, A to E."""
 
-    name = "aqua"
+    numbers = False
     measure = "share of right letters"
-    source = _adapters_source("dataset/AQuA", {"test": "AQuA.test.json"})
+    readings = (
+        "the letter that the text calls its answer, in the last place where it does so; of several, none",
+        "the first of A to E in the text, wherever it stands",
+    )
 
     def parse(self, text: str) -> str | None:
         """Strict: the letter that the text calls its answer. Paper: see :func:`answers.paper_choice`."""
@@ -138,18 +122,17 @@ class Aqua(AdaptersTask):
         """The same letter."""
         return parsed == answer
 
-    def read_answer(self, answer: str | float) -> str | None:
-        """A letter from A to E."""
-        return answer if isinstance(answer, str) and re.fullmatch("[A-E]", answer) else None
 
-
-class Math10k(AdaptersTask):
+class Math10k(
+    WordProblems,
+    name="math10k",
+    words="[A-E]",
+    sizes={"train": 9_919},
+    source=adapters_source("math/math_10k.json", "LLM-Adapters/ft-training_set/math_10k.json"),
+):
     """Math10K (Hu et al., EMNLP 2023): worked word problems of GSM8K, AQuA and MAWPS, to train on."""
 
-    name = "math10k"
-    splits = ("train",)
     measure = "share of right numbers and letters"
-    source = _adapters_source("ft-training_set/math_10k.json", {"train": "math_10k.json"})
 
     def parse(self, text: str) -> Any | None:
         """A letter where the answer begins with one, else a number."""
@@ -163,28 +146,23 @@ class Math10k(AdaptersTask):
             return parsed == answer
         return not (isinstance(parsed, str) and parsed.isalpha()) and super().is_right(parsed, answer)
 
-    def read_answer(self, answer: str | float) -> str | None:
-        """A letter from A to E, or a number."""
-        if isinstance(answer, str) and re.fullmatch("[A-E]", answer):
-            return answer
-        return _number(str(answer))
-
 
 class MawpsCot(NumberTask):
     """MAWPS put as the paper's protocol puts it: its 238 test problems, answered by a number."""
 
     name = "mawps_cot"
     splits = ("test",)
+    sizes = (238,)
+    licence = "MIT"
 
-    def problems(self, split: Split) -> list[Problem]:
+    def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
+        """Those of MAWPS."""
+        return read_packaged(split)
+
+    def problem(self, number: int, record: dict[str, Any]) -> Problem:
         """The question as the instruction; the data has no worked answers, and so the completion states the number."""
-        return [
-            Problem(
-                instruction_row(number, record["question"], f"The final answer is: {record['answer']}"),
-                str(record["answer"]),
-            )
-            for number, record in read_packaged(split)
-        ]
+        answer = str(record["answer"])
+        return Problem(instruction_row(number, record["question"], f"The final answer is: {answer}"), answer)
 
 
 def _number(text: str) -> str | None:
