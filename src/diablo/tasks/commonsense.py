@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.tasks.adapters import AdaptersTask, adapters_source
 from diablo.tasks.base import MultipleChoice, Problem
+from diablo.tasks.llm_adapters import AdaptersTask, adapters_source
 
 _CUE = "the correct answer is"
 

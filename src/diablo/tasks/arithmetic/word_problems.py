@@ -7,10 +7,10 @@ import re
 from typing import Any, ClassVar
 
 from diablo.data.rows import RowFault, instruction_row
-from diablo.tasks.adapters import AdaptersTask, adapters_source
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.equations import read_packaged
 from diablo.tasks.base import Problem
+from diablo.tasks.llm_adapters import AdaptersTask, adapters_source
 from diablo.tasks.sources import Source, Split
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
