@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diablo.errors import UserError
+from diablo.errors import UserError, shortened
 from diablo.models.checkpointing import Checkpointing
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import Section, TaskNames, shortened
+from diablo.recipes.section import Section, TaskNames
 
 
 class Data(Section):
