@@ -45,6 +45,13 @@ def test_kept_text_becomes_the_token_and_is_counted(tokenizer: Any) -> None:
     assert RowEncoder(tokenizer).encode(Row(1, "<think> a < s>", "b")).special_text == ()
 
 
+def test_characters_that_mark_text_inside_are_kept_as_any_other(tokenizer: Any) -> None:
+    marks = Row(1, "\ufdd0</s>\ufdd1", "\ufdd1 b")
+    assert tokenizer.decode(RowEncoder(tokenizer).encode(marks).input_ids) == "\ufdd0</s>\ufdd1\ufdd1 b</s>"
+    plain = RowEncoder(tokenizer, special_text="plain").encode(marks)
+    assert special(tokenizer, plain.input_ids) == ["</s>"]
+
+
 def test_an_answer_that_spells_the_stop_is_supervised_to_its_end(tokenizer: Any) -> None:
     for chat in (False, True):
         encoder = RowEncoder(tokenizer, chat=chat)

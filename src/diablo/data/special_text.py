@@ -7,7 +7,7 @@ mostly not meant where a row's own text does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from diablo.data.rows import MEND_UNICODE, is_unicode
@@ -15,7 +15,7 @@ from diablo.errors import UserError, shortened
 
 SpecialTextMode = Literal["keep", "plain"]
 
-# Unicode reserves these for use inside a program: no text is to have them.
+# Unicode reserves these for use inside a program. A text that has them all the same loses them where it stays plain.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
@@ -52,7 +52,7 @@ class TextTokenizer:
         longest_first = sorted(self._added, key=len, reverse=True)
         special = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._special = re.compile(special)
-        self._guarded = re.compile(f"{_OPEN}(?P<spelled>{special}){_CLOSE}|(?P<real>{special})|[{_OPEN}{_CLOSE}]")
+        self._guarded = re.compile(f"{_OPEN}({special}){_CLOSE}|({special})|[{_OPEN}{_CLOSE}]")
 
     def spelled(self, texts: Iterable[str]) -> tuple[str, ...]:
         """The special tokens that texts spell, each as often as they do."""
@@ -75,17 +75,20 @@ class TextTokenizer:
         Raises:
             UserError: the tokenizer makes a special token of the text although it is to stay text.
         """
-        if _OPEN not in text:
+        if self.special_text == "keep" or _OPEN not in text:
             return self._native(text, add_special_tokens)
-        ids: list[int] = []
-        for before, stretch, after, spelled in self._stretches(text):
+        segments, between = self._segments(text)
+        ids, pending = list[int](), ""
+        for before, (segment, spelled), after in zip(["", *between], segments, [*between, ""], strict=True):
             if not spelled:
-                ids += self._native(stretch, add_special_tokens)
+                pending += segment + after
                 continue
             # Between special tokens text is tokenized by itself in any case, so that nothing else changes.
-            self._check_plain(spelled, stretch)
-            ids += self._plain_after(before, self._stripped(before, stretch, after), add_special_tokens)
-        return ids
+            self._check_plain(spelled, segment)
+            ids += self._native(pending) if pending else []
+            ids += self._plain_after(before, self._stripped(before, segment, after), add_special_tokens)
+            pending = after
+        return ids + (self._native(pending) if pending else [])
 
     def _native(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The tokens that the tokenizer itself makes of a text."""
@@ -96,35 +99,23 @@ class TextTokenizer:
                 raise
             raise UserError(f"The text {shortened(text)} is not valid Unicode; {MEND_UNICODE}.") from None
 
-    def _stretches(self, text: str) -> Iterator[tuple[str, str, str, list[str]]]:
-        """The text cut at the template's special tokens around stretches that spell some.
+    def _segments(self, text: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+        """The text between the special tokens that a template wrote, and these tokens, one fewer.
 
-        Yields:
-            The special token before, the stretch, the special token after, and what the stretch spells. A stretch that
-            spells none has the template's special tokens within.
+        Returns:
+            Each segment without its marks, and the special tokens that it spells; and the tokens between them.
         """
-        pending, before = "", ""
-        stretch, spelled, end = "", list[str](), 0
-        for match in [*self._guarded.finditer(text), None]:
-            start = match.start() if match else len(text)
-            stretch += text[end:start]
-            end = match.end() if match else len(text)
-            if match and not match["real"]:
-                # A lone mark is left where a template has cut the text at one.
-                stretch += match["spelled"] or ""
-                spelled += [match["spelled"]] if match["spelled"] else []
+        first, *rest = self._guarded.split(text)
+        segments, between = [(first, list[str]())], list[str]()
+        for spelled, real, following in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            if real:
+                between.append(real)
+                segments.append((following, []))
                 continue
-            real = match["real"] if match else ""
-            if spelled:
-                if pending:
-                    yield "", pending, "", []
-                yield before, stretch, real, spelled
-                pending = real
-            else:
-                pending += stretch + real
-            before, stretch, spelled = real, "", []
-        if pending:
-            yield "", pending, "", []
+            # A lone mark, which spells nothing, is left where a template has cut the text at one.
+            segment, found = segments[-1]
+            segments[-1] = (segment + (spelled or "") + following, found + [spelled] * bool(spelled))
+        return segments, between
 
     def _stripped(self, before: str, text: str, after: str) -> str:
         """The text without the white space that the special tokens beside it swallow."""
