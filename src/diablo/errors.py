@@ -31,6 +31,12 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """A value as Python writes it, cut to the most characters that an error message shows of it."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def did_you_mean(given: str, allowed: Iterable[object]) -> str:
     """The end of a message about an unknown name: the closest that there is, or nothing where none is close."""
     close = difflib.get_close_matches(given, [str(name) for name in allowed], n=1)

@@ -31,6 +31,8 @@ _CITATION = re.compile(r" \([^()]*\b\d{4}\)")
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
+    from diablo.data.faults import by_reason, name_rows
+    from diablo.data.special_text import describe_special_text
     from diablo.models.loading import stored_quantization
 
     recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
@@ -43,14 +45,16 @@ def print_plan(out: Console, plan: Plan) -> None:
         out.print(f"validation rows     {plan.validation:,} kept out of training")
     if plan.general:
         out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
-    if plan.faults:
-        out.print(
-            f"malformed rows      {len(plan.faults)} left out: {', '.join(str(f.number) for f in plan.faults[:8])}"
-        )
+    for rows, fault in by_reason(plan.faults):
+        out.print(f"malformed, left out {rows}: {fault.reason}", markup=False)
     if plan.too_long:
-        out.print(f"rows too long       {len(plan.too_long)} left out: {', '.join(map(str, plan.too_long[:8]))}")
+        out.print(f"too long, left out  {name_rows(plan.too_long)}")
     if plan.tested:
         out.print(f"tested rows         {plan.tested} left out of training")
+    if plan.special_text[0]:
+        out.print(
+            f"special text        {describe_special_text(*plan.special_text, recipe.data.special_text)}", markup=False
+        )
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from diablo.data import Row
 from diablo.models import checkpointing
+from diablo.models.adapters import load_for_generation
 
 SHORT = [
     "data.limit=48",
@@ -182,6 +184,76 @@ def test_a_dry_run_reads_no_weights_and_marks_tokens(diablo, tiny_model, tmp_pat
     assert out.count("Problem:") == 2
     assert "‹" in out
     assert not (tmp_path / "run").exists()
+
+
+def own_data(folder: Path, model: Path, *rows: object, chat: bool) -> list[str]:
+    """The arguments of a short run on rows of one's own."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model}\nchat: {json.dumps(chat)}\noutput: {folder / 'run'}\nmethod: {{num_blocks: 4, name: diablo}}\n"
+        f"data: {{train: {path}}}\ntraining: {{max_steps: 1}}\n"
+    )
+    return ["train", str(recipe)]
+
+
+def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "first"}]
+    refused = {"messages": [{"role": "system", "content": "be brief"}, *turns]}
+    rows = [{"messages": turns}, refused, {"prompt": "p", "completion": 3}, refused]
+    arguments = [*own_data(tmp_path, model, *rows, chat=True), "--dry-run"]
+    status, _, err = diablo(*arguments)
+    assert status == 2
+    assert "1 malformed of 4 rows. Row 3: completion is a number, not text; put it in quotes. Mend them, or" in err
+    own_data(tmp_path, model, *rows[:2], rows[3], chat=True)
+    status, _, err = diablo(*arguments)
+    assert status == 2
+    assert "2 of 3 training rows cannot be used. Rows 2 and 3: the chat template refuses it and says 'No system" in err
+    own_data(tmp_path, model, *rows, chat=True)
+    status, out, _ = diablo(*arguments, "data.on_malformed=skip")
+    assert status == 0
+    assert "left out row 3: completion is a number, not text" in out
+    assert "left out rows 2 and 4: the chat template refuses it and says 'No system, please'" in out
+    assert "training rows       1:" in out
+
+
+def test_a_template_of_parts_is_trained_on_the_answer(diablo, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m['role'] }}:{{ '' if m['content'][0]['type'] == 'image' else ' ' }}"
+        "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    status, out, _ = diablo(*own_data(tmp_path, model, {"prompt": "q", "completion": "yes"}, chat=True), "--dry-run")
+    assert status == 0
+    assert "<s>user: q</s><s>assistant:‹ ›‹y›‹es›‹</s>›" in out
+
+
+def test_special_tokens_in_own_text_are_counted_and_stay_text_where_that_is_asked_for(diablo, tiny_model, tmp_path):
+    rows = [{"prompt": "say <s>", "completion": "a</s>b</s>c"}, {"prompt": "q", "completion": "yes"}]
+    arguments = own_data(tmp_path, tiny_model, *rows, chat=False)
+    status, out, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    assert "1 row spells special tokens, which become these tokens (data.special_text: keep): 2 x </s>, 1 x <s>" in out
+    assert "‹a›‹</s>›‹b›‹</s>›‹c›‹</s>›" in out
+    status, out, _ = diablo(*arguments, "--dry-run", "data.special_text=plain")
+    assert "which stay ordinary text (data.special_text: plain): 2 x </s>, 1 x <s>" in out
+    assert "‹a›‹<›‹/›‹s›‹>›‹b›" in out
+
+    status, _, err = diablo(*arguments, "data.special_text=plain")
+    assert status == 0
+    assert "which stay ordinary text" in err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["recipe"]["data"]["special_text"] == "plain"
+    assert record["data"]["special_text"] == {"rows": 1, "tokens": {"</s>": 2, "<s>": 1}}
+    # What the trained model is asked is tokenized as its training was.
+    _, encoder = load_for_generation(str(tmp_path / "run"))
+    assert encoder.tokenizer.bos_token_id not in encoder.prompt(Row(1, "say <s>", "?"))
 
 
 def test_own_data_as_conversations(diablo, tiny_model, tmp_path):

@@ -183,8 +183,8 @@ def test_template_that_refuses_a_conversation_names_the_row(tokenizer: Any) -> N
 
 
 def test_conversation_that_the_assistant_opens(tokenizer: Any) -> None:
-    # transformers renders no empty conversation, so that what precedes the answer is not known.
-    with pytest.raises(UserError, match="Row 3: the chat template cannot put it"):
+    # There is nothing that the answer could be told from.
+    with pytest.raises(UserError, match="Row 3: begins with the assistant's turn; put a turn of the user before it"):
         RowEncoder(tokenizer, chat=True).encode(Row(3, messages=({"role": "assistant", "content": "hello"},)))
 
 

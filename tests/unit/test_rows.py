@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from diablo.data.faults import name_rows
 from diablo.data.rows import FORMATS, Row, read_rows
 from diablo.errors import UserError
 
@@ -67,29 +68,40 @@ def test_instruction_with_and_without_input(tmp_path: Path, suffix: str) -> None
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{bad", "not valid JSON"),
-        ("3", "a int, not an object"),
-        ("null", "a NoneType, not an object"),
+        ("{bad", "not valid JSON; write one JSON object a line"),
+        ("3", "a number, not an object; give an object with prompt and completion, messages"),
+        ("null", "null, not an object"),
         ("{}", "has no keys; needs prompt and completion"),
         ('{"text": "x"}', "has text; needs prompt and completion, messages"),
         ('{"prompt": "x"}', "completion is missing, not text"),
         ('{"completion": "x"}', "prompt is missing, not text"),
-        ('{"prompt": "x", "completion": null}', "completion is null, not text"),
-        ('{"prompt": 3, "completion": "x"}', "prompt is a int, not text"),
+        ('{"prompt": "x", "completion": null}', "completion is null, not text; give it"),
+        ('{"prompt": 3, "completion": "x"}', "prompt is a number, not text; put it in quotes"),
         ('{"prompt": "x", "completion": ""}', "completion is empty"),
         ('{"prompt": "x", "completion": " \\n"}', "completion is empty"),
         ('{"instruction": "x"}', "output is missing, not text"),
-        ('{"instruction": "x", "output": ["y"]}', "output is a list, not text"),
-        ('{"instruction": "x", "output": "y", "input": 3}', "input is a int, not text"),
+        ('{"instruction": "x", "output": ["y"]}', "output is a list, not text; give one text"),
+        ('{"instruction": "x", "output": "y", "input": 3}', "input is a number, not text"),
         ('{"messages": []}', "messages is not a list of turns"),
         ('{"messages": null}', "messages is not a list of turns"),
         ('{"messages": "hi"}', "messages is not a list of turns"),
         ('{"messages": ["hi"]}', "a turn has no content that is text"),
         ('{"messages": [{"role": "user", "content": null}]}', "a turn has no content that is text"),
-        ('{"messages": [{"role": "bot", "content": "x"}]}', "a turn has the role 'bot'; allowed: system, user"),
+        (
+            '{"messages": [{"role": "bot", "content": "x"}]}',
+            "a turn has the role 'bot'; allowed: system, user, assistant, tool",
+        ),
         ('{"messages": [{"role": [], "content": "x"}]}', "a turn has the role []"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "does not end with an assistant's turn"),
-        ('{"messages": [{"role": "assistant", "content": " "}]}', "does not end with an assistant's turn"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}', "an assistant's turn is empty"),
+        (
+            json.dumps({"messages": [TURNS[0], {"role": "assistant", "content": ""}, *TURNS]}),
+            "an assistant's turn is empty; give the text that is to be trained on",
+        ),
+        (
+            json.dumps({"messages": TURNS[::-1] + TURNS}),
+            "begins with the assistant's turn; put a turn of the user before it",
+        ),
         # Half of a surrogate pair is valid JSON, but no text: tokenizers cannot take it.
         ('{"prompt": "\\ud800", "completion": "x"}', "prompt is not valid Unicode"),
         ('{"prompt": "x", "completion": "\\ud800"}', "completion is not valid Unicode"),
@@ -103,33 +115,62 @@ def test_malformed_row_is_refused_by_number_or_skipped(tmp_path: Path, line: str
     with pytest.raises(UserError) as caught:
         read_rows(path)
     # The blank line counts: the number is that of the line in an editor.
-    assert f"1 malformed of 3 rows: row 3: {reason}" in str(caught.value)
+    assert f"1 malformed of 3 rows. Row 3: {reason}" in str(caught.value)
     rows, faults = read_rows(path, on_malformed="skip")
     assert [row.number for row in rows] == [1, 4]
     assert [fault.number for fault in faults] == [3]
-    assert faults[0].reason.startswith(reason)
+    assert f"{faults[0].reason}; {faults[0].mend}".startswith(reason)
 
 
-def test_only_the_first_faults_are_listed(tmp_path: Path) -> None:
-    path = write(tmp_path, [GOOD, *[{"prompt": "x"}] * 7], ".jsonl")
+def test_a_reason_is_said_once_with_its_rows_and_how_to_mend_it(tmp_path: Path) -> None:
+    numbers = [{"prompt": "x", "completion": number} for number in (1, 2.5, 1e300)]
+    path = write(tmp_path, [*numbers[:2], GOOD, 3, *numbers * 5, {"prompt": "x", "completion": ""}], ".jsonl")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert str(caught.value) == (
+        f"{path} has 19 malformed of 20 rows. Rows 1, 2, 5 and 14 more: completion is a number, not text; put it in "
+        "quotes. Row 4: a number, not an object; give an object with prompt and completion, messages, or instruction "
+        "and output. Row 20: completion is empty; give the text that is to be trained on. Mend them, or set "
+        "data.on_malformed=skip to leave them out."
+    )
+
+
+def test_only_the_first_reasons_are_listed(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, *[{f"key {number}": "x"} for number in range(7)]], ".jsonl")
     with pytest.raises(UserError) as caught:
         read_rows(path)
     assert "7 malformed of 8 rows" in str(caught.value)
-    assert "row 6:" in str(caught.value)
-    assert "row 7:" not in str(caught.value)
-    assert "; and 2 more." in str(caught.value)
+    assert "Row 6: has key 4" in str(caught.value)
+    assert "Row 7:" not in str(caught.value)
+    assert " Further reasons, not listed: 2. " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(1, "row 1"), (2, "rows 1 and 2"), (4, "rows 1, 2, 3 and 4"), (5, "rows 1, 2, 3 and 2 more")],
+)
+def test_rows_are_named_by_number(count: int, name: str) -> None:
+    assert name_rows(range(1, count + 1)) == name
 
 
 @pytest.mark.parametrize("suffix", [".json", ".parquet"])
 def test_rows_of_other_formats_count_from_one(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, [GOOD, {"prompt": "p", "completion": ""}], suffix)
-    with pytest.raises(UserError, match="row 2: completion is empty"):
+    with pytest.raises(UserError, match="Row 2: completion is empty"):
         read_rows(path)
 
 
 def test_null_in_a_parquet_column(tmp_path: Path) -> None:
     path = write(tmp_path, [GOOD, {"prompt": "p", "completion": None}], ".parquet")
-    with pytest.raises(UserError, match="row 2: completion is null, not text"):
+    with pytest.raises(UserError, match="Row 2: completion is null, not text"):
+        read_rows(path)
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_names_its_column(tmp_path: Path) -> None:
+    columns = {"prompt": ["p"], "completion": ["c"], "when": pyarrow.array([2**31 - 1], pyarrow.date32())}
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(UserError, match=r"rows\.parquet: the column 'when' has a value that cannot be read"):
         read_rows(path)
 
 

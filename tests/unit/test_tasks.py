@@ -246,7 +246,7 @@ def test_a_folder_without_the_file_names_what_was_looked_for(tmp_path: Path) -> 
     [
         ('{"question": "q"}', "record 1 is malformed: answer is missing, not a str"),
         ('{"question": "q", "answer": null}', "record 1 is malformed: answer is null"),
-        ('{"question": 3, "answer": "#### 1"}', "question is a int, not a str"),
+        ('{"question": 3, "answer": "#### 1"}', "question is a number, not a str"),
         ('{"question": "q", "answer": "#### 1"}\n\n{"question": "q", "answer": 1}', "record 3"),  # the line
         ('{"question": "q", "answer": "\\ud800"}', "answer is not valid Unicode"),
         ('{"question": "q", "answer": "no number"}', "record 1 of the test split is malformed: answer does not end in"),

@@ -1,6 +1,7 @@
 """Files to rows of prompt and completion, and rows to tokens and batches."""
 
 from diablo.data.encoding import EncodedRow, RowEncoder
-from diablo.data.rows import Row, RowFault, read_rows
+from diablo.data.faults import RowFault
+from diablo.data.rows import Row, read_rows
 
 __all__ = ["EncodedRow", "Row", "RowEncoder", "RowFault", "read_rows"]

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from diablo.data.chat_template import ChatTemplate, Message
 from diablo.data.rows import Row
+from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError
 
 IGNORED = -100
@@ -23,11 +23,13 @@ class EncodedRow:
         number: where the row stands in its file.
         input_ids: the tokens.
         labels: the token itself where it is supervised, :data:`IGNORED` elsewhere; as long as ``input_ids``.
+        special_text: the special tokens that the row's own text spells, each as often as it does.
     """
 
     number: int
     input_ids: list[int]
     labels: list[int]
+    special_text: tuple[str, ...] = ()
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -50,13 +52,23 @@ class RowEncoder:
     Args:
         tokenizer: a transformers tokenizer.
         chat: put rows as conversations, through the tokenizer's chat template.
+        special_text: what becomes of a row's text that spells a special token: ``"keep"`` makes it that token,
+            ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
 
     Raises:
-        UserError: the tokenizer has no end-of-text token, or ``chat`` is asked for and it has no chat template.
+        UserError: the tokenizer has no end-of-text token, or ``chat`` is asked for and it has no chat template, or none
+            that is valid.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool = False, stop_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool = False,
+        special_text: SpecialTextMode = "keep",
+        stop_token_ids: Iterable[int] = (),
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-text token, so that the model could never learn to stop.")
         if chat and not tokenizer.chat_template:
@@ -64,74 +76,73 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids])
+        self._template = ChatTemplate(tokenizer) if chat else None
+        self._text = TextTokenizer(tokenizer, special_text)
 
     def encode(self, row: Row) -> EncodedRow:
         """The tokens of a row and which of them are supervised.
 
         Raises:
-            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it or rewrites
-                earlier turns.
+            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, leaves out some
+                of its text or rewrites earlier turns.
         """
         input_ids: list[int] = []
         labels: list[int] = []
         for context, completion in self._turns(row):
             input_ids += context + completion
             labels += [IGNORED] * len(context) + self._supervise(completion)
-        if labels[-1] == IGNORED and not self.stop_token_ids & {label for label in labels if label != IGNORED}:
-            raise UserError(f"Row {row.number}: no stop token is supervised.")
-        return EncodedRow(row.number, input_ids, labels)
+        return EncodedRow(row.number, input_ids, labels, self._text.spelled(self._texts(row)))
 
     def prompt(self, row: Row) -> list[int]:
-        """The tokens before the row's last completion: what generation starts from."""
-        *earlier, (context, _) = self._turns(row)
-        return [token for turn in earlier for part in turn for token in part] + context
+        """The tokens before the row's last completion: what generation starts from.
+
+        Raises:
+            UserError: as :meth:`encode`, but that earlier turns may be rewritten.
+        """
+        if self._template is None:
+            return self._prompt(row)
+        pieces = self._template.prompt(row.number, self._guarded(row)[:-1])
+        return [token for piece in pieces for token in self._text.ids(piece)]
 
     def _turns(self, row: Row) -> list[tuple[list[int], list[int]]]:
         """Pairs of context and completion, the last completion with a stop token at its end."""
-        if self.chat:
-            turns = [(self._tokens(context), self._tokens(text)) for context, text in self._render(row)]
-        elif row.messages:
-            raise UserError(f"Row {row.number} is a conversation; set chat to true to train on conversations.")
+        if self._template is not None:
+            texts = self._template.turns(row.number, self._guarded(row))
+            turns = [(self._text.ids(context), self._text.ids(answer)) for context, answer in texts]
         else:
-            # Special tokens that the tokenizer puts in front belong to the prompt; one that it puts behind does not.
-            prompt = self.tokenizer(row.prompt)["input_ids"]
-            while prompt and prompt[-1] == self.tokenizer.eos_token_id:
-                prompt.pop()
-            turns = [(prompt, self._tokens(row.completion))]
+            turns = [(self._prompt(row), self._text.ids(self._text.guard(row.completion)))]
         context, completion = turns[-1]
-        if not self.stop_token_ids & set(completion):
+        if not self._ends_with_stop(completion):
             turns[-1] = (context, [*completion, self.tokenizer.eos_token_id])
         return turns
 
-    def _render(self, row: Row) -> list[tuple[str, str]]:
-        """The texts of a conversation: what precedes each assistant's turn, and the turn."""
-        messages = list(row.as_messages())
-        rendered, turns = "", []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                before = self._template(messages[:index], add_generation_prompt=True)
-                after = self._template(messages[: index + 1])
-            except (TemplateError, ValueError, TypeError) as error:
-                raise UserError(f"Row {row.number}: the chat template cannot put it: {error}.") from None
-            if not before.startswith(rendered) or not after.startswith(before):
-                raise UserError(
-                    f"Row {row.number}: the chat template rewrites earlier turns, so that they cannot be told from the "
-                    "completion; give rows of one question and one answer, or set chat to false."
-                )
-            turns.append((before[len(rendered) :], after[len(before) :]))
-            rendered = after
-        return turns
+    def _prompt(self, row: Row) -> list[int]:
+        """The tokens of a prompt that is put without a chat template."""
+        if row.messages:
+            raise UserError(f"Row {row.number} is a conversation; set chat to true to train on conversations.")
+        # Special tokens that the tokenizer puts in front belong to the prompt; one that it puts behind does not.
+        prompt = self._text.ids(self._text.guard(row.prompt), add_special_tokens=True)
+        while prompt and prompt[-1] == self.tokenizer.eos_token_id:
+            prompt.pop()
+        return prompt
 
-    def _template(self, messages: list[dict[str, str]], **options: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    def _guarded(self, row: Row) -> list[Message]:
+        return [turn | {"content": self._text.guard(turn["content"])} for turn in row.as_messages()]
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _texts(self, row: Row) -> list[str]:
+        """The texts of a row that are trained on or come before."""
+        return [turn["content"] for turn in row.as_messages()] if self.chat else [row.prompt, row.completion]
+
+    def _ends_with_stop(self, completion: list[int]) -> bool:
+        """Whether no text follows a completion's last stop token: a text may spell one anywhere."""
+        end = self._after_last_stop(completion)
+        return end > 0 and not self.tokenizer.decode(completion[end:], skip_special_tokens=True).strip()
 
     def _supervise(self, completion: list[int]) -> list[int]:
         """Labels of a completion: up to its stop token; what a template writes after that, the model never does."""
-        stops = [index for index, token in enumerate(completion) if token in self.stop_token_ids]
-        end = stops[-1] + 1 if stops else len(completion)
+        end = self._after_last_stop(completion) or len(completion)
         return completion[:end] + [IGNORED] * (len(completion) - end)
+
+    def _after_last_stop(self, completion: list[int]) -> int:
+        """The index behind a completion's last stop token; 0 where it has none."""
+        return max((index + 1 for index, token in enumerate(completion) if token in self.stop_token_ids), default=0)

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from diablo.data.encoding import EncodedRow
-from diablo.data.rows import RowFault, is_unicode, read_records_of
+from diablo.data.faults import RowFault
+from diablo.data.rows import is_unicode, read_records_of
+from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError
 
 BUILTIN_TEXT = "builtin"
 
 
-def encode_general_text(source: str, tokenizer: Any, max_length: int) -> list[EncodedRow]:
+def encode_general_text(
+    source: str, tokenizer: Any, max_length: int, special_text: SpecialTextMode = "keep"
+) -> list[EncodedRow]:
     """General text as rows whose every token carries loss, the first aside, which nothing predicts.
 
     No token that ends a text is added: when to stop is what training on a task is to change.
@@ -23,15 +27,18 @@ def encode_general_text(source: str, tokenizer: Any, max_length: int) -> list[En
             lines, or a ``.jsonl`` file of objects with a ``text``.
         tokenizer: a transformers tokenizer.
         max_length: tokens of a row; the rest of a longer text is left out.
+        special_text: what becomes of text that spells a special token, see :class:`diablo.data.RowEncoder`.
 
     Raises:
         UserError: the file cannot be read, or holds no text.
     """
     rows = []
+    texts = TextTokenizer(tokenizer, special_text)
     for number, text in enumerate(read_texts(source), start=1):
-        tokens = [token for token in tokenizer(text)["input_ids"] if token != tokenizer.eos_token_id][:max_length]
+        found = texts.ids(texts.guard(text), add_special_tokens=True)
+        tokens = [token for token in found if token != tokenizer.eos_token_id][:max_length]
         if len(tokens) > 1:
-            rows.append(EncodedRow(number, tokens, tokens))
+            rows.append(EncodedRow(number, tokens, tokens, texts.spelled([text])))
     if not rows:
         raise UserError(f"evaluation.general: {source} holds no text of two tokens or more.")
     return rows

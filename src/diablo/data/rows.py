@@ -1,7 +1,7 @@
 """Users' files to rows. Each row is read as one of three forms, and a row that is none of them is named by its number.
 
 - ``prompt`` and ``completion``: two strings;
-- ``messages``: a list of ``{"role": ..., "content": ...}`` that ends with an assistant's turn;
+- ``messages``: a list of ``{"role": ..., "content": ...}`` that ends with an assistant's turn and begins with another;
 - ``instruction``, ``output`` and optionally ``input``: strings, as Alpaca's data has them.
 """
 
@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diablo.errors import UserError
+from diablo.data.faults import OPENS_WITH_ANSWER, RowFault, explain_faults
+from diablo.errors import UserError, first_line, shortened
 
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
 _ROLES = ("system", "user", "assistant", "tool")
+_FORMS = "prompt and completion, messages, or instruction and output"
+_A_TURN = '{"role": "user", "content": "..."}'
+MEND_UNICODE = "it has half of a surrogate pair, so write the character itself"
+"""What to do about text that :func:`is_unicode` refuses."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,6 @@ class Row:
         )
 
 
-@dataclass(frozen=True)
-class RowFault:
-    """A row that cannot be used, and why."""
-
-    number: int
-    reason: str
-
-
 def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], list[RowFault]]:
     """Read a dataset file.
 
@@ -66,7 +63,8 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
         The rows, and what was left out.
 
     Raises:
-        UserError: the file cannot be read, has no usable row, or has malformed rows; these are named by number.
+        UserError: the file cannot be read, has no usable row, or has malformed rows; each reason is said once, with the
+            numbers of its rows.
     """
     records = read_records_of(path)
     rows: list[Row] = []
@@ -78,10 +76,8 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
         else:
             rows.append(row)
     if faults and on_malformed == "error":
-        listed = "; ".join(f"row {fault.number}: {fault.reason}" for fault in faults[:5])
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(
-            f"{path} has {len(faults)} malformed of {len(records)} rows: {listed}{more}. "
+            f"{path} has {len(faults)} malformed of {len(records)} rows. {explain_faults(faults)} "
             "Mend them, or set data.on_malformed=skip to leave them out."
         )
     if not rows:
@@ -119,7 +115,7 @@ def _parse_json(number: int, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return RowFault(number, "not valid JSON")
+        return RowFault(number, "not valid JSON", "write one JSON object a line")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -139,10 +135,23 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from pyarrow import parquet
 
     try:
-        records = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
-    return enumerate(records, start=1)
+        raise UserError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from None
+    columns = [_column_of(path, name, values) for name, values in zip(table.column_names, table.columns, strict=True)]
+    names = table.column_names
+    return enumerate((dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)), start=1)
+
+
+def _column_of(path: Path, name: str, values: Any) -> list[Any]:
+    try:
+        return values.to_pylist()
+    # Such as a date in the year 5 million.
+    except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: the column {name!r} has a value that cannot be read ({first_line(error)}); mend it, or leave the "
+            "column out."
+        ) from None
 
 
 _READERS = dict(zip(FORMATS, (_read_jsonl, _read_json, _read_parquet, _read_jsonl), strict=True))
@@ -150,7 +159,7 @@ _READERS = dict(zip(FORMATS, (_read_jsonl, _read_json, _read_parquet, _read_json
 
 def _to_row(number: int, record: Any) -> Row | RowFault:
     if not isinstance(record, dict):
-        return RowFault(number, f"a {type(record).__name__}, not an object")
+        return RowFault(number, f"{_kind_of(record)}, not an object", f"give an object with {_FORMS}")
     if "messages" in record:
         return _from_messages(number, record["messages"])
     if "prompt" in record or "completion" in record:
@@ -159,23 +168,28 @@ def _to_row(number: int, record: Any) -> Row | RowFault:
         keys = ("instruction", "output")
     else:
         keys_found = ", ".join(str(key) for key in list(record)[:6]) or "no keys"
-        return RowFault(number, f"has {keys_found}; needs prompt and completion, messages, or instruction and output")
+        return RowFault(number, f"has {keys_found}", f"needs {_FORMS}")
     for key in keys:
-        if not isinstance(record.get(key), str):
-            return RowFault(number, f"{key} is {describe_value(record, key)}, not text")
-        if not is_unicode(record[key]):
-            return RowFault(number, f"{key} is not valid Unicode")
+        if fault := _text_fault(number, key, record):
+            return fault
     first, answer = (record[key] for key in keys)
     if not answer.strip():
-        return RowFault(number, f"{keys[1]} is empty")
+        return RowFault(number, f"{keys[1]} is empty", "give the text that is to be trained on")
     if keys[0] == "prompt":
         return Row(number, first, answer)
-    context = record.get("input") or ""
-    if not isinstance(context, str):
-        return RowFault(number, f"input is {describe_value(record, 'input')}, not text")
-    if not is_unicode(context):
-        return RowFault(number, "input is not valid Unicode")
-    return instruction_row(number, first, answer, context)
+    record = record | {"input": record.get("input") or ""}
+    return _text_fault(number, "input", record) or instruction_row(number, first, answer, record["input"])
+
+
+def _text_fault(number: int, key: str, record: dict[str, Any]) -> RowFault | None:
+    """What is wrong with a value that is to be text."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        mend = (
+            "give it" if value is None else "put it in quotes" if isinstance(value, (int, float)) else "give one text"
+        )
+        return RowFault(number, f"{key} is {describe_value(record, key)}, not text", mend)
+    return None if is_unicode(value) else RowFault(number, f"{key} is not valid Unicode", MEND_UNICODE)
 
 
 def instruction_row(number: int, instruction: str, output: str, context: str = "") -> Row:
@@ -191,18 +205,23 @@ def instruction_row(number: int, instruction: str, output: str, context: str = "
 
 def _from_messages(number: int, messages: Any) -> Row | RowFault:
     if not isinstance(messages, list) or not messages:
-        return RowFault(number, "messages is not a list of turns")
+        return RowFault(number, "messages is not a list of turns", f"give turns such as {_A_TURN}")
     turns = []
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            return RowFault(number, "a turn has no content that is text")
-        if turn.get("role") not in _ROLES:
-            return RowFault(number, f"a turn has the role {turn.get('role')!r}; allowed: {', '.join(_ROLES)}")
-        if not is_unicode(turn["content"]):
-            return RowFault(number, "a turn is not valid Unicode")
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        return RowFault(number, "does not end with an assistant's turn")
+            return RowFault(number, "a turn has no content that is text", f"give turns such as {_A_TURN}")
+        role, content = turn.get("role"), turn["content"]
+        if role not in _ROLES:
+            return RowFault(number, f"a turn has the role {shortened(role)}", f"allowed: {', '.join(_ROLES)}")
+        if not is_unicode(content):
+            return RowFault(number, "a turn is not valid Unicode", MEND_UNICODE)
+        if role == "assistant" and not content.strip():
+            return RowFault(number, "an assistant's turn is empty", "give the text that is to be trained on")
+        turns.append({"role": role, "content": content})
+    if turns[-1]["role"] != "assistant":
+        return RowFault(number, "does not end with an assistant's turn", "put the answer at its end")
+    if turns[0]["role"] == "assistant":
+        return RowFault(number, *OPENS_WITH_ANSWER)
     return Row(number, messages=tuple(turns))
 
 
@@ -213,6 +232,12 @@ def is_unicode(text: str) -> bool:
 
 def describe_value(record: dict[str, Any], key: str) -> str:
     """What a record has at a key, for a message about its being something else."""
-    if key not in record:
-        return "missing"
-    return "null" if record[key] is None else f"a {type(record[key]).__name__}"
+    return _kind_of(record[key]) if key in record else "missing"
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is in the words of JSON, with an article."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -274,7 +274,9 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
         loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
     chat = trained_as.get("chat", False) if chat is None else chat
     loaded = loaded if is_placed(loaded) else loaded.to(device)
-    return loaded, RowEncoder(tokenizer, chat=chat, stop_token_ids=stop_token_ids(loaded.config))
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    stops = stop_token_ids(loaded.config)
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
 
 
 def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str | None = None) -> LoraConversion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
+from diablo.data.faults import RowError, RowFault, explain_faults
 from diablo.data.general_text import encode_general_text
-from diablo.data.rows import Row, RowFault, read_rows
+from diablo.data.rows import Row, read_rows
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
 from diablo.models.loading import (
@@ -50,7 +52,7 @@ class Plan:
             choices are scored by likelihood.
         train: encoded training rows.
         held_out: encoded held-out rows; empty where there are none.
-        faults: malformed rows that were left out.
+        faults: rows that were left out because they are malformed, or the chat template does not take them.
         too_long: numbers of the rows left out because they exceed ``training.max_length``.
         tested: how many training rows were left out because their prompt is one that is tested on.
         validation: how many rows were kept out of training for validation.
@@ -97,6 +99,12 @@ class Plan:
         """All and supervised tokens of the training rows."""
         return sum(len(row.input_ids) for row in self.train), sum(row.supervised for row in self.train)
 
+    @property
+    def special_text(self) -> tuple[int, dict[str, int]]:
+        """How many rows spell special tokens in their own text, and how often each token is spelled."""
+        spelled = [row.special_text for row in (*self.train, *self.held_out, *self.general) if row.special_text]
+        return len(spelled), dict(Counter(token for tokens in spelled for token in tokens).most_common())
+
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
         decode = self.encoder.tokenizer.decode
@@ -121,9 +129,16 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     config = load_config(model_name)
     check_quantized(recipe, config, [recipe.method.name])
     targets, parameters = adapt_on_meta(recipe.method, config)
-    encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=stop_token_ids(config))
-    train, too_long = _encode(recipe, encoder, rows.train)
-    held_out, _ = _encode(recipe, encoder, rows.held_out)
+    special_text = recipe.data.special_text
+    encoder = RowEncoder(
+        load_tokenizer(model_name),
+        chat=recipe.chat,
+        special_text=special_text,
+        stop_token_ids=stop_token_ids(config),
+    )
+    faults = list(rows.faults)
+    train, too_long = _encode(recipe, encoder, rows.train, "training", faults)
+    held_out, _ = _encode(recipe, encoder, rows.held_out, "held-out", faults)
     preflight.check_supervision(train, "training")
     preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
@@ -145,11 +160,11 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         scored=scored,
         train=train,
         held_out=held_out,
-        faults=rows.faults,
+        faults=faults,
         too_long=too_long,
         tested=rows.tested,
         validation=rows.validation,
-        general=encode_general_text(general, encoder.tokenizer, training.max_length) if general else [],
+        general=encode_general_text(general, encoder.tokenizer, training.max_length, special_text) if general else [],
         targets=targets,
         parameters=parameters,
         sampler=sampler,
@@ -229,9 +244,24 @@ def _rows(recipe: Recipe, scored: list[Task]) -> _Rows:
     return _Rows(train[: data.limit], held_out, faults, left_out, len(validation))
 
 
-def _encode(recipe: Recipe, encoder: RowEncoder, rows: list[Row]) -> tuple[list[EncodedRow], list[int]]:
+def _encode(
+    recipe: Recipe, encoder: RowEncoder, rows: list[Row], what: str, left_out: list[RowFault]
+) -> tuple[list[EncodedRow], list[int]]:
+    """The rows as tokens, and the numbers of those that are too long; those that cannot be encoded are left out."""
     limit = recipe.training.max_length
-    encoded = [encoder.encode(row) for row in rows]
+    encoded: list[EncodedRow] = []
+    faults: list[RowFault] = []
+    for row in rows:
+        try:
+            encoded.append(encoder.encode(row))
+        except RowError as error:
+            faults.append(error.fault)
+    if faults and (recipe.data.on_malformed == "error" or not encoded):
+        raise UserError(
+            f"{len(faults)} of {len(rows)} {what} rows cannot be used. {explain_faults(faults)} "
+            "Mend them, or set data.on_malformed=skip to leave some out."
+        )
+    left_out += faults
     kept = [row for row in encoded if len(row.input_ids) <= limit]
     too_long = [row.number for row in encoded if len(row.input_ids) > limit]
     if too_long and (recipe.data.on_long == "error" or not kept):

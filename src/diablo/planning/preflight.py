@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diablo.data.encoding import EncodedRow
+from diablo.data.faults import name_rows
 from diablo.errors import UserError
 
 
@@ -22,9 +23,8 @@ def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
     """
     bare = [row.number for row in rows if row.supervised == 0]
     if bare:
-        listed = ", ".join(map(str, bare[:8])) + (" and more" if len(bare) > 8 else "")
         raise UserError(
-            f"{len(bare)} of {len(rows)} {what} rows have no supervised token (rows {listed}): "
+            f"{len(bare)} of {len(rows)} {what} rows have no supervised token ({name_rows(bare)}): "
             "there is nothing to learn from them. Give each a completion."
         )
 

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from diablo.errors import UserError, did_you_mean
+from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.methods import METHODS
 from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
-from diablo.recipes.section import Section, shortened
+from diablo.recipes.section import Section
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

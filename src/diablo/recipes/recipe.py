@@ -11,10 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diablo.errors import UserError
+from diablo.data.special_text import SpecialTextMode
+from diablo.errors import UserError, shortened
 from diablo.models.checkpointing import Checkpointing
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import Section, TaskNames, shortened
+from diablo.recipes.section import Section, TaskNames
 
 
 class Data(Section):
@@ -25,6 +26,9 @@ class Data(Section):
     folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
     on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
     on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
+    special_text: SpecialTextMode = Field(
+        "keep", description="keep or plain: whether text that spells a special token becomes it or stays text"
+    )
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
     validation_rows: int | None = Field(
         None, ge=1, description="an integer of at least 1: so many of the training rows are kept out of training"

@@ -39,9 +39,3 @@ class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def shortened(value: Any, most: int = 80) -> str:
-    """A value as Python writes it, cut to the most characters that an error message shows of it."""
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diablo.data.rows import Row, RowFault
+from diablo.data.rows import Row
 from diablo.errors import UserError
 from diablo.tasks.sources import Source, Split, read_records
 
@@ -110,7 +110,7 @@ class RecordTask(Task):
         return read_records(self.source, split, self.folder)
 
     @abstractmethod
-    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
         """The problem that a record is, or why its values mean nothing to this task."""
 
     def problems(self, split: Split) -> list[Problem]:
@@ -122,10 +122,8 @@ class RecordTask(Task):
         problems = []
         for number, record in self.records(split):
             problem = self.problem(number, record)
-            if isinstance(problem, RowFault):
-                raise UserError(
-                    f"task {self.name}: record {number} of the {split} split is malformed: {problem.reason}."
-                )
+            if isinstance(problem, str):
+                raise UserError(f"task {self.name}: record {number} of the {split} split is malformed: {problem}.")
             problems.append(problem)
         return problems
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from diablo.data.rows import RowFault, instruction_row
+from diablo.data.rows import instruction_row
 from diablo.tasks.base import Problem, RecordTask
 from diablo.tasks.sources import Source, Split
 
@@ -54,11 +54,11 @@ class AdaptersTask(RecordTask):
             f"{cls.family}/{file}.{{split}}.json", f"LLM-Adapters/dataset/{file}/{{split}}.json"
         )
 
-    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
         """The instruction, and the output as its response."""
         answer = self.read_answer(record["answer"])
         if answer is None:
-            return RowFault(number, f"answer is {record['answer']!r}, not {self.allowed}")
+            return f"answer is {record['answer']!r}, not {self.allowed}"
         return Problem(instruction_row(number, record["instruction"].strip(), record["output"].strip()), answer)
 
     @property

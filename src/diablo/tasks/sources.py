@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diablo.data.rows import RowFault, describe_value, is_unicode, read_records_of
+from diablo.data.faults import RowFault
+from diablo.data.rows import describe_value, is_unicode, read_records_of
 from diablo.errors import UserError
 
 Split = Literal["train", "test"]

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from diablo.data.batching import collate
+from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
 from diablo.models.adapters import save_adapter
@@ -84,6 +85,9 @@ def train(
     checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
     with processes.main_first():
         plan = make_plan(recipe)
+    spelling, tokens = plan.special_text
+    if spelling:
+        console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
     _check_processes(processes, plan, checkpoint)
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
@@ -235,6 +239,7 @@ def _record(
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
     tokens, supervised = plan.tokens
+    spelling, special_tokens = plan.special_text
     adapter_bytes = sum(path.stat().st_size for path in result.adapter.glob("*.safetensors"))
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -251,6 +256,7 @@ def _record(
             "malformed_rows_skipped": [fault.number for fault in plan.faults],
             "long_rows_dropped": plan.too_long,
             "tested_rows_left_out": plan.tested,
+            "special_text": {"rows": spelling, "tokens": special_tokens},
             "padding_share": meter.padding_share,
         },
         "training": {

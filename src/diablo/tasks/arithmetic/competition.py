@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diablo.data.rows import RowFault, instruction_row
+from diablo.data.rows import instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.latex import normalise_latex
 from diablo.tasks.base import Problem
@@ -50,11 +50,11 @@ class Math(ExpressionTask):
         hub="DigitalLearningGmbH/MATH-lighteval",
     )
 
-    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
         r"""The problem as the instruction; its answer is what the solution puts in its last ``\boxed{}``."""
         answer = answers.last_boxed(record["solution"])
         if answer is None:
-            return RowFault(number, r"solution has no \boxed{} answer")
+            return r"solution has no \boxed{} answer"
         completion = f"{record['solution'].strip()}\nThe answer is: {answer}"
         return Problem(instruction_row(number, record["problem"].strip(), completion), answer)
 
@@ -73,9 +73,9 @@ class MetaMathQA(ExpressionTask):
         hub="meta-math/MetaMathQA",
     )
 
-    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
         """The query as the instruction, and the response, which ends in ``The answer is: ...``."""
         answer = answers.stated_answer(record["response"])
         if answer is None:
-            return RowFault(number, "response names no answer")
+            return "response names no answer"
         return Problem(instruction_row(number, record["query"].strip(), record["response"]), answer)

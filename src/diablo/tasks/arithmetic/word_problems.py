@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, ClassVar
 
-from diablo.data.rows import RowFault, instruction_row
+from diablo.data.rows import instruction_row
 from diablo.tasks.arithmetic import answers
 from diablo.tasks.arithmetic.equations import read_packaged
 from diablo.tasks.base import Problem
@@ -61,12 +61,12 @@ class Gsm8k(NumberTask):
         config="main",
     )
 
-    def problem(self, number: int, record: dict[str, Any]) -> Problem | RowFault:
+    def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
         """The question as the instruction, the worked answer as the response."""
         worked, _, final = record["answer"].rpartition("####")
         answer = _number(final)
         if answer is None:
-            return RowFault(number, "answer does not end in '#### ' and a number")
+            return "answer does not end in '#### ' and a number"
         completion = f"{_CALCULATOR.sub('', worked).strip()}\nThe final answer is: {final.strip()}"
         return Problem(instruction_row(number, record["question"].strip(), completion), answer)
 
