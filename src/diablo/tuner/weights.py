@@ -51,7 +51,7 @@ class Weight:
 
 
 def module_weight(module: nn.Module) -> Weight:
-    """How the weight is read of a module that is adapted as a module.
+    """How a module's weight is read where the module is adapted as a whole.
 
     Raises:
         TypeError: the module cannot be adapted. The message is the reason; the caller puts the module's name before it.
@@ -77,7 +77,7 @@ def module_weight(module: nn.Module) -> Weight:
 
 
 def parameter_weight(module: nn.Module, name: str) -> Weight:
-    """How a parameter is read that is adapted by itself, whatever its module does with it.
+    """How a parameter is read where it is adapted by itself, whatever its module does with it.
 
     A parameter of two dimensions is ``(out, in)``. One of three dimensions holds experts and is ``(experts, out, in)``,
     or ``(experts, in, out)`` in modules that transformers marks so. Reading inputs as outputs changes no result: the
