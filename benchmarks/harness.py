@@ -1,4 +1,4 @@
-"""Interleaved timing, and tables."""
+"""Timing of several methods in turn, and tables."""
 
 from __future__ import annotations
 
@@ -35,16 +35,19 @@ class Timing:
 def time_interleaved(
     methods: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 2, at_least: float = 0.05
 ) -> dict[str, Timing]:
-    """Time methods in turn, round by round, so that whatever disturbs the machine disturbs them all.
+    """Time methods in turn, round by round, so that whatever disturbs the machine disturbs all of them.
 
-    The order of the methods is turned by one in each round, so that none always follows the same other.
+    In each round another method comes first, and the others follow in their order.
 
     Args:
-        methods: what to time, by name.
-        rounds: measured rounds.
-        device: where it runs; a GPU is waited for.
-        warmup: rounds before these.
-        at_least: seconds that a measurement lasts at least, by repetition.
+        methods: the calls to time, by name.
+        rounds: number of measured rounds.
+        device: where the calls run. On a GPU the time is that of the GPU's own clock.
+        warmup: number of rounds before the measured ones.
+        at_least: the least number of seconds that one measurement takes. Shorter calls are repeated.
+
+    Returns:
+        For each method the seconds of one call in each round.
     """
 
     def once(run: Callable[[], Any], repeats: int) -> float:
@@ -77,14 +80,15 @@ def time_interleaved(
 
 
 def paired_ratio(timing: Timing, reference: Timing) -> float:
-    """The median over the rounds of the ratio to the reference in the same round."""
+    """The median over the rounds of the ratio of two methods' times in the same round."""
     return statistics.median(a / b for a, b in zip(timing.seconds, reference.seconds, strict=True))
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed: fetching pages from the system anew makes a step's time vary by tenths.
+    """Let glibc's allocator keep freed memory. This does nothing where there is no glibc.
 
-    A GPU's allocator does so by itself; this is for glibc's, and does nothing elsewhere.
+    Getting pages from the system again makes the time of a step vary by tenths. torch's allocator for GPUs keeps freed
+    memory by itself.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -95,7 +99,7 @@ def keep_freed_memory() -> None:
 
 
 def _start_clock(device: torch.device) -> Callable[[], float]:
-    """Start a clock, the GPU's own where there is one; what is returned stops it and gives the seconds."""
+    """Start a clock: the GPU's own where there is one. The returned function stops it and gives the seconds."""
     if device.type != "cuda":
         start = time.perf_counter()
         return lambda: time.perf_counter() - start

@@ -1,10 +1,10 @@
-"""How much of the host's time does an adapter take, a layer?
+"""How much time of the host does an adapter take for each layer?
 
     python -m benchmarks.host
 
-The layers are so narrow that what is timed is the Python and the dispatch around the products: what a GPU has to wait
-for, and what a CPU spends on short inputs. A floor stands beside the methods: one autograd function that does for the
-blocks what has to be done and nothing else.
+The layers are so narrow that nearly all of the time goes into Python and dispatch around the products. A GPU has to
+wait for these, and a CPU spends its time on them where inputs are short. A lower bound stands beside the methods: one
+autograd function that does for the blocks only what must be done.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Bare(torch.autograd.Function):
 
 
 class BareLinear(nn.Module):
-    """A linear layer whose forward is the function alone: the least that training blocks in a weight can cost."""
+    """A linear layer whose forward is only that function: the least that training blocks in a weight can cost."""
 
     def __init__(self, weight: nn.Parameter, num_blocks: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class BareLinear(nn.Module):
 
 
 def adapted(name: str, base: nn.Sequential, num_blocks: int) -> Any:
-    """A copy of the layers under a method, or under the floor."""
+    """A copy of the layers with a method, or with the lower bound."""
     model = copy.deepcopy(base).requires_grad_(False)
     if name == BARE:
         return nn.Sequential(*(BareLinear(layer.weight, num_blocks) for layer in model))
@@ -81,11 +81,22 @@ def measure(
     rounds: int,
     at_least: float = 0.05,
 ) -> list[dict[str, Any]]:
-    """Time every method on layers in a row.
+    """Time every method on a stack of layers, one after the other.
+
+    Args:
+        width: inputs and outputs of each layer.
+        layers: number of layers.
+        rows: rows of the input.
+        num_blocks: DiaBlo's N.
+        dtype: dtype of the layers.
+        device: where they run.
+        rounds: number of measured rounds.
+        at_least: the least number of seconds that one measurement takes.
 
     Returns:
-        One row a method: microseconds a layer of a forward and backward and of a forward without gradients, what is
-        added to the frozen layer's, and that as a share of what LoRA adds; or why the method was left out.
+        One row for each method. It has the microseconds for each layer of a forward with its backward, and of a forward
+        without gradients; the microseconds that the method adds to the frozen layer; and these as a share of what LoRA
+        adds. A method that was left out has the reason instead.
     """
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).to(device, dtype)
@@ -134,7 +145,7 @@ def measure(
 
 
 def _differences(timing: Timing, reference: Timing) -> Iterator[float]:
-    """What a method took longer than the reference in the same round."""
+    """How many seconds longer a method took than the reference, in each round."""
     return (a - b for a, b in zip(timing.seconds, reference.seconds, strict=True))
 
 
@@ -166,7 +177,7 @@ def main(
     rounds: int = 21,
     out: Path | None = None,
 ) -> None:
-    """Time narrow layers in a row under every method, in one thread."""
+    """Time a stack of narrow layers with every method, in one thread."""
     torch.set_num_threads(1)
     results = measure(width, layers, rows, num_blocks, DTYPES[dtype], torch.device(device), rounds)
     print(f"\n{layers} layers of {width} x {width}, {rows} rows, N = {num_blocks}, {dtype} on {device}\n")

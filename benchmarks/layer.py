@@ -22,7 +22,7 @@ QUESTION = "forward and backward of one adapted linear layer, as a ratio to the 
 
 
 class OneLayer(nn.Module):
-    """A model of one layer, since PEFT adapts the layers of a model."""
+    """A model of one layer: PEFT adapts the layers of a model, not a layer by itself."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -44,8 +44,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time every method on one layer.
 
+    Args:
+        sizes: inputs and outputs of the layer.
+        tokens: rows of the input.
+        num_blocks: DiaBlo's N.
+        dtype: dtype of the layer.
+        device: where it runs.
+        rounds: number of measured rounds.
+        methods: names of the methods.
+
     Returns:
-        One row a method: seconds, the ratio to the frozen layer, and the overhead as a share of LoRA's.
+        One row for each method: the seconds, the ratio to the frozen layer, and the overhead as a share of LoRA's.
     """
     torch.manual_seed(0)
     base = OneLayer(*sizes).to(device, dtype)
@@ -92,7 +101,7 @@ def main(
     ),
     out: Path | None = None,
 ) -> None:
-    """Time one layer under every method."""
+    """Time one layer with every method."""
     results: list[dict[str, Any]] = []
     for size in sizes.split(","):
         in_features, out_features = map(int, size.split("x"))

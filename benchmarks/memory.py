@@ -1,11 +1,11 @@
-"""How much memory does a training step take under each method?
+"""How much memory does a training step take with each method?
 
     python -m benchmarks.memory
     python -m benchmarks.memory times
 
-What a forward leaves to its backward is counted, tensor by tensor; the peak of a step is measured in a process of its
-own for each method. A method may have a way of gradient checkpointing after it, such as ``DiaBlo in place, selective``;
-what these cost in time is measured apart, in turn.
+The first command measures two things. The bytes that a forward keeps for its backward are counted tensor by tensor. The
+peak of a step is measured in a process of its own for each method. A way of gradient checkpointing can follow the name
+of a method, as in ``DiaBlo in place, selective``. The second command measures how much time checkpointing costs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def times(
     methods: Annotated[str, typer.Option(help="Separated by semicolons.")] = TIMED,
     out: Path | None = None,
 ) -> None:
-    """Time the forward and the backward of a step with and without gradient checkpointing."""
+    """Time the forward and the backward of a step, with and without gradient checkpointing."""
     where = torch.device(device)
     base = language_model(model, DTYPES[dtype]).to(where)
     ids = torch.randint(base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(where)
@@ -117,7 +117,7 @@ def every(
     methods: Annotated[str, typer.Option(help="Separated by semicolons.")] = METHODS,
     out: Path | None = None,
 ) -> None:
-    """Measure every method at three lengths of one row."""
+    """Measure the memory of every method, with one row of 64, 256 and 1024 tokens."""
     if context.invoked_subcommand is not None:
         return
     results: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def every(
 
 
 def _build(method: str, model: Any, num_blocks: int) -> Any:
-    """A method on a model, with the gradient checkpointing that is named after it."""
+    """A model with a method, and with the gradient checkpointing that follows the method's name."""
     name, _, checkpointing = method.partition(", ")
     adapted = build(name, model, list(PAPER_TARGETS), num_blocks)
     adapted.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
@@ -145,7 +145,7 @@ def _build(method: str, model: Any, num_blocks: int) -> Any:
 
 
 def _start_peak(device: torch.device) -> int:
-    """Forget the peak so far, which loading the model has made, and return the bytes that are held now."""
+    """Forget the peak so far, which comes from loading the model. Returns the bytes that are held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -158,7 +158,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _status(name: str) -> int:
-    """A figure of Linux about this process, in bytes."""
+    """A figure about this process from Linux's ``/proc/self/status``, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -1,4 +1,4 @@
-"""The methods that are compared, each from its own library, with as many trained parameters as DiaBlo has."""
+"""The compared methods, each from its own library, with as many trained parameters as DiaBlo or nearly as many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IN_PLACE, BESIDE, FROZEN = "DiaBlo in place", "DiaBlo beside", "frozen"
 
 
 class PlainBlocks(nn.Module):
-    """The formula of the paper, written down with einsum: what one would write without this package."""
+    """The paper's formula (arXiv 2506.03230, section 3) with einsum: what one would write without this package."""
 
     def __init__(self, base_layer: nn.Linear, num_blocks: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _loralib(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module
 
 
 def target_shapes(model: nn.Module, targets: list[str]) -> Counter[tuple[int, int]]:
-    """How many linear layers there are of each shape among the targets."""
+    """The number of target layers of each shape ``(in_features, out_features)``."""
     return Counter(
         (module.in_features, module.out_features)
         for name, module in model.named_modules()
@@ -71,14 +71,14 @@ def equal_size(
     num_blocks: int,
     allowed: Callable[[int, int, int], bool] = lambda i, o, size: True,
 ) -> int:
-    """The size of a method at which its trained parameters come closest to DiaBlo's.
+    """The size of a method (such as a rank) at which its number of trained parameters comes closest to DiaBlo's.
 
     Args:
-        config: PEFT's configuration of the method at a size.
+        config: makes PEFT's configuration of the method from a size.
         model: the model, without an adapter.
-        targets: names of the linear layers.
+        targets: names of the linear layers to adapt.
         num_blocks: DiaBlo's N.
-        allowed: whether a layer, given its input's length and its output's, takes a size.
+        allowed: takes a layer's inputs and outputs and a size, and says whether the layer can have that size.
     """
     shapes = target_shapes(model, targets)
     wanted = sum(diablo.BlockLayout(*shape, num_blocks).num_parameters * count for shape, count in shapes.items())
@@ -88,7 +88,7 @@ def equal_size(
 
 
 def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> Any:
-    """Put a method on a model, in training mode.
+    """Apply a method to a model, and put the model in training mode.
 
     Args:
         name: one of ``METHODS``.
@@ -115,7 +115,8 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
         "LoRA": lambda: config(lambda r, **common: LoraConfig(r=r, **common)),
         "DoRA": lambda: config(lambda r, **common: LoraConfig(r=r, use_dora=True, **common)),
         "MiSS": lambda: config(lambda r, **common: MissConfig(r=r, **common)),
-        # It trains as many values as LoRA of its rank, and picks them in a way that the meta device has not.
+        # SHiRA with rank r trains as many values as LoRA with rank r, so LoRA's rank is taken. SHiRA itself cannot be
+        # tried out on the meta device: the operations by which it picks its values do not exist there.
         "SHiRA": lambda: ShiraConfig(
             r=equal_size(lambda r: LoraConfig(r=r), model, targets, num_blocks), target_modules=targets
         ),
@@ -129,7 +130,7 @@ def build(name: str, model: nn.Module, targets: list[str], num_blocks: int) -> A
     return get_peft_model(model, configs[name]()).train()
 
 
-# Finding a size takes longer than adapting a model with it, and some benchmarks build the same model many times.
+# The sizes that were found. Finding one takes longer than adapting a model, and some benchmarks adapt a model often.
 _SIZES: dict[tuple[str, frozenset[tuple[tuple[int, int], int]], int], int] = {}
 
 METHODS = (FROZEN, IN_PLACE, BESIDE, "LoRA", "DoRA", "MiSS", "SHiRA", "C3A", "OFT", "loralib", "einsum")

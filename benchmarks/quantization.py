@@ -1,9 +1,9 @@
-"""What do 4, 3 and 2 bits cost, by rounding, by GPTQ and by MagR before GPTQ?
+"""How much quality do 4, 3 and 2 bits cost: by rounding, by GPTQ, and by MagR before GPTQ?
 
     python -m benchmarks.quantization --data-folder DATA
 
-The model is calibrated on training rows of a task and measured on its test rows and on general text, neither of which
-it was calibrated on.
+The model is calibrated on a task's training rows. It is measured on the task's test rows and on general text. No text
+is used for both.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main(
 
 
 def _measured_before(out: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an interrupted benchmark of the same settings has measured."""
+    """The rows of an interrupted benchmark with the same settings; an empty list where there is no record."""
     if out is None or not out.is_file():
         return []
     record = json.loads(out.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def _measured_before(out: Path | None, settings: dict[str, Any]) -> list[dict[st
 
 
 def _whole_rows(encoder: RowEncoder, task: str, folder: Path | None, count: int) -> list[EncodedRow]:
-    """Test rows whose prompts are predicted too."""
+    """Test rows in which the tokens of the prompt are supervised too."""
     encoded = [encoder.encode(problem.row) for problem in get_task(task, folder=folder).problems("test")[:count]]
     return [EncodedRow(row.number, row.input_ids, row.input_ids) for row in encoded]
 

@@ -26,7 +26,7 @@ def main(
     rounds: int = 7,
     out: Path | None = None,
 ) -> None:
-    """Vary one of the three at a time around a layer of 2048 x 2048, 512 tokens and 64 blocks."""
+    """Vary width, tokens or N, one at a time, around a layer of 2048 x 2048 with 512 tokens and 64 blocks."""
     points = [(WIDTH, TOKENS, num_blocks) for num_blocks in (8, 16, 32, 64, 128, 256)]
     points += [(WIDTH, tokens, NUM_BLOCKS) for tokens in (64, 256, 1024, 4096, 8192)]
     points += [(width, TOKENS, NUM_BLOCKS) for width in (512, 1024, 4096, 8192)]

@@ -1,10 +1,11 @@
-"""What does a whole training step cost under each method?
+"""What does a whole training step cost with each method?
 
     python -m benchmarks.step --model builtin:smollm2-135m --dtype bf16
     python -m benchmarks.step --model random-0.5b --dtype bf16
 
-A step is the forward, the backward through every layer and the optimizer's step. The frozen model has no trained
-parameter: its backward runs through to the embeddings' output, which requires a gradient under every method.
+A step is the forward, the backward through every layer, and the optimizer's step. With every method, the output of the
+embeddings requires a gradient. So the backward goes through all layers also in the frozen model, which has no trained
+parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ METHODS = f"{FROZEN},{IN_PLACE},{BESIDE},LoRA,DoRA,MiSS,SHiRA,C3A,OFT"
 
 
 def language_model(name: str, dtype: torch.dtype) -> Any:
-    """The model of that name, or one of half a billion random weights in the shape of a Llama."""
+    """The model of that name; for ``random-0.5b`` a Llama with half a billion random weights."""
     if name != RANDOM:
         return load_model(resolve_model(name), dtype)
     config = LlamaConfig(
@@ -50,7 +51,7 @@ def language_model(name: str, dtype: torch.dtype) -> Any:
 
 
 def sweeps_of(model: nn.Module) -> Callable[[], None]:
-    """What a step in place does beside its products: the blocks are written and taken out twice."""
+    """What a step in place does besides its products: it writes the blocks and restores the base values, twice."""
     layers = [layer for layer in model.modules() if isinstance(layer, DiabloLayer)]
     sweep = layers[0].passes.plan(layers).sweep
 
@@ -74,7 +75,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Under torch.compile.")] = False,
     out: Path | None = None,
 ) -> None:
-    """Time a training step under every method."""
+    """Time a training step with every method."""
     where = torch.device(device)
     base = language_model(model, DTYPES[dtype]).to(where)
     ids = torch.randint(base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(where)

@@ -87,7 +87,7 @@ def _training(record: dict[str, Any]) -> None:
 
 
 def print_perplexities(results: list[dict[str, Any]]) -> None:
-    """Print what the benchmark of quantization has measured, row by row."""
+    """Print the results of the benchmark of quantization, row by row."""
     texts = list(results[0]["perplexity"])
     rows = [
         [

@@ -1,9 +1,9 @@
-"""How many tokens a second are trained on, end to end, by ``diablo train`` and by TRL's trainer as it comes?
+"""How many tokens per second do ``diablo train`` and TRL's trainer with its defaults train on, end to end?
 
     python -m benchmarks.training
 
-Each run is a whole one, from rows of text to an adapter: tokenization, batches, padding, loss, optimizer. Timed is the
-training itself, from the first batch to the last step; counted are the tokens of the rows, padding not among them.
+Each run goes from rows of text to an adapter: tokenization, batches, padding, loss, optimizer. The training itself is
+timed, from the first batch to the last step. The tokens of the rows are counted, without padding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TARGETS = list(PAPER_TARGETS)
 def with_trl(
     model: str, rows: Sequence[dict[str, str]], config: PeftConfig, dtype: torch.dtype, settings: dict[str, Any]
 ) -> dict[str, float]:
-    """Train with TRL's trainer and its defaults."""
+    """Train with TRL's trainer and its defaults. Returns tokens per second and the share of padding."""
     tokens = padded = 0
     loaded = load_model(resolve_model(model), dtype, settings["attention"])
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def with_trl(
 def with_diablo(
     model: str, rows: Sequence[dict[str, str]], method: dict[str, Any], dtype: str, settings: dict[str, Any]
 ) -> dict[str, float]:
-    """Train as ``diablo train`` does."""
+    """Train as ``diablo train`` does. Returns tokens per second and the share of padding."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -119,7 +119,7 @@ def main(
     rounds: int = 7,
     out: Path | None = None,
 ) -> None:
-    """Time whole runs of DiaBlo and of LoRA at equal parameters, under each of the two trainers."""
+    """Time whole runs of DiaBlo and of LoRA with equally many parameters, with each of the two trainers."""
     settings = {
         "attention": attention,
         "device": device,

@@ -1,1 +1,1 @@
-"""Everything that a GPU is asked, in one command: ``python -m benchmarks.gpu``."""
+"""All measurements on a GPU in one command: ``python -m benchmarks.gpu``."""

@@ -1,11 +1,11 @@
-"""Everything that a GPU is asked, in one command.
+"""All measurements on a GPU in one command.
 
     python -m benchmarks.gpu                                   # one GPU, six minutes
-    python -m benchmarks.gpu --parts kernels,layers            # some of it
+    python -m benchmarks.gpu --parts kernels,layers            # some parts only
     python -m benchmarks.gpu --device cpu --tiny               # a rehearsal, under a minute
 
-The measuring is done by another process. Where that dies, or leaves because its GPU answers no more, a new one goes on
-with the next row; where the time is up, what remains is recorded as left out.
+Another process measures. If it dies, or stops because its GPU no longer answers, a new process goes on with the next
+row. When the time is up, the remaining rows are recorded as left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OURS = (FROZEN, IN_PLACE, BESIDE)
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver, where its tool is there."""
+    """The version of NVIDIA's driver; None where ``nvidia-smi`` does not tell it."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -46,7 +46,7 @@ def driver_version() -> str | None:
 
 
 def run_worker(task: dict[str, Any], environment: dict[str, str]) -> int | None:
-    """Let a process measure; None where it had to be stopped because the time was up."""
+    """Let a process measure. Returns its exit code; None where it was stopped because the time was up."""
     command = [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps(task)]
     process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
     try:
@@ -55,13 +55,13 @@ def run_worker(task: dict[str, Any], environment: dict[str, str]) -> int | None:
         return None
     finally:
         if process.poll() is None:
-            # It has a session of its own, with the compiler's processes in it.
+            # The process has a session of its own, so that this ends the processes of its compiler too.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What the processes have written so far; a line that one died over is no line."""
+    """The lines that the processes have written so far. A line that a dying process left unfinished is ignored."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -72,7 +72,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(lines: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
-    """The rows of a part as the record has them."""
+    """The rows of a part, in the form in which the record has them."""
     return [
         {**line["keys"], **{key: value for key, value in line.items() if key not in ("part", "event", "keys")}}
         for line in lines
@@ -81,7 +81,7 @@ def rows_of(lines: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
 
 
 def measure(parts: list[str], device: str, tiny: bool, deadline: float, path: Path) -> list[dict[str, Any]]:
-    """Let processes measure until every part is done or the time is up; the lines that they wrote."""
+    """Let processes measure until every part is done or the time is up. Returns the lines that they wrote."""
     environment: dict[str, str] = {}
     left = parts
     while left:
@@ -101,18 +101,19 @@ def measure(parts: list[str], device: str, tiny: bool, deadline: float, path: Pa
                     file.write(json.dumps({**line, "event": "row", **reason}) + "\n")
         if code is None:
             break
-        # Nothing came of it: the next one would end like it.
+        # The process finished nothing, and the next one would end in the same way. So this part is given up.
         if left and code != BROKEN and len(lines) <= len(before) + 1:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"part": left[0], "event": "part", **reason}) + "\n")
             left = left[1:]
-        # Taking the profiler's hooks out and putting them in again has brought down processes that use CUDA graphs.
+        # Processes that use CUDA graphs have crashed when the profiler removed its hooks and set them again. These
+        # variables make it keep them.
         environment = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     return read_lines(path)
 
 
 def status_of(rows: list[dict[str, Any]], end: dict[str, Any] | None) -> str:
-    """How a part went. A peer that cannot be run is a finding, and fails nothing."""
+    """How a part went. If another library's method cannot run, this is a result, and the part does not fail."""
     is_ours = [row for row in rows if row.get("method", FROZEN) in OURS or row["method"].startswith("DiaBlo")]
     if (end or {}).get("error") or any("error" in row for row in is_ours):
         return "failed"
@@ -128,7 +129,8 @@ def main(
     commit: Annotated[str | None, typer.Option(help="What is measured, where this is no git checkout.")] = None,
 ) -> None:
     """Measure, print the tables, and write one record. The exit code is 1 where a part failed."""
-    # Whoever stops this process by a signal stops the one that measures.
+    # A signal to stop this process must also stop the process that measures. So it becomes an exception, and the
+    # `finally` of `run_worker` runs.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     deadline = time.time() + 60 * minutes
     chosen = [part for part in PARTS if part in parts.split(",")]
@@ -140,7 +142,7 @@ def main(
     target = out or default
     folder = target.parent if target.suffix == ".json" else target
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside the record, so that what was measured outlives this process too.
+    # The rows are written beside the record, so that they remain if this process is killed.
     rows = folder / f".gpu-rows-{os.getpid()}.jsonl"
     start = time.time()
     lines = measure(chosen, device, tiny, deadline, rows)

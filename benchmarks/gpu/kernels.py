@@ -1,4 +1,4 @@
-"""The products and copies of the blocks alone, against the bandwidth of the memory."""
+"""The gradient of the blocks and the writing of diagonals by themselves, compared with the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def our_kernels(device: torch.device) -> Any:
     """The module of the kernels.
 
     Raises:
-        NotThereError: there is none, or nothing that it could run on.
+        NotThereError: the module is missing, or there is no device for it.
     """
     try:
         from diablo.ops import kernels
@@ -39,7 +39,7 @@ def our_kernels(device: torch.device) -> Any:
 
 @contextmanager
 def kernels_off(by: str) -> Iterator[None]:
-    """Keep the package's own functions from taking the kernels, where torch is what is measured."""
+    """Switch the kernels off in the package's own functions, where ``by`` says that torch is measured."""
     before = os.environ.get(SWITCH)
     if by == TORCH:
         os.environ[SWITCH] = "0"
@@ -55,14 +55,14 @@ def kernels_off(by: str) -> Iterator[None]:
 def figures_of(
     calls: Sequence[Callable[[], Any]], moved: int, bandwidth: float, sizes: Sizes, device: torch.device
 ) -> dict[str, Any]:
-    """What a call takes, as it is called and on the GPU alone, and the share of the bandwidth that it gets.
+    """The time of a call, with all overheads and on the GPU alone, and the share of the bandwidth that it reaches.
 
     Args:
-        calls: the same call on operands that together do not fit the cache.
+        calls: the same call on several sets of operands, which together do not fit into the cache.
         moved: bytes that one call has to read and write.
-        bandwidth: bytes a second of a copy.
+        bandwidth: bytes per second of a copy.
         sizes: how it is measured.
-        device: where.
+        device: where it runs.
     """
 
     def every() -> None:
@@ -85,7 +85,7 @@ def figures_of(
 def gradient(
     shape: tuple[int, int, int, int], by: str, bandwidth: float, sizes: Sizes, device: torch.device
 ) -> dict[str, Any]:
-    """The diagonal blocks of x^T g, by torch's products or by the kernel."""
+    """Time the diagonal blocks of ``x^T grad_y``, by torch's products or by the kernel."""
     run = our_kernels(device).outer_product if by == KERNEL else outer_product
     in_features, out_features, num_blocks, tokens = shape
     layout = BlockLayout(in_features, out_features, num_blocks)
@@ -110,7 +110,7 @@ def gradient(
 def diagonal(
     shape: tuple[int, int, int, int], by: str, what: str, bandwidth: float, sizes: Sizes, device: torch.device
 ) -> dict[str, Any]:
-    """Writing the diagonals of several weights of one shape, or restoring them, in one kernel or layer by layer."""
+    """Time the writing or restoring of the diagonals of several weights, by one kernel or by torch, one by one."""
     table = our_kernels(device).DiagonalTable if by == KERNEL else TorchTable
     in_features, out_features, num_blocks, _ = shape
     (tile,) = BlockLayout(in_features, out_features, num_blocks).tiles
@@ -118,7 +118,7 @@ def diagonal(
     weights = [torch.randn(out_features, in_features, device=device, dtype=DTYPES["bf16"]) for _ in range(sizes.tables)]
     views = [tile.of_weight(weight) for weight in weights]
     before = [view.clone() for view in views]
-    # With the strides of the weight, along which the memory is read in order.
+    # These have the order of the weight's strides, so that the memory is read and written in order.
     saved = [torch.empty_like(values) for values in before]
     blocks = [torch.randn(view.shape, device=device) for view in views]
     written = [(values.float() + own).to(values.dtype) for values, own in zip(before, blocks, strict=True)]
@@ -127,7 +127,8 @@ def diagonal(
     is_written = all(map(torch.equal, views, written))
     diagonals.restore()
     is_restored = all(map(torch.equal, views, before))
-    # Read are the diagonal and the blocks in fp32, written are what is saved and the diagonal; or that goes back.
+    # Bytes of each entry. Writing reads the diagonal (2) and the blocks (4), and writes the copy (2) and the diagonal
+    # (2). Restoring reads the copy (2) and writes the diagonal (2).
     moved = sum(values.numel() for values in saved) * (2 + 4 + 2 + 2 if what == "write" else 2 + 2)
     figures = figures_of([getattr(diagonals, what)], moved, bandwidth, sizes, device)
     return {"exact": is_written if what == "write" else is_restored, **figures}
@@ -138,32 +139,32 @@ class TorchTable:
 
     Args:
         weights: views of the weights' diagonals.
-        blocks: what is added.
-        saved: where the diagonals as they were go.
+        blocks: the blocks that are added.
+        saved: tensors for the base values.
     """
 
     def __init__(self, weights: list[torch.Tensor], blocks: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
         self.weights, self.blocks, self.saved = weights, blocks, saved
 
     def write(self) -> None:
-        """Save each diagonal, and make it the sum of what it was and its blocks."""
+        """Save the base values of each diagonal, and add its blocks."""
         for weight, own, values in zip(self.weights, self.blocks, self.saved, strict=True):
             values.copy_(weight)
             torch.add(values, own, out=weight)
 
     def restore(self) -> None:
-        """Make each diagonal what it was."""
+        """Put the base values back."""
         for weight, values in zip(self.weights, self.saved, strict=True):
             weight.copy_(values)
 
 
 def operands(moved: int, sizes: Sizes) -> int:
-    """How many sets of operands go through the cache before the first one comes again."""
+    """How many sets of operands are needed, so that the first one has left the cache when it comes again."""
     return max(1, min(MOST_OPERANDS, -(-sizes.uncached_bytes // moved)))
 
 
 def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
-    """A row for the bandwidth, and one for every shape, kind of work and way to do it."""
+    """Measure a row for the bandwidth, and one for every shape, kind of work and way to do it."""
     bandwidth = copy_bandwidth(sizes, device)
     recorder.row(lambda: {"bytes_per_second": bandwidth}, what="copy")
     for shape in sizes.kernels:

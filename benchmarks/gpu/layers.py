@@ -1,4 +1,4 @@
-"""One layer, forward and backward, under every method."""
+"""One layer, forward and backward, with every method."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ METHODS = (FROZEN, IN_PLACE, BESIDE, "LoRA", "MiSS", "OFT", "DoRA", "loralib", C
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:
-    """Arguments of torch.compile: on a CPU, where this is only rehearsed, nothing is generated."""
+    """Arguments of torch.compile. On a CPU, which is for rehearsals, no code is generated."""
     return {"dynamic": False, "backend": "inductor" if device.type == "cuda" else "aot_eager"}
 
 
 class Bench:
-    """A layer of one size with its input and its output's gradient.
+    """A layer of one size, with its input and the gradient of its output.
 
     Args:
         size: inputs, outputs and tokens.
         sizes: how it is measured.
-        device: where.
+        device: where it runs.
     """
 
     def __init__(self, size: tuple[int, int, int], sizes: Sizes, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Bench:
         self.frozen = self.runner(build(FROZEN, copy.deepcopy(self.base), ["layer"], sizes.layer_blocks))
 
     def runner(self, model: nn.Module, called: Any = None) -> Run:
-        """The forward and backward of a model, or of what stands for it."""
+        """A function that runs the forward and backward of a model, or of ``called`` in its place."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         call = model if called is None else called
 
@@ -60,7 +60,11 @@ class Bench:
         return run
 
     def measure(self, method: str) -> dict[str, Any]:
-        """Time a method in turn with the frozen layer."""
+        """Time a method, in turn with the frozen layer.
+
+        Raises:
+            NotThereError: the method's library is not installed.
+        """
         if method == "loralib" and find_spec("loralib") is None:
             raise NotThereError("not installed")
         if method == FROZEN:
@@ -73,7 +77,7 @@ class Bench:
 
 
 def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
-    """A row for every size and method."""
+    """Measure a row for every size and method."""
     for in_features, out_features, tokens in sizes.layers:
         bench = Bench((in_features, out_features, tokens), sizes, device)
         for method in METHODS:

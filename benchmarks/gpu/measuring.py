@@ -1,4 +1,4 @@
-"""Figures that more than one part takes: times against a reference, the GPU's own time, bytes at the peak."""
+"""Figures that several parts measure: times beside a reference, the GPU's own time, bytes at the peak."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Run = Callable[[], Any]
 
 
 def timed(run: Run, reference: Run | None, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Seconds of a run, round by round, and as a ratio to a reference that is run in turn with it; and the GPU's part.
+    """The seconds of a run, its ratio to a reference that runs in turn with it, and its time on the GPU.
 
     Args:
-        run: what is timed.
-        reference: what it is held against; itself where None.
-        sizes: how many rounds, and how long one lasts.
+        run: the run that is timed.
+        reference: the run that it is compared with; itself where None.
+        sizes: how many rounds there are, and how long one lasts.
         device: where it runs.
     """
     runs = {"run": run} if reference is None else {"reference": reference, "run": run}
@@ -36,12 +36,14 @@ def timed(run: Run, reference: Run | None, sizes: Sizes, device: torch.device) -
 
 
 def gpu_time(run: Run, device: torch.device, calls: int = 1) -> dict[str, Any]:
-    """``gpu_seconds``: the sum of the times of all kernels and copies of a run, by torch's profiler; None without one.
+    """The sum of the times of all kernels and copies of a run on the GPU, by torch's profiler, as ``gpu_seconds``.
+
+    It is None without a GPU, and where the profiler does not work.
 
     Args:
-        run: what is profiled.
+        run: the run that is profiled.
         device: where it runs.
-        calls: how many calls the run is made of; the time of one is returned.
+        calls: number of calls in the run. The time of one call is returned.
     """
     if device.type != "cuda":
         return {"gpu_seconds": None}
@@ -50,13 +52,14 @@ def gpu_time(run: Run, device: torch.device, calls: int = 1) -> dict[str, Any]:
     try:
         seconds = _profiled_seconds(run, device)
     except Exception as error:
-        # A machine may not let its GPU be profiled. What was timed by the clock stands.
+        # Some machines do not allow profiling of their GPU. The times by the clock are still good.
         return {"gpu_seconds": None, "profiler_error": describe(error)}
     return {"gpu_seconds": seconds / calls if seconds else None}
 
 
 def _profiled_seconds(run: Run, device: torch.device) -> float:
-    # The CPU's events cost time to collect and to read; where kernels do not show up without them, they are asked for.
+    # Events of the CPU take time to collect and to read. So they are asked for only where kernels are missing without
+    # them.
     microseconds = 0.0
     for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CPU, ProfilerActivity.CUDA]):
         with profile(activities=activities) as profiler:
@@ -73,7 +76,7 @@ def _profiled_seconds(run: Run, device: torch.device) -> float:
 
 
 def start_peak(device: torch.device) -> int:
-    """Forget the peak so far, and return the bytes that are held now."""
+    """Forget the peak so far. Returns the bytes that are held now."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -82,12 +85,12 @@ def start_peak(device: torch.device) -> int:
 
 
 def peak_over(before: int, device: torch.device) -> int | None:
-    """Bytes by which the peak since then exceeds what was held; None without a GPU."""
+    """Bytes by which the peak since :func:`start_peak` exceeds what was held then; None without a GPU."""
     return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
 
 
 def copy_bandwidth(sizes: Sizes, device: torch.device) -> float:
-    """Bytes a second that a large copy within the memory reads and writes."""
+    """The bytes per second that a large copy within the memory reads and writes."""
     source = torch.ones(sizes.copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = time_interleaved({"copy": lambda: target.copy_(source)}, sizes.rounds, device, 1, sizes.at_least)

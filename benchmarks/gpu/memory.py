@@ -1,4 +1,4 @@
-"""The peak of a training step under each choice of gradient checkpointing."""
+"""The peak of a training step with each choice of gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ METHODS = (FROZEN, IN_PLACE, "LoRA")
 
 
 def options_of(choice: str) -> dict[str, Any] | None:
-    """Arguments of transformers' gradient checkpointing; None where there is none."""
+    """Arguments of transformers' gradient checkpointing; None where the choice is ``none``.
+
+    Raises:
+        NotThereError: this version of diablo has no selective checkpointing.
+    """
     try:
         from diablo.models.checkpointing import checkpointing_options
     except ImportError as error:
@@ -29,7 +33,7 @@ def options_of(choice: str) -> dict[str, Any] | None:
 
 
 def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
-    """A row for every choice and method, on the first model."""
+    """Measure a row for every choice and method, on the first model."""
     language = sizes.languages[0]
     base, _ = load_language(language, device)
 

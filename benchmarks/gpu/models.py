@@ -1,4 +1,4 @@
-"""Language models to train steps of, and one training step of a method on one."""
+"""Language models, and the training steps of a method on one of them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "compiled"
 TARGETS = list(PAPER_TARGETS)
 WARMUP = 3
 
-# transformers makes a mask, and asks the GPU whether it needs one, for the attentions that it knows. Torch's own
-# attention needs none for rows without padding, and a CUDA graph cannot be asked anything.
+# For the attentions that it knows, transformers makes a mask and asks the GPU whether it is needed. Nothing can be
+# asked while a CUDA graph is recorded. Torch's own attention needs no mask for rows without padding. So it is
+# registered under a name that transformers does not know.
 ATTENTION = "sdpa_without_mask"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 
 
 def load_language(language: Language, device: torch.device) -> tuple[Any, str]:
-    """The model in bf16 on the device, without a method, and where its weights are from."""
+    """The model in bf16 on the device, without a method, and the origin of its weights in words."""
     model: Any = None
     weights = "random weights"
     if language.source is not None:
-        # A machine without a network shall say so at once.
+        # A machine without a network must find that out at once.
         os.environ.update(PIP_RETRIES="0", PIP_DEFAULT_TIMEOUT="5")
         try:
             model, weights = load_model(resolve_model(language.source), DTYPES["bf16"]), language.source
@@ -52,7 +53,7 @@ def load_language(language: Language, device: torch.device) -> tuple[Any, str]:
 
 
 def batch(language: Language, device: torch.device) -> torch.Tensor:
-    """Tokens, ``(rows, length)``, the same at every call."""
+    """Token ids, ``(rows, length)``. They are the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(language.shape["vocab_size"], (language.rows, language.length), generator=generator).to(device)
 
@@ -62,12 +63,17 @@ class Training:
     """A method on a copy of a model, warmed up and ready for steps.
 
     Attributes:
+        base: the model, which is copied.
+        method: name of the method.
+        mode: ``eager``, ``CUDA graph`` or ``compiled``.
+        language: the model's sizes and its batch.
+        device: where it runs.
+        prepare: called with the adapted model before anything runs.
         adapted: the model with the method.
-        step: one training step.
+        step: runs one training step.
         trained: the trained parameters.
         start: their values before the first step.
-        peak: bytes at the peak of the steps so far over the model with its method; None without a GPU.
-        prepare: called on the adapted model before anything is run.
+        peak: bytes at the peak of the warm-up, beyond those of the model with its method; None without a GPU.
     """
 
     base: Any
@@ -91,7 +97,8 @@ class Training:
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         self.start = copies(self.trained)
         if self.mode == COMPILED:
-            # Layer by layer: one layer's code serves all, which takes a fraction of the time to compile.
+            # The layers are compiled one by one: they all use the code of one layer, so that compiling takes a fraction
+            # of the time.
             for layer in decoder_layers(self.adapted):
                 layer.compile(**compile_options(self.device))
         before = start_peak(self.device)
@@ -108,7 +115,7 @@ class Training:
         on_gpu = self.device.type == "cuda"
         optimizer: Any = None
         if self.trained:
-            # Capturable under every mode, so that all run the same kernels.
+            # The optimizer is capturable in every mode, so that all modes run the same kernels.
             optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True, capturable=on_gpu)
 
         def step() -> None:
@@ -121,7 +128,7 @@ class Training:
         return step
 
     def _captured(self) -> Callable[[], None]:
-        """The whole step as one CUDA graph, after warming up on a stream of its own."""
+        """The whole step as one CUDA graph. It is recorded after a warm-up on a stream of its own."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -135,17 +142,17 @@ class Training:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The layers of a Llama-like model, whatever wraps it."""
+    """The decoder layers of a Llama-like model, also where other modules wrap it."""
     return [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
 
 
 def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Their values, which later steps do not change."""
+    """Copies of the tensors, which later steps do not change."""
     return [tensor.detach().clone() for tensor in tensors]
 
 
 def give_back(device: torch.device) -> None:
-    """Return what nobody holds to the GPU."""
+    """Free the memory that nobody uses, on the GPU too."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Rows of figures, each measured by itself: what fails or comes too late is recorded, and the next is measured."""
+"""Rows of figures, each measured by itself. A row that fails or comes too late is recorded, and the next follows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 BROKEN = 3
-"""Exit code of a process whose GPU answers no more: another one goes on with the row after the one that broke it."""
+"""Exit code of a process whose GPU no longer answers. Another process goes on after the row that broke it."""
 
 
 class NotThereError(Exception):
-    """What a row asks for does not exist here; its message says what and why."""
+    """Something that a row needs does not exist here. The message says what and why."""
 
 
 class Recorder:
-    """Measures rows and appends them to a file at once, so that a process that dies loses no row but its last.
+    """Measures rows and appends each to a file at once, so that a process that dies loses only its last row.
 
     Args:
-        path: a file of JSON, line by line.
-        deadline: when to begin no more rows, in seconds since the epoch.
-        done: the rows that need no measuring, as :func:`row_name` calls them.
-        device: where things run.
+        path: a file with one JSON object in each line.
+        deadline: the time after which no row is begun, in seconds since the epoch.
+        done: names of the rows that are measured already, from :func:`row_name`.
+        device: where the rows are measured.
     """
 
     def __init__(self, path: Path, deadline: float, done: set[str], device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Recorder:
         self.part = ""
 
     def run_part(self, part: str, measure: Callable[[], None]) -> None:
-        """Measure the rows of a part; what fails outside of a row fails the part."""
+        """Measure the rows of a part. An error outside of a row is recorded as the part's error."""
         self.part = part
         start = time.time()
         line: dict[str, Any] = {"part": part, "event": "part"}
@@ -50,8 +50,8 @@ class Recorder:
         """Measure one row.
 
         Args:
-            measure: returns the figures.
-            keys: what the row is of; no two rows of a part have the same.
+            measure: measures and returns the figures.
+            keys: what the row is about, such as sizes and method. No two rows of a part have the same keys.
         """
         if row_name(self.part, keys) in self.done:
             return
@@ -81,7 +81,7 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
 
     def _clean_up(self, is_suspect: bool) -> None:
-        """Give memory back before the next row, and leave where a GPU has been broken by an error."""
+        """Free memory before the next row, and end this process where an error has broken the GPU."""
         torch._dynamo.reset()
         gc.collect()
         if self.device.type != "cuda":
@@ -95,7 +95,7 @@ class Recorder:
 
 
 def row_name(part: str, keys: dict[str, Any]) -> str:
-    """A name that no two rows share."""
+    """A name of a row that no other row has."""
     return json.dumps([part, keys])
 
 

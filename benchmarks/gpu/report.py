@@ -1,4 +1,4 @@
-"""The record of a GPU as Markdown tables."""
+"""The record of the measurements on a GPU as Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 def _figure(key: str, scale: float = 1.0, form: str = ".3f") -> Callable[[Row], str]:
-    """A cell of a figure; empty where the row has none."""
+    """A function that makes the cell of a figure; the cell is empty where the row has no such figure."""
     return lambda row: "" if row.get(key) is None else format(row[key] if scale == 1 else row[key] * scale, form)
 
 
 def _share_of_lora(rows: list[Row]) -> Callable[[Row], str]:
-    """A cell of the overhead over the frozen layer as a share of LoRA's."""
+    """A function that makes the cell of a row's overhead over the frozen layer, as a share of LoRA's overhead."""
     lora = next((row.get("ratio_to_frozen") for row in rows if row["method"] == "LoRA"), None)
 
     def cell(row: Row) -> str:
@@ -30,7 +30,7 @@ def _share_of_lora(rows: list[Row]) -> Callable[[Row], str]:
 
 
 def _repeats(row: Row) -> str:
-    """A cell that says whether two trainings ended alike."""
+    """The cell that says whether two trainings ended with the same values."""
     if row.get("repeats_to_the_bit") is None:
         return ""
     if row["repeats_to_the_bit"]:
@@ -40,7 +40,7 @@ def _repeats(row: Row) -> str:
 
 
 def _print(rows: Iterable[Row], columns: list[Column], first: str = "method") -> None:
-    """Print rows, and instead of figures what kept a row from having any."""
+    """Print rows. A row without figures has the reason in their place."""
     cells = []
     for row in rows:
         if (reason := row.get("error") or row.get("note") or row.get("left_out")) is not None:
@@ -53,7 +53,7 @@ def _print(rows: Iterable[Row], columns: list[Column], first: str = "method") ->
 
 
 def _groups(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows with the same values of some keys, in order."""
+    """The rows grouped by their values of some keys, in order."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -114,7 +114,7 @@ def _switching(rows: list[Row]) -> None:
 
 
 def _exact(row: Row) -> str:
-    """A cell that says how far off the result is."""
+    """The cell that says whether the result is exact, or how far off it is."""
     if "exact" in row:
         return "to the bit" if row["exact"] else "no"
     return f"off by {row['relative_error']:.1e}"
@@ -158,10 +158,10 @@ _PARTS = {
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """Print the tables of every part that the record has.
+    """Print the tables of every part that a record has.
 
     Args:
-        record: with the ``settings`` and the ``results`` of ``python -m benchmarks.gpu``.
+        record: the ``settings`` and the ``results`` that ``python -m benchmarks.gpu`` writes.
     """
     settings = record["settings"]
     on = ", ".join(

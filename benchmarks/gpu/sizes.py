@@ -1,4 +1,4 @@
-"""What is measured, and how large: on a GPU, and tiny, for a rehearsal on a CPU."""
+"""The sizes of everything that is measured: on a GPU, and tiny ones for a rehearsal on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PARTS = ("layers", "kernels", "steps", "memory", "switching", "compiled", "others")
-"""In the order in which they run: what takes long and is least asked for comes last, for the time limit to cut off."""
+"""The parts, in the order in which they run. Long and less important parts are last, where the time limit cuts off."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Language:
     """A language model, and the batch that it is trained on.
 
     Attributes:
-        name: what the tables call it.
+        name: its name in the tables.
         shape: arguments of a LlamaConfig.
         rows: rows of the batch.
         length: tokens of a row.
         num_blocks: DiaBlo's N.
-        source: a model to load; random weights of the shape where there is none, or where it cannot be had.
+        source: a model to load. The weights are random where it is None, or where the model cannot be loaded.
     """
 
     name: str
@@ -36,14 +36,15 @@ class Sizes:
 
     Attributes:
         layers: inputs, outputs and tokens of the layers that are timed one by one.
-        layer_blocks: DiaBlo's N for them.
-        languages: the models whose steps are timed; the first one's memory and switching are measured too.
-        kernels: inputs, outputs, N and tokens of the blocks' gradient.
-        tables: how many layers of the same shape the diagonals are written of at once.
+        layer_blocks: DiaBlo's N for these layers.
+        languages: the models whose steps are timed. On the first one, memory and switching are measured too.
+        kernels: inputs, outputs, N and tokens for the kernels.
+        tables: number of weights of one shape whose diagonals are written at once.
         copied_bytes: size of the copy that measures the memory's bandwidth.
-        uncached_bytes: what the operands of one kernel must come to, lest they stay in the cache from call to call.
-        rounds: measured rounds of everything.
-        at_least: seconds that one measurement lasts at least.
+        uncached_bytes: the least size of all operands of one kernel together, so that none stays in the cache from call
+            to call.
+        rounds: number of measured rounds.
+        at_least: the least number of seconds that one measurement takes.
     """
 
     layers: tuple[tuple[int, int, int], ...]
@@ -57,7 +58,8 @@ class Sizes:
     at_least: float
 
 
-# A quarter of the layers with a quarter of the vocabulary: the head's share of a step is then that of the whole model.
+# Llama-3-8B with a quarter of its layers and a quarter of its vocabulary. So the output layer's share of a step is the
+# same as in the whole model.
 _LLAMA = {
     "vocab_size": 32064,
     "hidden_size": 4096,

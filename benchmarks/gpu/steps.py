@@ -1,4 +1,4 @@
-"""A training step of a language model, eager, compiled and as a CUDA graph, and whether it repeats itself."""
+"""A training step of a language model: eager, compiled and as a CUDA graph, and whether it can be repeated exactly."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CHECKED_STEPS = 3
 
 
 class Bench:
-    """A model, and the frozen one that every method is held against.
+    """A model, with the frozen model that every method is compared with.
 
     Args:
         language: the model and its batch.
         sizes: how it is measured.
-        device: where.
+        device: where it runs.
     """
 
     def __init__(self, language: Language, sizes: Sizes, device: torch.device) -> None:
@@ -37,7 +37,11 @@ class Bench:
         self._updates: dict[str, list[torch.Tensor]] = {}
 
     def measure(self, method: str, mode: str) -> dict[str, Any]:
-        """Check that a method's steps repeat themselves, and time one in turn with the frozen model's, run alike."""
+        """Check whether a method's steps repeat to the bit, and time one in turn with the frozen model's in that mode.
+
+        Raises:
+            NotThereError: the mode needs a GPU.
+        """
         if mode == GRAPH and self.device.type != "cuda":
             raise NotThereError("not applicable without a GPU")
         if mode == COMPILED:
@@ -46,7 +50,8 @@ class Bench:
         training = self._trained_twice(method, mode)
         alike = training.pop("alike")
         run: Training = training.pop("run")
-        # Compiled models are timed one by one: code that was compiled for others would have to be asked first.
+        # Compiled models are timed one by one: with several, each call would first check the code that was compiled for
+        # the others.
         alone = method == FROZEN or mode == COMPILED
         if method == FROZEN:
             self._frozen = {mode: run}
@@ -57,7 +62,7 @@ class Bench:
             reference = self._frozen_seconds.get(mode)
             figures["ratio_to_frozen"] = figures["seconds"] / reference if reference else None
         if mode == COMPILED:
-            # A layer's forward is one graph, in which nothing breaks, where it was compiled as it should be.
+            # If all is well, the forward of a layer is one graph without breaks.
             figures["graphs"] = counters["stats"]["unique_graphs"]
             figures["graph_breaks"] = sum(counters["graph_break"].values())
         return {
@@ -70,7 +75,7 @@ class Bench:
         }
 
     def release(self) -> None:
-        """Give the frozen models back."""
+        """Free the frozen models."""
         self._frozen.clear()
         give_back(self.device)
 
@@ -81,10 +86,10 @@ class Bench:
         return self._frozen[mode].step
 
     def _trained_twice(self, method: str, mode: str) -> dict[str, Any]:
-        """Two trainings of a few steps from one seed, and whether their adapters are equal; the second is kept.
+        """Train a few steps twice from one seed. Returns whether the adapters are equal, and the second training.
 
-        Attention's backward on a GPU adds up in no fixed order. So where they differ it is asked again with torch's
-        deterministic algorithms, which tells the method's own part.
+        On a GPU, the backward of attention forms its sums in no fixed order. So where the two differ, both are repeated
+        with torch's deterministic algorithms. If they still differ, the method itself is the cause.
         """
         if method == FROZEN:
             return {"run": Training(self.base, FROZEN, mode, self.language, self.device), "alike": None}
@@ -103,7 +108,7 @@ class Bench:
         return found
 
     def _steps(self, method: str, mode: str, keep: bool = False) -> tuple[list[torch.Tensor], Training | None]:
-        """The adapter after a few steps, and the training itself where it is kept."""
+        """Train a few steps. Returns the trained values, and the training itself where ``keep`` is set."""
         training = Training(self.base, method, mode, self.language, self.device)
         for _ in range(CHECKED_STEPS):
             training.step()
@@ -121,7 +126,7 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 def distance(update: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The length of the difference of two updates, relative to the expected one."""
+    """The norm of the difference of two updates, relative to the norm of the expected update."""
     pairs = [(values.double().cpu(), wanted.double()) for values, wanted in zip(update, expected, strict=True)]
     off = sum(float((values - wanted).square().sum()) for values, wanted in pairs)
     return (off / sum(float(wanted.square().sum()) for _, wanted in pairs)) ** 0.5
@@ -129,7 +134,7 @@ def distance(update: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Torch's deterministic algorithms where it has them."""
+    """A context in which torch uses deterministic algorithms, where it has them."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -139,7 +144,7 @@ def deterministic() -> Iterator[None]:
 
 
 class Steps:
-    """The parts that time steps, which share the models.
+    """The models, for all parts that time steps.
 
     Args:
         sizes: how large everything is.
@@ -151,13 +156,13 @@ class Steps:
         self._benches: dict[str, Bench] = {}
 
     def bench(self, language: Language) -> Bench:
-        """The bench of a model, made once."""
+        """The bench of a model. It is made once."""
         if language.name not in self._benches:
             self._benches[language.name] = Bench(language, self.sizes, self.device)
         return self._benches[language.name]
 
     def measure(self, recorder: Recorder, methods: tuple[str, ...], modes: tuple[str, ...]) -> None:
-        """A row for every model, mode and method."""
+        """Measure a row for every model, mode and method."""
         for language in self.sizes.languages:
             for mode in modes:
                 for method in methods:
@@ -172,15 +177,15 @@ class Steps:
 
 
 def steps(recorder: Recorder, found: Steps) -> None:
-    """The methods that matter most, eager and as CUDA graphs."""
+    """The part ``steps``: the most important methods, eager and as CUDA graphs."""
     found.measure(recorder, (FROZEN, IN_PLACE, BESIDE, "LoRA", "MiSS"), (EAGER, GRAPH))
 
 
 def compiled(recorder: Recorder, found: Steps) -> None:
-    """The same under torch.compile, which takes long to begin."""
+    """The part ``compiled``: the most important methods under torch.compile, which takes long to begin."""
     found.measure(recorder, (FROZEN, IN_PLACE, "LoRA", BESIDE), (COMPILED,))
 
 
 def others(recorder: Recorder, found: Steps) -> None:
-    """The slower peers, eager and as CUDA graphs."""
+    """The part ``others``: the slower methods of other libraries, eager and as CUDA graphs."""
     found.measure(recorder, ("OFT", "DoRA"), (EAGER, GRAPH))

@@ -1,4 +1,4 @@
-"""Switching all layers of a model, in whose weights an adapter stands, to another adapter."""
+"""Switching a model that has an adapter merged into its weights to another adapter, in all layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.methods import equal_size
 
 
 def with_two_adapters(base: Any, config: Any) -> Any:
-    """A copy of a model with the random adapters ``a`` and ``b``, of which ``a`` is merged."""
+    """A copy of a model with two random adapters ``a`` and ``b``. Adapter ``a`` is merged."""
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(base), config, "a")
     model.add_adapter("b", config)
@@ -33,7 +33,7 @@ def with_two_adapters(base: Any, config: Any) -> Any:
 
 
 def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
-    """A row for every way to switch, on the first model."""
+    """Measure a row for every way to switch, on the first model."""
     language = sizes.languages[0]
     base, _ = load_language(language, device)
 
@@ -42,7 +42,7 @@ def measure(recorder: Recorder, sizes: Sizes, device: torch.device) -> None:
             switch("b")
             switch("a")
 
-        # The layers' own conditions are undone by an odd number of switches: always two.
+        # Two switches bring the model back to its first state, so that every run starts from the same state.
         times = time_interleaved({"both": both}, sizes.rounds, device, 1, sizes.at_least)
         switched = [name for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS]
         return {

@@ -1,4 +1,4 @@
-"""The process that measures: ``python -m benchmarks.gpu.worker`` with a JSON of what to do, started by the command."""
+"""The process that measures. ``python -m benchmarks.gpu`` starts it, with a JSON object that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.gpu.sizes import FULL, TINY
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """The device's name and what runs on it."""
+    """The device's name and properties, and the versions of torch, Triton and CUDA."""
     try:
         import triton
 
@@ -39,16 +39,17 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the parts that the command asks for, without the rows that are done."""
+    """Measure the parts that the command asks for, without the rows that are measured already."""
     task = json.loads(sys.argv[1])
     warnings.filterwarnings("ignore")
     device = torch.device(task["device"])
     if task["tiny"]:
-        # Products this small gain nothing from more threads, which wait for each other where cores are shared.
+        # Products as small as these gain nothing from more threads, and threads wait for each other on shared cores.
         torch.set_num_threads(1)
     sizes = TINY if task["tiny"] else FULL
     recorder = Recorder(Path(task["rows"]), task["deadline"], set(task["done"]), device)
-    # What the imports made stays: looking through it after every row would take longer than a row.
+    # The objects that the imports have made stay for ever. Without this, the garbage collector would look through them
+    # after every row, which would take longer than the row.
     gc.collect()
     gc.freeze()
     recorder.write({"event": "device", "device": describe_device(device)})

@@ -1,9 +1,10 @@
 """The geometry of the diagonal blocks of a matrix, or of a stack of them; it is computed here and nowhere else.
 
 The paper (arXiv 2506.03230, section 3) cuts an ``in_features x out_features`` matrix into N x N blocks and trains the N
-blocks on the diagonal. Where N does not divide a dimension the blocks are rounded up, the input is thought of as padded
-with zeros and the output as cut. No code here pads or cuts anything: the blocks that lie wholly inside the matrix and
-the one that its edge may cut through are described as two :class:`Tile`\\ s, which are plain strided views.
+blocks on the diagonal. Where N does not divide a dimension, the size of a block is rounded up. In theory the input is
+then padded with zeros and the output is cut. No code here pads or cuts anything. It describes the diagonal as at most
+two :class:`Tile`\\ s, whose tensors are plain strided views: the blocks that lie wholly inside the matrix, and the one
+block that an edge of the matrix may cut through.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """A run of equally sized diagonal blocks, seen as strided views into inputs, outputs, weights and parameters.
+    """A tile: a run of diagonal blocks of equal size.
+
+    Its methods give the tile's part of inputs, outputs, weights and parameters as strided views.
 
     Attributes:
-        first: index of the run's first block.
-        count: number of blocks in the run.
+        first: index of the tile's first block.
+        count: number of blocks in the tile.
         block_in: rows of each block, along the input.
         block_out: columns of each block, along the output.
-        in_start: first input feature that the run reads.
-        out_start: first output feature that the run writes.
-        row: first row of each stored block that the run has; the rows before it are another process's.
-        column: first column, likewise.
+        in_start: first input feature that the tile reads.
+        out_start: first output feature that the tile writes.
+        row: first row of each stored block that belongs to the tile. It is above 0 only in a slice of a matrix, where
+            the rows before it belong to another process.
+        column: first column of each stored block that belongs to the tile, likewise.
     """
 
     first: int
@@ -43,17 +47,17 @@ class Tile:
 
     @property
     def in_size(self) -> int:
-        """Input features that the run reads."""
+        """Number of input features that the tile reads."""
         return self.count * self.block_in
 
     @property
     def out_size(self) -> int:
-        """Output features that the run writes."""
+        """Number of output features that the tile writes."""
         return self.count * self.block_out
 
     @property
     def transposed(self) -> Tile:
-        """The same run as the map from outputs back to inputs has it."""
+        """The same tile in the map from outputs back to inputs: inputs and outputs change places."""
         return Tile(
             self.first,
             self.count,
@@ -66,7 +70,11 @@ class Tile:
         )
 
     def grouped(self, size: int) -> Tile:
-        """The same run as fewer and larger blocks, each made of ``size`` neighbours, a divisor of ``count``."""
+        """The same tile with fewer and larger blocks: each takes the place of ``size`` neighbours.
+
+        Args:
+            size: blocks that become one; it divides ``count``.
+        """
         return Tile(
             self.first // size,
             self.count // size,
@@ -77,27 +85,45 @@ class Tile:
         )
 
     def of_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The run's part of the parameter: ``(*stack, N, d_in, d_out)`` -> ``(*stack, count, block_in, block_out)``.
+        """The tile's part of the parameter, a view.
 
-        A view.
+        Args:
+            blocks: ``(*stack, N, d_in, d_out)``.
+
+        Returns:
+            ``(*stack, count, block_in, block_out)``.
         """
         rows, columns = (self.row, self.row + self.block_in), (self.column, self.column + self.block_out)
         return blocks[..., self.first : self.first + self.count, slice(*rows), slice(*columns)]
 
     def of_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input features that the run reads: ``(tokens, in_features)`` -> ``(count, tokens, block_in)``, a view."""
+        """The input features that the tile reads, a view.
+
+        Args:
+            x: ``(tokens, in_features)``.
+
+        Returns:
+            ``(count, tokens, block_in)``.
+        """
         return _split(x, self.count, self.in_start, self.block_in)
 
     def of_input_transposed(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as ``(count, block_in, tokens)``."""
+        """The same as :meth:`of_input`, transposed: ``(count, block_in, tokens)``."""
         return _split(x, self.count, self.in_start, self.block_in, transposed=True)
 
     def of_output(self, y: torch.Tensor) -> torch.Tensor:
-        """The output features that the run writes: ``(tokens, out_features)`` -> ``(count, tokens, block_out)``."""
+        """The output features that the tile writes, a view.
+
+        Args:
+            y: ``(tokens, out_features)``.
+
+        Returns:
+            ``(count, tokens, block_out)``.
+        """
         return _split(y, self.count, self.out_start, self.block_out)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """The run's blocks inside a weight.
+        """The tile's blocks inside a weight.
 
         Args:
             weight: ``(*stack, out_features, in_features)``, as ``nn.Linear`` holds it, of any strides.
@@ -113,9 +139,14 @@ class Tile:
         )
 
     def within_outputs(self, start: int, stop: int) -> list[Tile]:
-        """The run's parts that write some of the outputs, which are counted from ``start`` on.
+        """The parts of this tile that write the outputs ``start`` to ``stop``, as tiles of that slice of the matrix.
 
-        Blocks that lie wholly inside are one run; those that an end cuts through are runs of a part of one block.
+        The blocks that lie wholly inside the slice are one tile. A block that an end of the slice cuts through becomes
+        a tile of its own, with that part of the block.
+
+        Args:
+            start: first output of the slice. The new tiles count their outputs from here.
+            stop: the output after the last one.
         """
         tiles = []
         low, high = max(start, self.out_start), min(stop, self.out_start + self.out_size)
@@ -138,27 +169,29 @@ class Tile:
         return tiles
 
     def within_inputs(self, start: int, stop: int) -> list[Tile]:
-        """The run's parts that read some of the inputs, which are counted from ``start`` on."""
+        """The parts of this tile that read the inputs ``start`` to ``stop``; see :meth:`within_outputs`."""
         return [tile.transposed for tile in self.transposed.within_outputs(start, stop)]
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where the diagonal blocks of an ``in_features -> out_features`` map lie, ragged sizes included.
+    """Where the diagonal blocks of an ``in_features -> out_features`` map lie.
 
     The sizes follow the authors' layout, so that their checkpoints fit: ``block_in = ceil(in_features / num_blocks)``,
-    ``block_out = ceil(out_features / num_blocks)``, and as many blocks as cover the longer side. With ragged sizes the
-    parameter can hold entries (even whole blocks) that lie outside the matrix; they have no effect and no gradient.
+    ``block_out = ceil(out_features / num_blocks)``, and as many blocks as cover the longer side. N need not divide the
+    dimensions. Where it does not, the parameter can hold entries, even whole blocks, that lie outside the matrix. Such
+    entries have no effect and no gradient.
 
     Args:
         in_features: length of the input.
         out_features: length of the output.
-        num_blocks: N as the user asked for it, from 1 (the whole matrix) to the smaller dimension.
+        num_blocks: N as the user asked for it, from 1 (one block that is the whole matrix) to the smaller dimension.
         stack: how many such matrices there are, along each leading dimension; empty for one matrix.
 
     Attributes:
-        tiles: the diagonal as one run of whole blocks and, where an edge cuts through a block, that block's inner part.
-        is_even: whether the blocks tile the diagonal exactly, so that every entry of the parameter is in the matrix.
+        tiles: the diagonal as one tile of whole blocks. Where an edge cuts through a block, a second tile has the part
+            of that block that lies inside the matrix.
+        is_even: whether ``num_blocks`` divides both dimensions. Every entry of the parameter is then in the matrix.
 
     Raises:
         TypeError: a size is not an integer.
@@ -169,7 +202,8 @@ class BlockLayout:
     out_features: int
     num_blocks: int
     stack: tuple[int, ...] = ()
-    # Not a cached property: torch.compile cannot trace the lock that guards one in Python 3.11.
+    # Fields and not cached properties: in Python 3.11 a lock guards a cached property, and torch.compile cannot trace
+    # that lock.
     tiles: tuple[Tile, ...] = field(init=False, repr=False, compare=False)
     is_even: bool = field(init=False, repr=False, compare=False)
 
@@ -204,7 +238,10 @@ class BlockLayout:
 
     @property
     def num_stored_blocks(self) -> int:
-        """Blocks in the parameter (N_eff in the paper); less than ``num_blocks`` where rounding up covers sooner."""
+        """Number of blocks in the parameter (N_eff in the paper).
+
+        It is less than ``num_blocks`` where the rounded-up blocks cover the matrix with fewer.
+        """
         return max(_ceil_div(self.in_features, self.block_in), _ceil_div(self.out_features, self.block_out))
 
     @property
@@ -214,20 +251,21 @@ class BlockLayout:
 
     @property
     def num_parameters(self) -> int:
-        """Entries of the parameter, those outside the matrix included."""
+        """Number of entries of the parameter, including those outside the matrix."""
         return math.prod(self.blocks_shape)
 
     @cached_property
     def transposed(self) -> BlockLayout:
-        """The layout of the map from outputs back to inputs, whose blocks are these, each transposed."""
+        """The layout of the map from outputs back to inputs. Its blocks are these blocks, each transposed."""
         return BlockLayout(self.out_features, self.in_features, self.num_blocks, self.stack)
 
     def cut(self, slices: Sequence[tuple[int, int]], along_inputs: bool) -> list[LayoutPart]:
-        """The parts of the blocks that lie in slices of the matrix, one for each process that holds a slice.
+        """The layouts of the slices that several processes hold of the matrix, one for each slice.
 
         Args:
-            slices: first feature and the one after the last of each slice, which together are all, in order.
-            along_inputs: whether they are slices of the inputs, and not of the outputs.
+            slices: for each slice its first feature and the feature after its last one. The slices are in order and
+                together cover all features.
+            along_inputs: True where the inputs are sliced, False where the outputs are.
         """
         parts = [
             LayoutPart(
@@ -240,14 +278,14 @@ class BlockLayout:
         most = max(part.num_stored_blocks for part in parts)
         in_order = all(part.first == number * most for number, part in enumerate(parts) if part.tiles)
         if most * len(parts) == self.num_stored_blocks and not in_order:
-            # All parts together would have the shape of the whole, and who sees one could take it for the other.
+            # All parts together would have the same shape as the whole parameter, with the blocks at other places. One
+            # more stored block makes the shapes differ, so that nobody takes one for the other.
             most += 1
         return [replace(part, num_stored_blocks=most) for part in parts]
 
     def _tiles(self) -> tuple[Tile, ...]:
-        """At most one block is cut: an edge passes through the last block of its dimension only, and blocks past the
-        shorter side lie wholly outside the matrix.
-        """
+        # At most one block is cut: an edge passes through the last block of its dimension only, and blocks past the
+        # shorter side lie wholly outside the matrix.
         whole = min(self.in_features // self.block_in, self.out_features // self.block_out)
         tiles = [Tile(0, whole, self.block_in, self.block_out, 0, 0)]
         in_start, out_start = whole * self.block_in, whole * self.block_out
@@ -260,21 +298,23 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class LayoutPart:
-    """What a slice of a matrix has of its diagonal blocks, as one process of several holds it (tensor parallelism).
+    """The layout of one slice of a matrix, as one process of several holds it (tensor parallelism).
 
-    A block that a slice's end cuts through is stored by both processes, each of which has its own rows or columns of it
-    and zeros elsewhere: so the stored blocks of all processes, put where they belong, add up to the whole. To the
-    products it is a layout like any other, of the slice's inputs and outputs.
+    The end of a slice may cut through a block. Then both processes store that block: each has its own rows or columns
+    of it, and zeros elsewhere. So the stored blocks of all processes, each put in its place, add up to the whole
+    parameter. For the products this is a layout like any other, of the slice's inputs and outputs.
 
     Args:
         whole: the layout of the whole matrix.
-        inputs: first input feature of the slice, and the one after its last.
-        outputs: first output feature, and the one after the last.
-        num_stored_blocks: blocks in the parameter, at least as many as the slice meets; as many as that where 0.
+        inputs: first input feature of the slice, and the feature after its last one.
+        outputs: first output feature of the slice, and the feature after its last one.
+        num_stored_blocks: blocks in the process's parameter. A number below that of the blocks that the slice touches
+            is raised to it.
 
     Attributes:
-        first: index, in the whole, of the first stored block.
+        first: index of the first stored block in the whole matrix.
         tiles: the slice's blocks and parts of blocks.
+        is_even: always False, since the slice may have parts of blocks.
     """
 
     whole: BlockLayout
@@ -300,17 +340,17 @@ class LayoutPart:
 
     @property
     def in_features(self) -> int:
-        """Inputs of the slice."""
+        """Number of inputs of the slice."""
         return self.inputs[1] - self.inputs[0]
 
     @property
     def out_features(self) -> int:
-        """Outputs of the slice."""
+        """Number of outputs of the slice."""
         return self.outputs[1] - self.outputs[0]
 
     @property
     def num_blocks(self) -> int:
-        """N of the whole, as the user asked for it."""
+        """N of the whole matrix, as the user asked for it."""
         return self.whole.num_blocks
 
     @property
@@ -320,7 +360,7 @@ class LayoutPart:
 
     @cached_property
     def transposed(self) -> LayoutPart:
-        """The part of the map from outputs back to inputs."""
+        """The layout of the slice in the map from outputs back to inputs."""
         return LayoutPart(self.whole.transposed, self.outputs, self.inputs, self.num_stored_blocks)
 
     def taken_from(self, whole: torch.Tensor) -> torch.Tensor:
@@ -331,13 +371,18 @@ class LayoutPart:
         return blocks
 
     def put_into(self, whole: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Write the slice's part where it belongs in the blocks of the whole matrix."""
+        """Write the slice's part to its place in the blocks of the whole matrix.
+
+        Args:
+            whole: ``whole.blocks_shape``; it is written to.
+            blocks: ``blocks_shape``, the process's parameter.
+        """
         for tile in self.tiles:
             tile.of_blocks(whole[self.first :]).copy_(tile.of_blocks(blocks))
 
 
 Layout = BlockLayout | LayoutPart
-"""What the products take: the blocks of a matrix, or those of a process's slice of it."""
+"""What the products take: the layout of a whole matrix, or of one process's slice of it."""
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:
@@ -345,15 +390,15 @@ def _ceil_div(numerator: int, denominator: int) -> int:
 
 
 def _split(features: torch.Tensor, count: int, start: int, size: int, transposed: bool = False) -> torch.Tensor:
-    """``(tokens, features)`` -> ``(count, tokens, size)``: runs of neighbouring features from ``start`` on, a view.
+    """``count`` runs of ``size`` neighbouring features from ``start`` on, a view.
 
-    Or ``(count, size, tokens)``, transposed.
+    ``(tokens, features)`` -> ``(count, tokens, size)``, or ``(count, size, tokens)`` where transposed.
     """
     if type(features) is not torch.Tensor:
-        # A compiler wants to know which features are read, and not where they lie.
+        # A compiler has to see which features are read; strides would tell it only where they lie in memory.
         runs = features.narrow(1, start, count * size).unflatten(1, (count, size))
         return runs.permute(1, 2, 0) if transposed else runs.transpose(0, 1)
-    # In one call, since layers with few tokens wait for the calls and not for the products.
+    # One call to torch and not three: with few tokens, a layer's time goes into the calls and not into the products.
     token, feature = features.stride()
     shape, strides = (count, features.shape[0], size), (size * feature, token, feature)
     if transposed:

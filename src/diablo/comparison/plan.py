@@ -1,4 +1,4 @@
-"""What a comparison will do: the methods at their sizes and the recipe of each run, before any weight is loaded."""
+"""The plan of a comparison: each method's size and each run's recipe. It is made before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Contender:
     """A method at the size at which it is compared.
 
     Attributes:
-        method: the section of the recipe.
+        method: the method's section of a recipe.
         size: N or rank, in words.
-        trained: trained parameters.
-        deviation: by how much that is more than DiaBlo's, as a share of DiaBlo's; None for full fine-tuning, which has
-            no size to choose.
+        trained: number of trained parameters.
+        deviation: ``trained`` minus DiaBlo's number, as a share of DiaBlo's number; None for full fine-tuning, which
+            has no size to choose.
     """
 
     method: AnyMethod
@@ -58,10 +58,10 @@ class Run:
 
     Attributes:
         method: the method's name.
-        stage: what the run is judged by.
+        stage: which rows the run is judged by.
         rate: learning rate.
         seed: seed of the run.
-        recipe: what the run is told; its output is a folder of its own.
+        recipe: the run's recipe, with an output folder of its own.
     """
 
     method: str
@@ -73,17 +73,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison with everything resolved that can be without the model's weights.
+    """A comparison, with everything resolved that can be resolved without the model's weights.
 
     Attributes:
         recipe: the recipe, with DiaBlo as its method.
         folder: where everything is written.
         contenders: the methods at their sizes.
-        seeds: the seeds of the runs on the test rows; the first is also the sweep's.
+        seeds: the seeds of the runs that are judged on the test rows. The runs of the sweep use the first one.
         rates: the grid of learning rates, in ascending order.
-        budget: trained parameters of DiaBlo.
-        total: parameters of the model.
-        steps: optimizer steps of a run.
+        budget: number of DiaBlo's trained parameters.
+        total: number of the model's parameters.
+        steps: number of optimizer steps of each run.
     """
 
     recipe: Recipe
@@ -97,14 +97,14 @@ class Comparison:
 
     @property
     def planned_runs(self) -> int:
-        """Runs, not counting those by which a grid is extended."""
+        """Number of runs, without the runs that extend a grid of learning rates."""
         return len(self.contenders) * (len(self.rates) + len(self.seeds))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a comparison to be gone on with, for a JSON file."""
+        """The settings, for a JSON file. An interrupted comparison goes on only where they are the same."""
         recipe = self.recipe.model_dump(mode="json")
-        # Neither says what a run does: each has a folder and a rate of its own.
+        # These two are left out, since each run has a folder and a rate of its own.
         del recipe["output"], recipe["training"]["learning_rate"]
         return {
             "methods": [contender.name for contender in self.contenders],
@@ -114,7 +114,10 @@ class Comparison:
         }
 
     def run(self, contender: Contender, stage: Stage, rate: float, seed: int) -> Run:
-        """The run of a method at a rate with a seed. Both stages train on the same rows."""
+        """The run of a method with a learning rate and a seed.
+
+        Both stages train on the same rows; ``stage`` chooses the rows that the run is judged by.
+        """
         is_test = stage == "test"
         name = f"{contender.name}-{stage}-lr{rate:g}-seed{seed}"
         settings = self.recipe.model_dump()
@@ -139,17 +142,17 @@ def plan_comparison(
     """Resolve and check a comparison. Config, tokenizer and data are read; models are built on the meta device.
 
     Args:
-        recipe: a recipe whose method is DiaBlo; its size sets the number of trained parameters of the other methods.
-            Where it asks for no validation rows, a tenth of the training rows is cut off, at most 512. Where its
-            ``evaluation.after`` is false, nothing but losses is compared. Forgetting is measured on its
-            ``evaluation.general``, or else on the builtin text.
-        methods: names of methods.
-        seeds: how many seeds the runs on the test rows have, from the recipe's on.
+        recipe: a recipe whose method is DiaBlo. Its N sets the number of trained parameters of the other methods. Where
+            it asks for no validation rows, a tenth of the training rows becomes the validation rows, at most 512. Where
+            its ``evaluation.after`` is false, only losses are compared. Forgetting is measured on its
+            ``evaluation.general``, or on the builtin text where the recipe names none.
+        methods: names of the methods to compare.
+        seeds: number of seeds of the runs on the test rows. They count up from the recipe's seed.
         rates: the grid of learning rates.
         folder: where to write; the recipe's output with ``-comparison`` behind it where None.
 
     Raises:
-        UserError: something does not fit.
+        UserError: an argument, the recipe, the model or the data does not fit.
     """
     _check(recipe, methods, seeds, rates)
     folder = folder or recipe.output.with_name(f"{recipe.output.name}-comparison")
@@ -180,10 +183,10 @@ def plan_comparison(
 
 
 def parse_rates(text: str) -> list[float]:
-    """Learning rates as they are written on the command line, separated by commas.
+    """Read learning rates as they are written on the command line, separated by commas.
 
     Raises:
-        UserError: they are no numbers.
+        UserError: one of them is not a number.
     """
     try:
         return [float(number) for number in text.split(",")]
@@ -199,7 +202,7 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[f
         raise UserError(f"--methods: found {', '.join(methods) or 'none'}; name each method once.")
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; give an integer of at least 1.")
-    # Rates that are written alike would share a folder.
+    # The names of the runs' folders have the rates with six digits. Two rates with the same digits would share one.
     if (
         not rates
         or len({f"{rate:g}" for rate in rates}) < len(rates)
@@ -220,7 +223,7 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[f
 
 
 def _contender(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
-    """A method with as many trained parameters as DiaBlo has, or as close to that as its ranks come."""
+    """A method at the rank where its number of trained parameters comes closest to DiaBlo's."""
     if name == "diablo":
         return Contender(diablo, f"N = {diablo.num_blocks}", budget, 0.0)
     if name == "full":

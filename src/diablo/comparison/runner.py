@@ -1,4 +1,4 @@
-"""The runs of a comparison, each in a process of its own, one after the other; what is finished is not run again."""
+"""The runs of a comparison, one after the other, each in a process of its own. A finished run is not repeated."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, write_json
 
 Runner = Callable[[Recipe], str | None]
-"""Carries out a recipe, and says why it could not; None where it could."""
+"""Carries out a recipe. It returns why the run failed, or None where it did not fail."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
         run: the run.
-        record: what its ``run.json`` holds; empty where it failed.
+        record: the content of its ``run.json``; empty where it failed.
         failure: why it failed; None where it did not.
     """
 
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def held_out_loss(self) -> float | None:
-        """The loss per token on the rows that the run is judged by, after training."""
+        """The loss per token, in nats, on the rows that the run is judged by, after training; None without a record."""
         losses = self.record.get("training", {}).get("held_out_loss")
         return losses[-1][1] if losses else None
 
@@ -50,18 +50,19 @@ class Outcome:
 def compare(comparison: Comparison, *, console: Console | None = None, runner: Runner | None = None) -> dict[str, Any]:
     """Carry out a comparison, or go on with one that was interrupted.
 
-    For each method the learning rate is chosen on the validation rows, and then every seed is run and judged on the
-    test rows. The folder then holds ``comparison.json``, ``comparison.md``, ``comparison.png`` and ``runs/``: for each
-    run its recipe, its log and its output folder. The adapters of the sweep are deleted once their losses are taken.
+    For each method, the learning rate is chosen on the validation rows. Then the method is run with every seed and
+    judged on the test rows. At the end the folder holds ``comparison.json``, ``comparison.md``, ``comparison.png`` and
+    ``runs/``, with the recipe, the log and the output folder of each run. The adapter of a run of the sweep is deleted
+    as soon as the run's loss is known.
 
     Args:
         comparison: the comparison.
         console: where progress is written; standard error where None.
-        runner: carries out a run; a process of its own for each where None, so that peak memory is the run's and a
-            crash ends nothing else.
+        runner: carries out one run. Where None, each run gets a process of its own, so that its peak memory is measured
+            alone and a crash ends no other run.
 
     Returns:
-        What ``comparison.json`` holds.
+        The content of ``comparison.json``.
 
     Raises:
         UserError: the folder holds something else, or a comparison with other settings.
@@ -98,10 +99,10 @@ def _sweep(comparison: Comparison, contender: Contender, carry_out: Callable[[Ru
 
 
 def open_folder(comparison: Comparison) -> None:
-    """Make the folder, or check that it holds this very comparison.
+    """Make the comparison's folder. Where it exists already, check that it holds this very comparison.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the folder holds something else, or a comparison with other settings.
     """
     folder, path = comparison.folder, comparison.folder / "settings.json"
     if path.is_file():
@@ -119,7 +120,7 @@ def open_folder(comparison: Comparison) -> None:
 
 
 def finished_record(run: Run) -> dict[str, Any]:
-    """The record of a run that is finished; empty where it is not, or was told something else."""
+    """The record of a finished run; empty where the run is not finished, or was made with other settings."""
     path = run.recipe.output / "run.json"
     if not path.is_file():
         return {}
@@ -129,10 +130,10 @@ def finished_record(run: Run) -> dict[str, Any]:
 
 
 def run_in_subprocess(recipe: Recipe) -> str | None:
-    """Carry out a recipe with ``diablo train`` in a process of its own, which writes to a log beside its folder.
+    """Carry out a recipe with ``diablo train`` in a process of its own. It writes to a log beside its output folder.
 
     Returns:
-        Why it failed: its error message, or the last line of its log; None where it did not fail.
+        Why the run failed: its error message, or the last line of its log. None where it did not fail.
     """
     settings, log = (recipe.output.with_name(f"{recipe.output.name}.{ending}") for ending in ("yaml", "log"))
     settings.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,13 @@ _FIGURES = (
 
 
 def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> dict[str, Any]:
-    """The figures of a run, from what its ``run.json`` holds."""
+    """The figures of a run.
+
+    Args:
+        run: the run.
+        record: the content of its ``run.json``.
+        failure: why it failed; None where it did not. A failed run has no figures.
+    """
     described: dict[str, Any] = {
         "method": run.method,
         "stage": run.stage,
@@ -69,13 +75,13 @@ def summarize(
     runs: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What ``comparison.json`` holds.
+    """The content of ``comparison.json``.
 
     Args:
         comparison: the comparison.
-        sweeps: what came of the sweeps, by method; methods that are not among them have not been run yet.
-        runs: every run, as :func:`describe_run` has it.
-        records: what the runs' ``run.json`` hold, for where and with what they were run.
+        sweeps: the outcomes of the sweeps by the method's name. A method that is missing here has not been run yet.
+        runs: the figures of every run, from :func:`describe_run`.
+        records: the contents of the runs' ``run.json``. Machines and versions are taken from them.
     """
     methods = []
     for contender in comparison.contenders:
@@ -111,19 +117,24 @@ def summarize(
 
 
 def write_comparison(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``comparison.json``, ``comparison.md`` and ``comparison.png``."""
+    """Write ``comparison.json``, ``comparison.md`` and ``comparison.png``.
+
+    Args:
+        folder: where to write.
+        record: what :func:`summarize` returns.
+    """
     write_json(folder / "comparison.json", dict(record))
     (folder / "comparison.md").write_text(markdown(record), encoding="utf-8")
     plot_comparison(folder / "comparison.png", record)
 
 
 def table_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table, under :data:`HEADERS`, the best method first."""
+    """The cells of the table under :data:`HEADERS`, one row for each method, with the best method first."""
     return [_cells(method) for method in record["methods"]]
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What has to be said under the table."""
+    """The notes under the table: how the figures were measured, and which runs failed."""
     settings = record["settings"]
     data, seeds = settings["data"], settings["seeds"]
     scored = sorted({task for run in record["runs"] for task in run.get("scores", {})})
@@ -166,16 +177,17 @@ def notes(record: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, with what has to be said under it."""
+    """The table as Markdown, with the notes under it."""
     lines = [HEADERS, ["---"] * len(HEADERS), *table_rows(record)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes(record)) + "\n"
 
 
 def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
-    """Draw score and test loss by method, the best method on top, with the deviation over seeds, as a PNG.
+    """Draw the score and the test loss of each method, with the standard deviation over the seeds, as a PNG.
 
-    Full fine-tuning is drawn hollow: it is no method of equal parameters.
+    The best method is on top. Full fine-tuning is drawn hollow, since it trains more parameters than the others. Where
+    there is neither a score nor a loss, no figure is written and an old one is deleted.
     """
     import matplotlib
 
@@ -235,7 +247,7 @@ def _cells(method: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean and sample standard deviation over the seeds that have a figure; None where none has."""
+    """Mean and sample standard deviation over the seeds that have this figure; None where no seed has it."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -244,7 +256,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def _rank(method: Mapping[str, Any]) -> tuple[float, float]:
-    """The best score first, then the lowest loss; what has neither comes last."""
+    """A key to sort by: the best score comes first, then the lowest loss. A method with neither comes last."""
     figures = (method["score"] and -method["score"]["mean"], method["test_loss"] and method["test_loss"]["mean"])
     score, loss = (math.inf if figure is None or math.isnan(figure) else figure for figure in figures)
     return score, loss

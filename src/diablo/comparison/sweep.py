@@ -1,4 +1,4 @@
-"""The choice of a learning rate: a grid, extended where its best rate lies at an edge."""
+"""The choice of a learning rate from a grid. The grid is extended where its best rate lies at an edge."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class Sweep:
     """The outcome of a sweep.
 
     Attributes:
-        losses: validation loss by learning rate; infinite where it diverged, None where the run failed.
+        losses: validation loss by learning rate, in ascending order of rates. The loss is infinite where the training
+            diverged, and None where the run failed.
         extended: the rates by which the grid was extended.
         best: the rate of the lowest loss; None where every run failed or diverged.
-        edge: ``"lowest"`` or ``"highest"`` where the best rate is that of all that were tried, so that a better one may
-            lie beyond; None where it lies inside.
+        edge: ``"lowest"`` or ``"highest"`` where the best rate is the lowest or the highest of all that were tried. A
+            better rate may then lie beyond it. None where the best rate lies inside, or where there is none.
     """
 
     losses: dict[float, float | None]
@@ -31,11 +32,12 @@ class Sweep:
 def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> Sweep:
     """Find the best learning rate.
 
-    Where it is at the edge of the grid, the grid is extended by one step of its own there, at most twice.
+    Where the best rate is at an edge of the grid, one more rate is tried beyond that edge, at most twice. See
+    :func:`beyond_edge`.
 
     Args:
         rates: the grid.
-        measure: the validation loss at a rate, or None where the run failed.
+        measure: trains with a rate and returns the validation loss, or None where the run failed.
     """
     losses = {rate: _comparable(measure(rate)) for rate in sorted(rates)}
     extended: list[float] = []
@@ -47,15 +49,16 @@ def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> S
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float | None:
-    """The rate of the lowest finite loss; None where there is none."""
+    """The rate of the lowest finite loss; None where no loss is finite."""
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=finite.__getitem__, default=None)
 
 
 def beyond_edge(losses: Mapping[float, float | None]) -> float | None:
-    """The next rate beyond the edge that the best rate lies at, one step of the grid away; None where it lies inside.
+    """The next rate beyond the edge of the grid where the best rate lies; None where the best rate lies inside.
 
-    The step is the ratio of the two rates at that edge, or 2 where there is only one.
+    The next rate is the edge's rate times one step. The step is the ratio of the two outermost rates at that edge. With
+    only one rate in the grid the step is 2.
     """
     edge = _edge(losses)
     if edge is None:

@@ -1,6 +1,6 @@
 """Runs code that a model wrote, each program in a process of its own that can only calculate.
 
-What is kept from a program, on which systems and by what, is on the page ``docs/code-execution.md``.
+The page ``docs/code-execution.md`` says what a program is kept from, on which systems, and by which mechanism.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["Limits", "Outcome", "Program", "describe_isolation", "run_programs"]
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _MOST_WORKERS = 8
-"""Each may hold as much memory as a program is allowed."""
+"""The most programs that run at once: each may take as much memory as a program is allowed."""
 _SECONDS_OF_GRACE = 60
-"""For the supervisor to start, and to end a program, on a machine that is busy."""
+"""What a busy machine may need beyond a program's time, for the supervisor to start and to end the program."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Program:
     """A program and the test that it must pass.
 
     Attributes:
-        source: what the model wrote, made whole.
-        test: what is run after it, in its namespace; the program is right where this raises nothing.
+        source: the whole program: what the model wrote, completed where it wrote only a part.
+        test: code that runs after the program, in its namespace. The program is right where the test raises nothing.
     """
 
     source: str
@@ -50,11 +50,11 @@ class Limits:
     Attributes:
         wall_seconds: time from start to end.
         cpu_seconds: processor time; the reference harness of HumanEval allows three seconds.
-        memory_bytes: address space, the interpreter's own included.
-        file_bytes: size of a file it writes.
-        open_files: files open at once.
-        folder_bytes: size of its folder, looked at every twentieth of a second.
-        folder_files: the number of files in it, likewise.
+        memory_bytes: address space, including that of the interpreter.
+        file_bytes: size of each file that it writes.
+        open_files: number of files open at once.
+        folder_bytes: size of the program's folder, which is checked every twentieth of a second.
+        folder_files: number of files in the program's folder, checked likewise.
     """
 
     wall_seconds: int = 10
@@ -72,7 +72,7 @@ class Outcome:
 
     Attributes:
         result: ``"passed"`` where program and test ran to their end and raised nothing.
-        reason: in words, where it did not pass.
+        reason: why it did not pass, in words; empty where it passed.
     """
 
     result: Literal["passed", "failed", "timed out"]
@@ -93,13 +93,14 @@ def run_programs(
 ) -> list[Outcome]:
     """Run programs with their tests, several at once, each in a fresh interpreter with an empty folder to itself.
 
-    What a program does is its own failure: it does not raise here, and nothing of it is left when its outcome is known.
+    An error in a program is not raised here: it becomes the program's outcome. When the outcome is known, the program's
+    folder and processes are gone.
 
     Args:
-        programs: what to run.
-        limits: what each may use up.
-        workers: how many to run at once; as many as there are cores, up to eight, where it is not given.
-        progress: told of every finished program.
+        programs: the programs to run.
+        limits: what each program may use up; the default :class:`Limits` where None.
+        workers: how many programs to run at once; as many as there are cores, but at most eight, where None.
+        progress: called after each finished program with the number of finished programs and of all programs.
 
     Returns:
         The outcomes, in the order of the programs.
@@ -125,7 +126,7 @@ def run_programs(
 
 @functools.cache
 def describe_isolation() -> dict[str, str | None]:
-    """What keeps a program from doing harm on this system. A program is run to find out.
+    """What keeps a program from doing harm on this system. An empty program is run to find out.
 
     Returns:
         For each harm, the mechanism that prevents it, or None where this system has none.
@@ -141,7 +142,8 @@ def describe_isolation() -> dict[str, str | None]:
     is_linux = sys.platform == "linux"
     seccomp = "seccomp" if in_force["seccomp"] else None
     landlock = "landlock" if in_force["landlock"] else None
-    # Landlock has no say in who may be signalled, nor in modes and times of files: it promises nothing by itself.
+    # Landlock does not control signals to other processes, nor changes of files' modes and times. So without seccomp
+    # nothing is promised in these lines, even where Landlock is in force.
     return {
         "endless running": "supervisor and RLIMIT_CPU",
         "memory": "RLIMIT_AS" if is_linux else None,
@@ -166,18 +168,19 @@ def _warn_of_what_is_missing() -> None:
 
 
 def _run(program: Program, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
-    """Run one program; its outcome, and which mechanisms were in force."""
+    """Run one program. Returns its outcome, and which mechanisms were in force."""
     request = json.dumps({**asdict(program), "limits": asdict(limits)})
-    # Without Landlock and seccomp a program may make a tree of folders that is too deep to be removed.
+    # Without Landlock and seccomp a program may make a tree of folders that is too deep to delete.
     with tempfile.TemporaryDirectory(prefix="diablo-", ignore_cleanup_errors=True) as folder:
         supervisor = subprocess.Popen(
-            # Neither the user's packages nor those of the environment: only the standard library.
+            # -s and -S hide the packages of the user and of the environment: only the standard library is left.
             [sys.executable, "-s", "-S", "-X", "utf8", str(_SUPERVISOR)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            # The order of sets of strings, on which a wrong program may depend, is the same in every evaluation.
+            # A fixed hash seed gives sets of strings the same order in every evaluation. A wrong program may depend on
+            # that order.
             env={"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"},
             start_new_session=True,
             text=True,
@@ -193,7 +196,10 @@ def _run(program: Program, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
 
 
 def _read(output: str) -> tuple[Outcome, dict[str, bool]]:
-    """The supervisor's verdict. Where signals are not prevented, a program may have ended it before it gave one."""
+    """The supervisor's verdict.
+
+    Where signals are not prevented, the program may have ended the supervisor before it gave a verdict.
+    """
     try:
         verdict: dict[str, Any] = json.loads(output)
     except ValueError:

@@ -1,8 +1,9 @@
 """What a process gives up for good before it runs code that nobody has read.
 
-Three mechanisms of Linux that need no privilege, in the order in which they are taken up: resource limits, a Landlock
-ruleset for files, and a seccomp filter that lists the system calls a calculation needs and refuses all others. So there
-are no new processes or threads, no sockets, no signals to others. Elsewhere the resource limits stand alone.
+Linux has three mechanisms for this that need no privilege. They are put in force in this order: resource limits, a
+Landlock ruleset for files, and a seccomp filter. The filter allows the system calls that a calculation needs and
+refuses all others. So there are no new processes or threads, no sockets, and no signals to other processes. On other
+systems there are only the resource limits.
 
 Only the standard library is imported: this runs in an interpreter that has nothing else.
 """
@@ -29,11 +30,12 @@ _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = (1 << bit for bit in (1, 2, 3, 5, 8, 14))
-# Before its third version Landlock lets files anywhere be truncated, so it cannot be what keeps writes inside.
+# Before its third version, Landlock does not forbid truncating files outside of the folder. Such a version is not used.
 _LANDLOCK_WITH_TRUNCATE = 3
 _LANDLOCK_WITH_IOCTL = 5
 
-# By name, with the number on x86_64 and on aarch64 ("-" where that has none).
+# System calls that are always allowed: the name, the number on x86_64 and the number on aarch64 ("-" where aarch64 has
+# no such call).
 _CALLS = """
     read 0 63                  readv 19 65                pread64 17 67              write 1 64
     writev 20 66               pwrite64 18 68             close 3 57                 close_range 436 436
@@ -59,32 +61,35 @@ _CALLS = """
     sched_getaffinity 204 123  getrandom 318 278          getrlimit 97 163           futex 202 98
     exit 60 93                 exit_group 231 94
 """
-# Allowed where Landlock decides which files they reach, and refused where there is no Landlock.
+# System calls that are allowed only where Landlock decides which files they reach.
 _CALLS_ON_PATHS = "truncate 76 45  unlink 87 -  unlinkat 263 35  rename 82 -  renameat 264 38  renameat2 316 276"
-# Allowed with some arguments.
+# System calls that are allowed with some arguments only.
 _CALLS_BY_ARGUMENT = """
     open 2 -  openat 257 56  fcntl 72 25  prlimit64 302 261  kill 62 129  tgkill 234 131  tkill 200 130  clone3 435 435
 """
 _AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_CALLS = 0x40000000
-"""On x86_64 a second table of system calls starts here."""
+"""On x86_64, a second table of system calls (the x32 ABI) starts at this number."""
 
 
 def confine(folder: str, limits: dict[str, int]) -> dict[str, bool]:
-    """Confine this process, which cannot be undone, as far as the system allows.
+    """Confine this process as far as the system allows. This cannot be undone.
 
     Args:
-        folder: the only place where it may still write.
+        folder: the only place where the process may still write.
         limits: ``cpu_seconds``, ``memory_bytes``, ``file_bytes`` and ``open_files``.
 
     Returns:
         Whether each of ``landlock`` and ``seccomp`` is in force.
+
+    Raises:
+        OSError, ValueError: Linux refuses to set a resource limit.
     """
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, limits["cpu_seconds"])
     _limit(resource.RLIMIT_FSIZE, limits["file_bytes"])
     _limit(resource.RLIMIT_NOFILE, limits["open_files"])
-    # The count is of all processes of the user, so that one forbids every further one. It does not bind root.
+    # The kernel counts all processes of the user. So a limit of one forbids every new process. It does not bind root.
     _limit(resource.RLIMIT_NPROC, 1)
     _limit(resource.RLIMIT_AS, limits["memory_bytes"])
     if not _prctl(_PR_SET_NO_NEW_PRIVS, 1):
@@ -94,12 +99,12 @@ def confine(folder: str, limits: dict[str, int]) -> dict[str, bool]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that forked it ends, where there is such a thing."""
+    """Let the kernel end this process when the process that forked it ends. Only Linux can do this."""
     _prctl(_PR_SET_PDEATHSIG, 9)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent has ended, where there is such a thing."""
+    """Become the parent of descendants whose own parent has ended. Only Linux can do this."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -127,14 +132,18 @@ def _prctl(option: int, first: int, second: int = 0) -> bool:
 
 
 def _restrict_files(folder: str) -> bool:
-    """Leave to this process the reading of what Python needs and plain files in the folder."""
+    """Let this process only read what Python needs, and read and write plain files in the folder.
+
+    Returns:
+        Whether Landlock is in force.
+    """
     if sys.platform != "linux":
         return False
     syscall = _libc().syscall
     version = syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
     if version < _LANDLOCK_WITH_TRUNCATE:
         return False
-    # All rights that the kernel knows are taken; only those of the rules are given back.
+    # The ruleset takes away all rights that the kernel knows. The rules give some of them back.
     handled = (1 << (16 if version >= _LANDLOCK_WITH_IOCTL else 15)) - 1
     attributes = struct.pack("=Q", handled)
     ruleset = syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
@@ -143,7 +152,7 @@ def _restrict_files(folder: str) -> bool:
     rules = [(path, _READ_FILE | _READ_DIR) for path in _readable_folders()]
     rules += [(path, _READ_FILE) for path in ("/dev/urandom", "/dev/zero", "/etc/localtime", "/etc/ld.so.cache")]
     rules += [("/dev/null", _READ_FILE | _WRITE_FILE | _TRUNCATE)]
-    # Folders, links, pipes and devices are not among them: what is to be removed afterwards is one flat folder.
+    # The program may not make folders, links, pipes or devices, so that one flat folder is to be deleted afterwards.
     rules += [(folder, _READ_FILE | _READ_DIR | _WRITE_FILE | _TRUNCATE | _REMOVE_FILE | _MAKE_REG)]
     try:
         for path, rights in rules:
@@ -171,7 +180,7 @@ def _allow(syscall: Any, ruleset: int, path: str, rights: int) -> bool:
         os.close(place)
 
 
-# Operations of a classic BPF program, and what it answers.
+# The operations of a classic BPF program, and the answers that it can return.
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW = (_RETURN, 0, 0, 0x7FFF0000)
 _KILL = (_RETURN, 0, 0, 0x80000000)
@@ -180,7 +189,7 @@ _ABSENT = (_RETURN, 0, 0, 0x00050000 | errno.ENOSYS)
 _CALL, _ARCHITECTURE = (_LOAD, 0, 0, 0), (_LOAD, 0, 0, 4)
 
 _Instruction = tuple[int, int, int, int]
-"""Operation, how many instructions to skip where it holds and where it does not, constant."""
+"""Operation, number of instructions to skip if its condition holds, number to skip if it does not, and constant."""
 
 
 def _argument(index: int, *, upper_half: bool = False) -> _Instruction:
@@ -210,24 +219,24 @@ def _filter(machine: str, pid: int, *, may_write: bool) -> Iterable[_Instruction
         yield from _where(number, _ALLOW)
     calls = _numbers(_CALLS_BY_ARGUMENT, machine)
     for name in ("kill", "tgkill", "tkill"):
-        # abort and raise signal the process itself; no other may be.
+        # abort and raise send a signal to the process itself, which is allowed. Other processes get none.
         yield from _where(calls[name], _argument(0), (_IF_EQUAL, 0, 1, pid), _ALLOW, _REFUSE)
     # F_SETOWN and F_SETOWN_EX make the kernel send signals to any process of the same user.
     yield from _where(calls["fcntl"], _argument(1), (_IF_EQUAL, 2, 0, 8), (_IF_EQUAL, 1, 0, 15), _ALLOW, _REFUSE)
-    # Limits may be read, not set: where this runs as root they could be raised again.
+    # Limits may be read but not set: root could raise them again.
     limits_are_read = (_argument(2), (_IF_EQUAL, 0, 3, 0), _argument(2, upper_half=True), (_IF_EQUAL, 0, 1, 0))
     yield from _where(calls["prlimit64"], *limits_are_read, _ALLOW, _REFUSE)
     writing = 0 if may_write else os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     for name, index in (("open", 1), ("openat", 2)):
         if name in calls:
             yield from _where(calls[name], _argument(index), (_IF_ANY_BIT, 1, 0, writing), _ALLOW, _REFUSE)
-    # The C library then falls back on clone, whose refusal it reports.
+    # "No such call" makes the C library try clone instead. That call is refused, and the C library reports the refusal.
     yield from _where(calls["clone3"], _ABSENT)
     yield _REFUSE
 
 
 def _where(number: int, *body: _Instruction) -> Iterable[_Instruction]:
-    """Instructions, the last of which returns, for one system call."""
+    """Instructions that run for one system call only. The last of them returns."""
     return ((_IF_EQUAL, 0, len(body), number), *body)
 
 

@@ -1,8 +1,8 @@
-"""Runs one program that nobody has read with its test, and prints what became of it as JSON. A script, not a module.
+"""Runs one program that nobody has read with its test, and prints the outcome as JSON. A script, not a module.
 
-The request comes as JSON on standard input. The process that is started reads it and forks: the child confines itself
-and runs the program, the parent waits, ends it when its time is up, and judges. That the tests ran to their end is
-shown by a random token, which the child finds in a pipe only after them.
+The request comes as JSON on standard input. The process reads it and forks. The child confines itself and runs the
+program. The parent waits, ends the child when its time is up, and judges. A random token proves that the test ran to
+its end: the child takes it from a pipe only after the test, and sends it back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     """Carry out the request on standard input."""
     import confinement
 
-    # The folder of this script is there for the import above; the program must not find it.
+    # sys.path[0] is the folder of this script. The import above needs it, and the program must not find it.
     del sys.path[0]
     request = json.load(sys.stdin)
     confinement.adopt_orphans()
@@ -41,7 +41,7 @@ def main() -> None:
     os.close(message_write)
     os.close(token_read)
     os.set_blocking(message_read, False)
-    # Made after the fork, so that the program's memory never held it.
+    # The token is made after the fork, so that the memory of the program's process never holds it before the test ends.
     token = os.urandom(16).hex()
     os.write(token_write, token.encode())
     json.dump(_supervise(pid, message_read, token, request["limits"]), sys.stdout)
@@ -51,7 +51,7 @@ def _run(request: dict[str, Any], token_pipe: int, message_pipe: int) -> NoRetur
     """Confine this process and run the program in it."""
     import confinement
 
-    # The program can rebind what the os module holds.
+    # The program can replace functions of the os module, so these are taken before it runs.
     read, write, leave = os.read, os.write, os._exit
     os.setsid()
     confinement.die_with_parent()
@@ -70,8 +70,8 @@ def _run(request: dict[str, Any], token_pipe: int, message_pipe: int) -> NoRetur
 
 
 def _failure(program: str, test: str) -> str | None:
-    """Run a program and its test in one namespace; what was raised, or None."""
-    # A module of its own, not __main__: a program's command line is not what is tested.
+    """Run a program and its test in one namespace. Returns in words what was raised, or None."""
+    # The module is not called __main__, so that a program's command line does not run: it is not what is tested.
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
@@ -86,7 +86,7 @@ def _failure(program: str, test: str) -> str | None:
 
 
 def _supervise(pid: int, message_pipe: int, token: str, limits: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the child, or end it, and judge."""
+    """Wait for the child, end it where it breaks a limit, and judge."""
     deadline = time.monotonic() + limits["wall_seconds"]
     message = _Message(message_pipe)
     ended_for = None
@@ -112,7 +112,7 @@ def _supervise(pid: int, message_pipe: int, token: str, limits: dict[str, Any]) 
 
 
 class _Message:
-    """What comes through the child's pipe: its beginning is kept, a flood is let pass."""
+    """What the child writes to its pipe. Everything is read, and only the beginning is kept."""
 
     def __init__(self, pipe: int) -> None:
         self.pipe = pipe
@@ -120,7 +120,7 @@ class _Message:
         self.is_open = True
 
     def wait(self) -> None:
-        """Read what there is, or wait a while for something; the end of the child closes the pipe, so ends the wait."""
+        """Read what there is, or wait a while for something. The end of the child closes the pipe and ends the wait."""
         if self.is_open:
             select.select([self.pipe], [], [], _SECONDS_BETWEEN_LOOKS)
             self.read()
@@ -128,7 +128,7 @@ class _Message:
             time.sleep(_SECONDS_AFTER_CLOSE)
 
     def read(self) -> None:
-        """Read what there is."""
+        """Read what there is, without waiting."""
         try:
             chunk = os.read(self.pipe, _MESSAGE_BYTES)
         except BlockingIOError:
@@ -138,7 +138,7 @@ class _Message:
 
 
 def _judge(status: int, usage: Any, said: str, token: str, limits: dict[str, Any]) -> tuple[str, str]:
-    """Result and reason for a child that ended by itself or at a limit of the kernel's."""
+    """Result and reason for a child that ended by itself, or that the kernel ended at a limit."""
     code = os.waitstatus_to_exitcode(status)
     if code == 0 and said == token:
         return "passed", ""
@@ -151,9 +151,9 @@ def _judge(status: int, usage: Any, said: str, token: str, limits: dict[str, Any
 
 
 def _is_too_full(limits: dict[str, Any]) -> bool:
-    """Whether the folder holds more than the files that may be open at once could."""
+    """Whether the folder holds more bytes or more files than the limits allow."""
     size = count = 0
-    # Any of these files may vanish meanwhile, and without Landlock the folder itself.
+    # Any of these files may vanish meanwhile. Without Landlock the folder itself may vanish too.
     with contextlib.suppress(OSError), os.scandir(".") as entries:
         for entry in entries:
             count += 1
@@ -162,10 +162,9 @@ def _is_too_full(limits: dict[str, Any]) -> bool:
 
 
 def end_descendants() -> None:
-    """End what the program left running, where that was not refused to begin with.
+    """End the processes that the program left running. Where starting processes was refused, there are none.
 
-    Orphans of any depth become children of this process once it has called ``adopt_orphans``, in a session of their own
-    too.
+    On Linux, ``adopt_orphans`` has made this process the parent of every orphan, at any depth and in any session.
     """
     while True:
         try:
@@ -179,12 +178,12 @@ def end_descendants() -> None:
 
 
 def _children() -> list[int]:
-    """Process ids of this process's children, ended ones not yet waited for included."""
+    """Process ids of this process's children, including ended ones that nobody has waited for yet."""
     children = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                # The name of the program, in parentheses, may hold anything.
+                # The second field is the program's name in parentheses. It may hold any characters, also parentheses.
                 parent = file.read().rpartition(")")[2].split()[1]
         except (FileNotFoundError, ProcessLookupError):
             continue

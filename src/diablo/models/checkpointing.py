@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what a layer keeps for its backward, and what it computes again there."""
+"""Gradient checkpointing: what a layer keeps for its backward, and what the backward computes again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Checkpointing = Literal["none", "selective", "full"]
-"""What a layer keeps for its backward: all that autograd wants; what costs much to compute; or its input alone."""
+"""What a layer keeps for its backward.
 
-SHORT_SUM = 256
-"""The most terms of the sums that make a product cheap: writing their results down takes a GPU about as long.
-
-Such are the products with LoRA's second factor and with DiaBlo's blocks, and the scores of an attention that is not
-fused, which are sums over a head.
+``none``: all that autograd asks for. ``selective``: only results that take long to compute. ``full``: only its input.
 """
 
-# Products, by where their first matrix stands among the arguments.
+SHORT_SUM = 256
+"""A product whose sums have at most this many terms is cheap: a GPU computes it about as fast as it writes the result.
+
+Cheap products are those with LoRA's second factor, those with DiaBlo's blocks, and the scores of an attention that is
+not fused, which are sums over a head.
+"""
+
+# The operators that are products, and for each the position of the first matrix among its arguments.
 _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1, "aten::_grouped_mm": 0}
 _ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
@@ -34,9 +37,9 @@ _ATTENTION = {
 
 
 def checkpointing_options(choice: Checkpointing) -> dict[str, Any] | None:
-    """What transformers' ``gradient_checkpointing_kwargs`` are for a choice; None where there is no checkpointing.
+    """The ``gradient_checkpointing_kwargs`` of transformers for a choice; None for ``none``.
 
-    The options can be pickled, as transformers does with those of a trainer.
+    The options can be pickled: transformers pickles the arguments of a trainer.
     """
     if choice == "none":
         return None
@@ -44,15 +47,17 @@ def checkpointing_options(choice: Checkpointing) -> dict[str, Any] | None:
 
 
 def selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The contexts of a forward that keeps products and attention, and of its recomputation, which takes them from it.
+    """Two contexts for selective checkpointing: one for a forward, and one for the recomputation of that forward.
 
-    They are for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=selective_contexts)``. Kept
-    are products whose sums have more than ``SHORT_SUM`` terms, and fused attention without dropout. All else is
-    computed again: norms, activations, gates, dropout and short products.
+    They are for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=selective_contexts)``. The
+    first context keeps results, and the second one hands them out instead of computing them again. Kept are products
+    whose sums have more than ``SHORT_SUM`` terms, and fused attention without dropout. All else is computed again:
+    norms, activations, gates, dropout and cheap products.
 
-    torch's own ``create_selective_checkpoint_contexts`` does not do for DiaBlo. Beside the weight, blocks are added
-    into a product in place, which changes what it has kept: the gradients are wrong. In the weight, a recomputation may
-    have to write the blocks again, and operators that the forward did not have are an error there.
+    torch's own ``create_selective_checkpoint_contexts`` does not work for DiaBlo. Blocks beside the weight are added to
+    a product in place. This would change the result that torch has kept, and the gradients would be wrong. With blocks
+    in the weight, a recomputation may have to write the blocks again. The forward did not have these operators, which
+    is an error for torch.
     """
     kept: list[_Kept] = []
     return _Keep(kept), _Take(kept)
@@ -63,9 +68,10 @@ class _Kind:
     """What an operator does.
 
     Attributes:
-        written: positions of the arguments that it writes to; those without a position are looked at too.
-        factor: position of a product's first matrix; None where it is none.
-        dropout: position of attention's probability of dropout; None where it is no attention.
+        written: positions of the arguments that it writes to. Where there are any, all keyword arguments, which have no
+            position, are taken as written to as well.
+        factor: position of the first matrix, where the operator is a product; None where it is not.
+        dropout: position of the probability of dropout, where the operator is attention; None where it is not.
     """
 
     written: tuple[int, ...]
@@ -74,17 +80,19 @@ class _Kind:
 
     @property
     def is_dear(self) -> bool:
-        """Whether its results may be worth keeping."""
+        """Whether its results can be worth keeping."""
         return self.factor is not None or self.dropout is not None
 
     def is_worth_keeping(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> bool:
-        """Whether this result is."""
-        # What is in parts over several devices, or stands for something else, is not told apart by its memory.
+        """Whether this result is worth keeping."""
+        # Other classes of tensors may lie on several devices, or stand for something else. They cannot be recognised by
+        # their memory.
         if any(type(tensor) is not torch.Tensor for tensor in _tensors(result)):
             return False
         if self.factor is not None:
             return args[self.factor].shape[-1] > SHORT_SUM
-        # A recomputation without this draw would give the dropout after it other numbers.
+        # Attention with dropout draws random numbers. If the recomputation left that out, later dropouts would draw
+        # other numbers than in the forward.
         at = self.dropout
         return (args[at] if at is not None and at < len(args) else kwargs.get("dropout_p", 0.0)) == 0
 
@@ -108,19 +116,19 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _without_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the same memory and the same count of writes, which no graph holds and which holds none."""
-    # Otherwise it would have a count of its own.
+    """The tensor without its graph. It shares the memory, and the version that counts the writes to it."""
+    # With this dispatch key on, the new tensor shares the version of the old one instead of counting by itself.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
 
 class _Kept:
-    """The result of an operator in the forward; None where it is to be computed again.
+    """An operator of the forward, with its result.
 
     Attributes:
         op: the operator.
-        result: its result, without autograd's graph.
-        versions: how often each of its tensors had been written to.
+        result: its result, without autograd's graph; None where it is to be computed again.
+        versions: for each tensor of the result, how often it had been written to when it was kept.
     """
 
     __slots__ = ("op", "result", "versions")
@@ -130,13 +138,13 @@ class _Kept:
         self.set(None if result is None else tree_map_only(torch.Tensor, _without_graph, result))
 
     def set(self, result: Any) -> None:
-        """Keep this."""
+        """Keep a result."""
         self.result = result
         self.versions = [tensor._version for tensor in _tensors(result)]
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps what operators compute, as they have computed it, also where it is overwritten afterwards."""
+    """Keeps the results of operators as they were computed. A result that is about to be overwritten is copied."""
 
     def __init__(self, kept: list[_Kept]) -> None:
         super().__init__()
@@ -145,7 +153,7 @@ class _Keep(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled functions run as they do without this mode."""
+        """True: compiled functions run as they do without this mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,7 +176,7 @@ class _Keep(TorchDispatchMode):
 
 
 class _Take(TorchDispatchMode):
-    """Gives the operators of the recomputation what they have computed in the forward, once."""
+    """Gives each operator of the recomputation the result that it had in the forward. Each result is given once."""
 
     def __init__(self, kept: list[_Kept]) -> None:
         super().__init__()
@@ -177,7 +185,7 @@ class _Take(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled functions run as they do without this mode."""
+        """True: compiled functions run as they do without this mode."""
         return True
 
     def __enter__(self) -> Any:
@@ -200,6 +208,6 @@ class _Take(TorchDispatchMode):
             )
         if own.result is None:
             return func(*args, **kwargs or {})
-        # Handed out: the graph has it now, and lets go of it as the backward goes on.
+        # The graph has the result now, and frees it as the backward goes on. So it is not kept here any longer.
         result, own.result, own.versions = own.result, None, []
         return result

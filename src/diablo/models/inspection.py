@@ -1,4 +1,4 @@
-"""Where an adapter's update goes: norm and effective rank of every block, and how large it is beside the base."""
+"""What an adapter changes: the norm and effective rank of every block, and its norm relative to the base weight."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class InspectedWeight:
     """The blocks of one adapted weight. Blocks that lie wholly outside of the matrix are left out.
 
     Attributes:
-        name: the module's name, and the parameter's where it is adapted by itself.
-        kind: last part of the module's name.
+        name: the module's name. Where a parameter is adapted by itself, the parameter's name follows.
+        kind: the last part of the module's name, or the name of a parameter that is adapted by itself.
         layer: the first number in the name; None where there is none.
-        norms: Frobenius norm of each block; those of a stack, such as experts, one matrix after the other.
-        base_norms: of the same entries of the base weight; None where the weight is quantized.
-        effective_ranks: of each block, from 0 for zeros to its smaller side: the exponential of the entropy of the
-            singular values divided by their sum (Roy and Vetterli, EUSIPCO 2007).
+        norms: Frobenius norm of each block. In a stack of matrices, such as experts, one matrix follows another.
+        base_norms: Frobenius norm of the same entries of the base weight; None where the weight is quantized.
+        effective_ranks: effective rank of each block, from 0 for a block of zeros to the block's smaller side. It is
+            the exponential of the entropy of the singular values divided by their sum (Roy and Vetterli, EUSIPCO 2007).
     """
 
     name: str
@@ -43,19 +43,19 @@ class InspectedWeight:
 
     @property
     def norm(self) -> float:
-        """Norm of the whole update."""
+        """Frobenius norm of the whole update."""
         return math.hypot(*self.norms)
 
     @property
     def relative_norms(self) -> list[float] | None:
-        """Norm of each block as a share of that of the base weight's entries; None where those are quantized."""
+        """Norm of each block, divided by that of the same entries of the base weight; None where it is quantized."""
         if self.base_norms is None:
             return None
         return [_ratio(norm, base) for norm, base in zip(self.norms, self.base_norms, strict=True)]
 
     @property
     def relative_norm(self) -> float | None:
-        """Norm of the update as a share of that of the base weight's entries on the diagonal."""
+        """Norm of the update, divided by the norm of the base weight's diagonal; None where it is quantized."""
         return None if self.base_norms is None else _ratio(self.norm, math.hypot(*self.base_norms))
 
     @property
@@ -69,9 +69,9 @@ class Inspection:
     """What an adapter changes.
 
     Attributes:
-        adapter: its folder.
-        weights: its weights, in the order of the model.
-        label: a letter that it is called by beside others.
+        adapter: the adapter's folder.
+        weights: the weights that it adapts, in the order of the model.
+        label: a letter that names it where several adapters are shown together.
     """
 
     adapter: Path
@@ -80,7 +80,7 @@ class Inspection:
 
     @property
     def kinds(self) -> dict[str, list[InspectedWeight]]:
-        """The weights by kind, in the order in which the kinds come first."""
+        """The weights by kind. The kinds are in the order in which they first appear."""
         kinds: dict[str, list[InspectedWeight]] = {}
         for weight in self.weights:
             kinds.setdefault(weight.kind, []).append(weight)
@@ -91,12 +91,13 @@ def inspect_adapter(adapter: str | Path, *, base: str | None = None, label: str 
     """Measure the blocks of an adapter against the weights that they are added to.
 
     Args:
-        adapter: the adapter's folder, or the run's.
+        adapter: the adapter's folder, or the folder of its run.
         base: base model to use in place of the one that the adapter names.
-        label: what to call it beside others.
+        label: a letter that names it where several adapters are shown together.
 
     Raises:
-        UserError: it is no DiaBlo adapter, cannot be read, or does not fit its base.
+        UserError: it is no DiaBlo adapter, it cannot be read, it does not fit its base model, or its blocks are not
+            finite.
     """
     folder = adapter_folder(adapter)
     config = read_adapter_config(folder)
@@ -108,15 +109,18 @@ def inspect_adapter(adapter: str | Path, *, base: str | None = None, label: str 
 
 
 def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iterable[InspectedWeight]:
-    """The blocks of an adapter of a model in memory.
+    """Measure the blocks of an adapter of a model in memory.
 
     Args:
-        model: a ``PeftModel``; blocks that stand in a weight while they are trained are taken out of it.
-        adapter_name: the adapter.
+        model: a ``PeftModel`` that runs no forward or backward, and has no merged adapters.
+        adapter_name: name of the adapter.
+
+    Yields:
+        One item for each adapted weight, in the order of the model.
 
     Raises:
         UserError: blocks are not finite.
-        ValueError: layers are cut over processes.
+        ValueError: layers are cut over processes (tensor parallelism).
     """
     check_whole(model, "Inspecting an adapter")
     for path, module in model.named_modules():
@@ -142,22 +146,22 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
 
 
 def mean_relative_norm(weights: Sequence[InspectedWeight]) -> float | None:
-    """Mean relative norm of updates; None where a base weight is quantized, or there are none."""
+    """Mean relative norm of the updates; None where a base weight is quantized, or where there are no updates."""
     found = [weight.relative_norm for weight in weights]
     known = [share for share in found if share is not None]
     return statistics.fmean(known) if known and len(known) == len(found) else None
 
 
 def inspection_record(inspection: Inspection) -> dict[str, Any]:
-    """An inspection for a JSON file."""
+    """An inspection as the content of a JSON file."""
     return {"adapter": str(inspection.adapter), "weights": [asdict(weight) for weight in inspection.weights]}
 
 
 def plot_inspections(path: Path, inspections: Sequence[Inspection]) -> None:
-    """Draw the norm of every block as a heat map for each kind of module, an adapter a row, as a PNG.
+    """Draw the norm of every block in heat maps, as a PNG: a column for each kind of module, a row for each adapter.
 
-    A row of a map is a layer and a column a block. Norms are relative to the base weight where that is known, and the
-    colours of a column of maps are the same, so that adapters can be compared.
+    In a heat map, a row is a layer and a column is a block. Norms are relative to the base weight, unless one of the
+    base weights is quantized. The maps in a column have the same scale of colours, so that adapters can be compared.
     """
     import matplotlib
 
@@ -177,7 +181,7 @@ def plot_inspections(path: Path, inspections: Sequence[Inspection]) -> None:
                 axes.set_axis_off()
                 continue
             width = max(len(row or []) for row in rows)
-            # Rows of a kind that are cut otherwise end in white.
+            # Layers of one kind can have different numbers of blocks. The shorter rows end in white.
             padded = [[*(row or []), *[float("nan")] * (width - len(row or []))] for row in rows]
             image = axes.imshow(padded, aspect="auto", vmin=0, vmax=highest or 1.0, interpolation="nearest")
             axes.set(
@@ -193,7 +197,7 @@ def plot_inspections(path: Path, inspections: Sequence[Inspection]) -> None:
 
 
 def _short(folder: Path) -> str:
-    """A run's own name rather than that of the folder inside it."""
+    """The folder's name. Where the folder is ``adapter``, this is the name of the run's folder around it."""
     return folder.resolve().parent.name if folder.name == "adapter" else folder.resolve().name
 
 

@@ -1,4 +1,4 @@
-"""A frozen linear layer with blocks, in its weight or beside it, as one function of autograd."""
+"""A frozen linear layer with blocks in its weight or beside it, as one function of autograd."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from diablo.ops.tile_product import as_rows
 
 
 class AdaptedLinear:
-    """``F.linear(x, weight, bias)`` of a frozen weight, with blocks that stand on its diagonal or are added beside it.
+    """``F.linear(x, weight, bias)`` of a frozen weight, with blocks in the weight or beside it.
 
-    It gives gradients for ``x``, ``bias`` and the blocks. With the blocks in the weight it is one product, and its
-    backward adds the gradient of the blocks, that part of ``grad_y^T x``: 1/N of one. Beside, the products with the
-    blocks are accumulated into the output and into the input's gradient, so that no second tensor of their size exists.
-    Only ``x`` is kept for backward, as it is; the weight is read again then. Derivatives of any order work.
+    It gives gradients for ``x``, ``bias`` and the blocks. Derivatives of any order work.
+
+    With the blocks in the weight, the forward is one product. The backward has one product more than that of the frozen
+    layer: the gradient of the blocks, which is the diagonal of ``grad_y^T x`` and costs 1/N of that product. With the
+    blocks beside the weight, the products with the blocks are accumulated into the output and into the input's
+    gradient, so that no second tensor of their size exists. Only ``x`` is kept for the backward, as it is; the backward
+    reads the weight again.
 
     Args:
         weight: ``(out_features, in_features)``, of any strides.
         bias: ``(out_features,)`` or None.
-        blocks: the adapters' parameters, each of its layout's ``blocks_shape``; cast for a product beside.
-        layouts: the geometry of each.
+        blocks: the adapters' parameters, each of its layout's ``blocks_shape``. Beside the weight they are cast to the
+            dtype of the product.
+        layouts: the layout of each of the blocks.
         is_beside: whether the blocks are added beside the weight. Otherwise they stand in it while a pass runs.
-        is_trained: whether any of the blocks gets a gradient, for which the input is kept.
+        is_trained: whether any of the blocks gets a gradient. The input is kept only then.
     """
 
     def __init__(
@@ -49,12 +53,12 @@ class AdaptedLinear:
 
         Args:
             x: ``(..., in_features)``.
-            reach: called first thing in a backward; it sees to it that the weight is again what it is now.
+            reach: called at the start of a backward. It must make the weight hold the values that it holds now.
 
         Returns:
             ``(..., out_features)``.
         """
-        # Layers with few tokens wait for these lines: whether there is anything to lower is asked first, in one call.
+        # With few tokens, a layer's time goes into these lines. So one call asks first whether autocast is on at all.
         device = self._autocast_device
         if device is None or not torch.is_autocast_enabled(device) or (lower := lowered(x)) is None:
             return _apply(x, self.bias, self, reach, None, *self.blocks)
@@ -63,11 +67,15 @@ class AdaptedLinear:
             return _apply(x.to(lower), bias, self, reach, lower, *self.blocks)
 
     def with_others(self, bias: torch.Tensor | None, blocks: Sequence[torch.Tensor]) -> AdaptedLinear:
-        """The same layer with other tensors for the same values, which gradients then go to."""
+        """The same layer with other tensors that hold the same values. Gradients then go to these tensors."""
         return AdaptedLinear(self.weight, bias, blocks, self.layouts, self.is_beside, self.is_trained)
 
     def transposed(self, blocks: Sequence[torch.Tensor]) -> AdaptedLinear:
-        """The map from outputs back to inputs, of these blocks, which are those of this one."""
+        """The map from outputs back to inputs.
+
+        Args:
+            blocks: this layer's blocks, not transposed. A backward gives those that autograd has saved.
+        """
         return AdaptedLinear(
             self.weight.T,
             None,
@@ -79,7 +87,7 @@ class AdaptedLinear:
 
 
 def lowered(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast would lower a product of ``x`` to; None where it leaves it alone."""
+    """The dtype in which autocast would compute a product of ``x``; None where autocast leaves the product alone."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -89,17 +97,20 @@ def lowered(x: torch.Tensor) -> torch.dtype | None:
 def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lower: torch.dtype | None
 ) -> torch.Tensor:
-    """``x W^T + bias``, with the weight lowered as autocast would; ``x`` and ``bias`` are so already."""
+    """``x W^T + bias``, with the weight cast to ``lower`` as autocast would; ``x`` and ``bias`` have it already."""
     return F.linear(x, weight if lower is None else weight.to(lower), bias)
 
 
 def product_back(grad_y: torch.Tensor, weight: torch.Tensor, lower: torch.dtype | None) -> torch.Tensor:
-    """``grad_y W``, the gradient of the input, with the weight lowered as autocast would."""
+    """``grad_y W``, the gradient of the input, with the weight cast to ``lower`` as autocast would."""
     return torch.matmul(grad_y, weight if lower is None else weight.to(lower))
 
 
 class _Linear(torch.autograd.Function):
-    """``y = x (W^T + blocks) + bias``, bilinear in ``x`` and the blocks: its backward is the same, transposed."""
+    """``y = x (W^T + blockdiag(blocks)) + bias``.
+
+    It is bilinear in ``x`` and the blocks, so that its backward is made of the same products, transposed.
+    """
 
     @staticmethod
     def forward(
@@ -111,9 +122,9 @@ class _Linear(torch.autograd.Function):
         lower: torch.dtype | None,
         *blocks: torch.Tensor,
     ) -> torch.Tensor:
-        # Blocks and weight are kept so that autograd notices where they are overwritten before backward. A weight with
-        # blocks in it is not, since every pass writes to it; `reach` sees to it that it is right when it is read. What
-        # is kept hangs on the pass and not on the moment, so that a recomputation under checkpointing keeps the same.
+        # Blocks and weight are saved so that autograd notices where they are overwritten before the backward. A weight
+        # that has blocks in it is not saved, since every pass writes to it; `reach` makes its values right before they
+        # are read. What is saved depends on the pass alone, so that a recomputation under checkpointing saves the same.
         kept = linear.weight if linear.is_beside else None
         ctx.save_for_backward(x if linear.is_trained else None, kept, *blocks)
         ctx.linear, ctx.reach, ctx.lower = linear, reach, lower
@@ -126,7 +137,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_y,) = grads
-        # Before what is kept is asked for: under checkpointing, that runs the layers forward again.
+        # This comes before the saved tensors are read: under checkpointing, reading them runs the layers forward again.
         ctx.reach()
         x, _, *blocks = ctx.saved_tensors
         linear, lower, needed = ctx.linear, ctx.lower, ctx.needs_input_grad
@@ -149,7 +160,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _apply(*args: Any) -> torch.Tensor:
-    # What torch does in Python before it comes to this call is for the transforms of torch.func.
+    # Function.apply runs Python code before it calls autograd. Only the transforms of torch.func need that code.
     if torch._C._are_functorch_transforms_active():
         return _Linear.apply(*args)
     return _apply_at_once(*args)

@@ -1,4 +1,4 @@
-"""Which code computes on a device: Triton kernels, or what torch has. Triton is imported where it is first used."""
+"""Which code computes on a device: Triton kernels, or torch's functions. Triton is imported when it is first needed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     """:mod:`diablo.ops.kernels` where its kernels run on ``device``, otherwise None.
 
     They run on a GPU of CUDA or ROCm for which Triton compiles. On a CPU they run in Triton's interpreter, which is for
-    tests: with ``TRITON_INTERPRET=1`` from before Triton is imported, and ``DIABLO_KERNELS=cpu``. While torch.compile
-    traces, and where ``DIABLO_KERNELS=0``, none do.
+    tests: this takes ``DIABLO_KERNELS=cpu``, and ``TRITON_INTERPRET=1`` set before Triton is imported. No kernel runs
+    while torch.compile traces, nor where ``DIABLO_KERNELS=0``.
     """
     if torch.compiler.is_compiling():
         return None
@@ -39,16 +39,17 @@ def _interpreted() -> ModuleType | None:
 @cache
 def _compiled(index: int) -> ModuleType | None:
     device = torch.device("cuda", index)
-    # Triton has no products of bf16 for what came before Ampere.
+    # Triton has no products of bf16 for NVIDIA GPUs older than Ampere (compute capability 8.0).
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return None
     kernels = _imported()
-    # The interpreter copies a GPU's tensors, and would take the addresses in a table for the CPU's.
+    # The interpreter copies a GPU's tensors to the CPU, but not the tensors whose addresses stand in a table: it would
+    # read these addresses as the CPU's.
     if kernels is None or kernels.INTERPRETED:
         return None
     try:
         kernels.try_out(device)
-    # What a missing compiler or driver raises is Triton's to choose.
+    # Triton does not promise a class of error for a missing compiler or driver.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(

@@ -1,6 +1,6 @@
 """The convolution whose kernel is block-diagonal over the channels, at every position of the kernel.
 
-It is a grouped convolution, which torch has: one for the whole blocks, and one for the block that an edge cuts through.
+It is made of torch's grouped convolution: one for the whole blocks, and one for the block that an edge cuts through.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def block_diagonal_conv(
     """Convolve with a kernel that is block-diagonal over channels and add the result to ``base_output``.
 
     Args:
-        x: ``(batch, in_channels, *size)`` or ``(in_channels, *size)``, of one to three dimensions of size.
+        x: ``(batch, in_channels, *size)`` or ``(in_channels, *size)``; ``size`` has one to three dimensions.
         blocks: ``(*kernel_size, N, d_in, d_out)``, of ``layout.blocks_shape``; cast to the dtype of ``x``.
         layout: the geometry, with the kernel's size as its stack.
-        base_output: the output of the convolution that the blocks belong to, which is overwritten and returned.
+        base_output: the output of the base layer, ``(batch, out_channels, *output_size)`` or without the batch, in the
+            dtype of ``x``. It is overwritten and returned.
         stride: as ``nn.Conv2d`` takes it, one number for each dimension of size.
         padding: as ``nn.Conv2d`` takes it, filled with zeros; or ``"same"``, ``"valid"``.
         dilation: as ``nn.Conv2d`` takes it.

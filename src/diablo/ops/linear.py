@@ -1,4 +1,4 @@
-"""The product with a block-diagonal matrix: an obvious reference and the fast, differentiable form.
+"""The product with a block-diagonal matrix: an obvious reference, and a fast form with gradients of any order.
 
 Both compute, for block i of ``blocks`` with shape ``(N, d_in, d_out)``,
 
@@ -24,7 +24,7 @@ def block_diagonal_linear_reference(
 ) -> torch.Tensor:
     """The definition of the product, written to be read: pad the input, multiply block by block, cut the output.
 
-    Arguments, result and shapes are those of :func:`block_diagonal_linear`; nothing is written in place.
+    Arguments, result and shapes are those of :func:`block_diagonal_linear`, but ``base_output`` is not overwritten.
     """
     count, block_in, block_out = blocks.shape
     padded = F.pad(x, (0, count * block_in - layout.in_features))
@@ -39,10 +39,10 @@ def block_diagonal_linear(
 ) -> torch.Tensor:
     """Multiply by a block-diagonal matrix and add the product to ``base_output``.
 
-    The product is accumulated **into** ``base_output``, which is overwritten and returned (a copy of it, where it is
-    not contiguous): no second tensor of the output's size exists. ``blocks`` is cast to the dtype of ``x`` for the
-    product, ``x`` is never cast, and the gradient of ``blocks`` has the dtype of ``blocks``. Derivatives of any order
-    work.
+    The product is accumulated **into** ``base_output``, which is overwritten and returned, so that no second tensor of
+    the output's size exists. Where ``base_output`` is not contiguous, a copy of it takes its place. ``blocks`` is cast
+    to the dtype of ``x`` for the product, ``x`` is never cast, and the gradient of ``blocks`` has the dtype of
+    ``blocks``. Derivatives of any order work.
 
     Args:
         x: ``(..., in_features)``, any floating dtype; the leading dimensions may be empty.
@@ -69,14 +69,14 @@ def block_diagonal_linear(
     elif base_output.dtype != x.dtype:
         raise TypeError(f"base_output is {base_output.dtype} and x is {x.dtype}; cast one to the other first.")
     if torch.compiler.is_compiling() and isinstance(layout, BlockLayout):
-        # The compiler fuses the addition by itself, and does not trace functions that write to their arguments.
-        # Slices of a matrix are multiplied outside of its graphs.
+        # The compiler fuses the addition by itself, and it cannot trace a function that writes to its arguments. Slices
+        # of a matrix (LayoutPart) do not come here while it compiles: their layers run outside of compiled graphs.
         return block_diagonal_linear_reference(x, blocks, layout, base_output)
     return _Accumulate.apply(base_output.contiguous(), x, blocks, layout)
 
 
 def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks, and of that part of the weight.
+    """The diagonal blocks of ``x^T grad_y``: the gradient of the blocks. Derivatives of any order work.
 
     Args:
         x: ``(..., in_features)``.
@@ -85,19 +85,19 @@ def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: 
         dtype: dtype of the result.
 
     Returns:
-        ``layout.blocks_shape``, zero where a block lies outside the matrix. Derivatives of any order work.
+        ``layout.blocks_shape``, zero where a block lies outside the matrix.
     """
     if torch.is_grad_enabled():
         return _OuterProduct.apply(x, grad_y, layout, dtype)
-    # A backward that nothing will be derived from again: spare it the graph, which costs as much as a small product.
+    # No graph is needed in a first-order backward, and building one would cost as much as a small product.
     return _outer_product(x, grad_y, layout, dtype)
 
 
 class _Accumulate(torch.autograd.Function):
     """``y += x * blockdiag(blocks)`` in place.
 
-    The backward is made of the same product with the blocks transposed and of :class:`_OuterProduct`, whose own
-    backward is made of this product again: so every order of derivative exists.
+    The backward is made of the same product, with the blocks transposed, and of :class:`_OuterProduct`. The backward of
+    :class:`_OuterProduct` is made of this product again, so that derivatives of every order exist.
     """
 
     @staticmethod
@@ -136,11 +136,11 @@ class _OuterProduct(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``x * blockdiag(blocks)``, ``(..., out_features)``, of which derivatives are made where they are asked for."""
+    """``x * blockdiag(blocks)``, ``(..., out_features)``; further derivatives work where gradients are enabled."""
     shape = (*x.shape[:-1], layout.out_features)
     if torch.is_grad_enabled():
         return _Accumulate.apply(x.new_zeros(shape), x, blocks, layout)
-    # What is overwritten need not be filled with zeros first.
+    # Columns that the product overwrites need not be filled with zeros first.
     is_covered = sum(tile.out_size for tile in layout.tiles) == layout.out_features
     y = x.new_empty(shape) if is_covered else x.new_zeros(shape)
     accumulate(y, x, blocks, layout, overwrite=True)
@@ -148,14 +148,14 @@ def _product(x: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Ten
 
 
 def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: Layout, overwrite: bool = False) -> None:
-    """Write ``y += x * blockdiag(blocks)`` into ``y``, run by run, through strided views.
+    """Write ``y += x * blockdiag(blocks)`` into ``y``, tile by tile, through strided views.
 
     Args:
         y: ``(..., out_features)``, contiguous or of two dimensions.
         x: ``(..., in_features)``, of the dtype of ``y``.
-        blocks: of ``layout.blocks_shape``; cast to that dtype.
+        blocks: of ``layout.blocks_shape``; cast to the dtype of ``x``.
         layout: the geometry.
-        overwrite: what stood in the columns of the blocks is not added to, nor read.
+        overwrite: replace the values in the columns of the blocks instead of adding to them. They are not read.
     """
     rows, target = as_rows(x), y if y.dim() == 2 else y.view(y.shape[:-1].numel(), y.shape[-1])
     if blocks.dtype is not x.dtype:
@@ -174,9 +174,9 @@ def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype:
         product = tile_product(x, grad_y, layout.tiles[0])
         if product.dtype is dtype and product.is_contiguous():
             return product
-        # Some optimizers take the gradient for one row of numbers, as the parameter is.
+        # Some optimizers read a gradient's memory as one row of numbers: it has to be contiguous, as the parameter is.
         return product.new_empty(layout.blocks_shape, dtype=dtype).copy_(product)
-    # Entries outside the matrix are in no tile: they keep the zero.
+    # Entries outside the matrix are in no tile: they stay zero.
     grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     for tile in layout.tiles:
         tile.of_blocks(grad_blocks).copy_(tile_product(x, grad_y, tile))

@@ -1,4 +1,4 @@
-"""Writing blocks onto the diagonals of many weights in one sweep, and taking them off again."""
+"""Adding blocks to the diagonals of many weights in one sweep, and putting the base values back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diablo.ops.backend import kernels_for
 from diablo.ops.weight import summed
 
 Diagonals = Mapping[Layout, Sequence[torch.Tensor]]
-"""The blocks that are added to one weight: the parameters of equal layout together."""
+"""The blocks that are added to one weight, grouped by layout."""
 
 
 class _Table(Protocol):
@@ -23,25 +23,30 @@ class _Table(Protocol):
 
 
 class DiagonalSweep:
-    """The diagonals of many weights, written with blocks and restored together.
+    """Adds blocks to the diagonals of many weights, and restores the base values, for all weights together.
 
-    A sweep reads and writes the diagonals alone, 1/N of the weights. On a GPU it is one kernel for all of them, and on
-    a CPU one call that does not come back to Python between the weights. The base values are copied when the blocks
-    are written, so that what :meth:`restore` puts back is what stood there, to the bit. Addresses are looked up once:
-    a sweep is made anew where a tensor has moved.
+    A sweep reads and writes the diagonals alone, 1/N of the weights. On a GPU, one kernel does it for all weights. On a
+    CPU, one call does it without coming back to Python between the weights. :meth:`write` copies the base values, and
+    :meth:`restore` puts these copies back, to the bit. Addresses of tensors are looked up once, by the constructor:
+    whoever moves a tensor needs a new sweep.
 
     Args:
-        diagonals: pairs of a weight, ``(*stack, out_features, in_features)`` of any strides, and what is added to its
-            diagonal. Blocks of equal layout are summed first, in fp32 or the widest dtype among them; the sum with the
-            base value is formed in fp32, or in the wider dtype of the two, and rounded to the weight's dtype once.
-            Where layouts differ, each starts from what the one before it has written.
+        diagonals: pairs of a weight, ``(*stack, out_features, in_features)`` of any strides, and the blocks that are
+            added to its diagonal, by layout. Blocks of equal layout are summed first, in fp32 or in the widest dtype
+            among them if that is wider. Their sum and the base value are added in fp32, or in the widest of their
+            dtypes if that is wider, and rounded to the weight's dtype once. Where a weight has blocks of several
+            layouts, each layout adds to the values that the one before it has written.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded.
     """
 
     def __init__(self, diagonals: Sequence[tuple[torch.Tensor, Diagonals]]) -> None:
-        # Diagonals of different layouts overlap, so that they take turns: the first of every weight, then the second.
+        # Diagonals of different layouts overlap, so they take turns: first the first layout of every weight, then the
+        # second layout of every weight, and so on.
         turns = zip_longest(*([(weight, *item) for item in added.items()] for weight, added in diagonals))
         self._sums: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
-        # A buffer that is made in inference mode could not be written to outside of it.
+        # Tensors that are made in inference mode cannot be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._tables = [table for turn in turns for table in self._tables_of(turn)]
 
@@ -78,7 +83,8 @@ def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch
             "A CUDA graph is being recorded in the first step of an adapted model, or the first one after a weight, a "
             "parameter or the choice of adapters has changed: run a step before, as torch.cuda.graph asks for."
         )
-    # Copies in the order of the weights' memory: the sweep is limited by its bandwidth.
+    # `clone` keeps the order in which the weights' values lie in memory, so that both are read and written in order:
+    # the sweep is limited by the bandwidth of the memory.
     saved = [weight.clone() for weight in weights]
     kernels = kernels_for(device)
     if kernels is None:
@@ -87,7 +93,7 @@ def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch
 
 
 class _TorchTable:
-    """Views of equal shape, in torch's own functions over lists of tensors."""
+    """A table for torch's own functions over lists of tensors. The tensors of each row have one shape."""
 
     def __init__(self, weights: list[torch.Tensor], blocks: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
         self._weights, self._blocks, self._saved = weights, blocks, saved
@@ -95,7 +101,7 @@ class _TorchTable:
 
     def write(self) -> None:
         torch._foreach_copy_(self._saved, self._weights)
-        # From here on, and not before, an interruption has to be followed by a restore.
+        # From here on, and not before, an interruption (Ctrl-C) has to be followed by a restore.
         self._is_saved = True
         torch._foreach_add_(self._weights, self._blocks)
 
@@ -106,7 +112,7 @@ class _TorchTable:
 
 
 class _KernelTable:
-    """A table of addresses, which one kernel goes through."""
+    """A table of addresses that one kernel works through."""
 
     def __init__(self, table: _Table, weights: list[torch.Tensor]) -> None:
         self._table, self._weights = table, weights
@@ -116,8 +122,8 @@ class _KernelTable:
         try:
             self._table.write()
         finally:
-            # Where the launch was interrupted, nobody knows whether it came to pass: the values before are then those
-            # of the last write.
+            # After an interrupted launch nobody knows whether the kernel ran, so a restore has to follow. If it did
+            # not run, the saved values are those of the last write, or of the constructor.
             self._is_saved = True
         self._tell_autograd()
 
@@ -128,5 +134,6 @@ class _KernelTable:
             self._tell_autograd()
 
     def _tell_autograd(self) -> None:
-        # A kernel writes to addresses. A graph that has kept one of the weights must notice, and raise an error.
+        # The kernel writes to addresses, which autograd does not see. A graph that has saved one of the weights must
+        # notice the change and raise an error.
         torch.autograd.graph.increment_version(self._weights)

@@ -1,4 +1,4 @@
-"""The gradient of one run of blocks, by torch's products of matrices."""
+"""The gradient of the blocks of one tile, by torch's products of matrices."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ import torch
 from diablo.layout import Tile
 
 FEW_TOKENS = 64
-"""Up to here a product takes less time than the call that asks for it."""
+"""Up to this number of tokens, a product takes less time than the call to torch that starts it."""
 
 
 def tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """``(count, block_in, block_out)``: the product of each block's inputs, transposed, with its outputs' gradient."""
+    """For each block of a tile, the product of its inputs, transposed, with the gradient of its outputs.
+
+    Args:
+        x: ``(tokens, in_features)``.
+        grad_y: ``(tokens, out_features)``, of the dtype of ``x``.
+        tile: the blocks.
+
+    Returns:
+        ``(count, block_in, block_out)`` in the dtype of ``x``.
+    """
     if x.shape[0] <= FEW_TOKENS:
         return torch.bmm(tile.of_input_transposed(x), tile.of_output(grad_y))
     if tile.block_in > tile.block_out:
-        # Matrix units do best with the narrower operand's columns as the product's rows.
+        # Matrix units are fastest where the columns of the narrower operand become the rows of the product.
         return tile_product(grad_y, x, tile.transposed).transpose(1, 2)
-    # Blocks whose rows fill less than a vector of 64 bytes are multiplied two at a time, though half of the product is
-    # thrown away: blocks of 9 x 9 in bf16 take four fifths of the time that they take one by one.
+    # A vector of the processor has 64 bytes. Blocks with shorter rows are multiplied two at a time, though half of the
+    # product is thrown away: blocks of 9 x 9 in bf16 then take four fifths of the time that they take one by one.
     pair = 2 if tile.block_out * x.element_size() < 64 and tile.count % 2 == 0 else 1
     paired = tile.grouped(pair)
     inputs = paired.of_input(x)
@@ -31,7 +40,7 @@ def tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Ten
 
 
 def as_rows(features: torch.Tensor) -> torch.Tensor:
-    """``(..., features)`` -> ``(tokens, features)``; a batch may be empty."""
+    """``(..., features)`` -> ``(tokens, features)``; the number of tokens may be 0."""
     if features.dim() == 2:
         return features
     return features.reshape(features.shape[:-1].numel(), features.shape[-1])

@@ -1,4 +1,4 @@
-"""A weight with blocks added to its diagonal, for modules that compute with it in ways of their own."""
+"""Weights with blocks added to their diagonals: copies, writing in place, and gradients through such weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from diablo.layout import Layout
 
 
 def add_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A copy of ``weight`` with ``blocks`` added to its diagonal, to the bit what merging would make of it.
+    """A copy of ``weight`` with ``blocks`` added to its diagonal, equal to the bit to the merged weight.
 
     Args:
-        weight: ``(*stack, out_features, in_features)``, of any strides, which the copy keeps.
-        blocks: ``(*stack, N, d_in, d_out)``, of ``layout.blocks_shape``.
+        weight: ``(*stack, out_features, in_features)``, of any strides. The copy has the same order in memory.
+        blocks: ``(*stack, N, d_in, d_out)``, of ``layout.blocks_shape``, any floating dtype.
         layout: the geometry.
 
     Returns:
@@ -30,8 +30,13 @@ def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout
     """Add ``blocks`` to the diagonal of ``weight`` in place, rounding once.
 
     The sum is formed in fp32, or in the weight's dtype where that is wider.
+
+    Args:
+        weight: ``(*stack, out_features, in_features)``, of any strides.
+        blocks: of ``layout.blocks_shape``, any floating dtype, on any device.
+        layout: the geometry.
     """
-    # A float64 weight must not lose half of its digits on the way.
+    # In fp32, an fp64 weight would lose half of its digits.
     wide = torch.promote_types(weight.dtype, torch.float32)
     for tile in layout.tiles:
         view = tile.of_weight(weight)
@@ -40,11 +45,11 @@ def write_to_diagonal(weight: torch.Tensor, blocks: torch.Tensor, layout: Layout
 
 @torch.no_grad()
 def summed(blocks: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum of blocks of one shape, in fp32, or in the widest dtype where that is wider.
+    """The sum of several adapters' blocks, in fp32, or in the widest of their dtypes where that is wider.
 
     Args:
-        blocks: one or more; a single one is the sum itself.
-        out: what an earlier call for the same blocks gave, to be written to.
+        blocks: one tensor or more, all of one shape. A single one is returned as it is, in its own dtype.
+        out: the result of an earlier call for the same blocks, to write the sum to; a new tensor where None.
     """
     if len(blocks) == 1:
         return blocks[0]
@@ -59,12 +64,15 @@ def summed(blocks: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> t
 
 @torch.no_grad()
 def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: torch.Tensor, layout: Layout) -> None:
-    """Make the diagonal of ``weight`` the sum of ``base`` and ``blocks``, in one pass and without a temporary.
+    """Make the diagonal of ``weight`` the sum of ``base`` and ``blocks``, in one step and without a temporary tensor.
+
+    The sum is formed in fp32, or in the wider of the two dtypes where that is wider, and rounded once.
 
     Args:
         weight: ``(*stack, out_features, in_features)``, of any strides.
-        base: for each of ``layout.tiles`` a tensor of its shape and of the dtype of ``weight``.
-        blocks: of ``layout.blocks_shape``; the sum is formed in the wider of the two dtypes, at least in fp32.
+        base: for each of ``layout.tiles`` the base values, of the shape of ``tile.of_weight(weight)`` and of the dtype
+            of ``weight``.
+        blocks: of ``layout.blocks_shape``.
         layout: the geometry.
     """
     for tile, values in zip(layout.tiles, base, strict=True):
@@ -72,15 +80,15 @@ def set_diagonal(weight: torch.Tensor, base: Sequence[torch.Tensor], blocks: tor
 
 
 def trained_diagonal(weight: torch.Tensor, blocks: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> torch.Tensor:
-    """A weight on whose diagonal the sum of ``blocks`` stands already, as a tensor that gives them their gradients.
+    """A weight that has the sum of ``blocks`` in it, as a tensor that gives the blocks their gradients.
 
-    No copy: the result has the memory of ``weight``. Autograd is not told where that is written to later, so whoever
-    does so has to see to it that the values are back when a backward reads them.
+    Nothing is copied: the result shares the memory of ``weight``. Autograd does not notice where that memory is written
+    to later. Whoever writes to it must put the values back before a backward reads them.
 
     Args:
-        weight: ``(*stack, out_features, in_features)``, of any strides, frozen.
-        blocks: each of its layout's ``blocks_shape``.
-        layouts: the geometry of each.
+        weight: ``(*stack, out_features, in_features)``, of any strides, frozen. The blocks stand on its diagonal.
+        blocks: the adapters' parameters, each of its layout's ``blocks_shape``.
+        layouts: the layout of each of the blocks.
 
     Returns:
         A tensor of the shape and dtype of ``weight``. Derivatives of any order work.
@@ -91,7 +99,7 @@ def trained_diagonal(weight: torch.Tensor, blocks: Sequence[torch.Tensor], layou
 class _TrainedDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, layouts: tuple[Layout, ...], *blocks: torch.Tensor) -> torch.Tensor:
-        # The blocks are kept so that autograd notices where they are overwritten before backward.
+        # The blocks are saved so that autograd notices where they are overwritten before the backward.
         ctx.save_for_backward(*blocks)
         ctx.layouts = layouts
         return weight.data
@@ -127,7 +135,7 @@ class _TakeDiagonal(torch.autograd.Function):
     def forward(ctx: Any, weight: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
         ctx.layout, ctx.dtype = layout, weight.dtype
         ctx.shape = weight.shape
-        # Entries outside the matrix are in no tile: they keep the zero.
+        # Entries outside the matrix are in no tile: they stay zero.
         blocks = weight.new_zeros(layout.blocks_shape, dtype=dtype)
         for tile in layout.tiles:
             tile.of_blocks(blocks).copy_(tile.of_weight(weight))

@@ -16,22 +16,22 @@ from diablo.tasks import TASKS, check_split, get_task
 def calibration_rows(
     source: str, tokenizer: Any, *, rows: int = 128, length: int = 512, seed: int = 0, folder: Path | None = None
 ) -> torch.Tensor:
-    """Rows of tokens, cut from texts that are shuffled and put one behind the other.
+    """Rows of tokens for calibration. The texts are shuffled, joined and cut into rows.
 
     Args:
-        source: a ``.txt`` file of paragraphs between empty lines, a ``.jsonl`` file of objects with a ``text``, the
-            name of a task, whose training rows are taken, or ``"builtin"``.
+        source: a ``.txt`` file of paragraphs between empty lines; a ``.jsonl`` file of objects with a ``text``; the
+            name of a task, whose training rows are taken; or ``"builtin"``.
         tokenizer: a transformers tokenizer.
         rows: how many rows at most.
-        length: tokens of a row.
-        seed: of the shuffling.
-        folder: a local folder of the tasks' datasets to read in place of the hub.
+        length: tokens of each row.
+        seed: seed of the shuffling.
+        folder: a local folder of the tasks' datasets, which is read in place of the hub.
 
     Returns:
-        ``(rows, length)`` integers; fewer rows where there is less text.
+        Token ids ``(rows, length)``, int64. There are fewer rows where there is less text.
 
     Raises:
-        UserError: there is no such text, or less than a row of it.
+        UserError: there is no such text, or less than one row of it.
     """
     texts = _texts(source, folder)
     random.Random(f"calibration-{seed}").shuffle(texts)

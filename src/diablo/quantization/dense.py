@@ -1,4 +1,4 @@
-"""A quantized model as a plain one: every packed weight becomes the numbers that it stands for."""
+"""A quantized model turned into a plain one: every packed weight becomes the numbers that it stands for."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
     """A plain model with the weights that a quantized one computes with.
 
     Args:
-        model: a causal language model that bitsandbytes, torchao or GPTQ holds; it has no adapter and was not
-            evaluated.
+        model: a causal language model whose weights bitsandbytes, torchao or GPTQ holds. It has no adapter, and it was
+            not evaluated yet.
         dtype: dtype of the plain weights.
 
     Returns:
         A transformers model on the CPU in evaluation mode.
 
     Raises:
-        UserError: its library has no way back from the packed weights.
+        UserError: the quantization library cannot turn the packed weights back.
+        RuntimeError: the model was evaluated before, which has rearranged its 4-bit weights.
     """
     check_backward(model, "Merging")
     tensors: dict[str, torch.Tensor] = {}
@@ -54,9 +55,9 @@ def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _weight(name: str, module: Any, model: nn.Module) -> torch.Tensor:
-    """``(out_features, in_features)``."""
+    """The plain weight of a quantized layer, ``(out_features, in_features)``."""
     if hasattr(module, "dequantize_weight"):
-        # gptqmodel's, which has inputs first.
+        # This is gptqmodel's method. Its weight is (in_features, out_features).
         return module.dequantize_weight().T
     try:
         backend = quantization_backend(module, model)

@@ -1,4 +1,7 @@
-"""A whole model, block by block: the weights of one block are in memory at a time, and what is done is kept."""
+"""The quantization of a whole model, one block (decoder layer) after the other.
+
+Only the weights of one block are in memory at a time, and finished blocks are kept on the disk.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ class QuantizationReport:
     Attributes:
         folder: where the quantized model is.
         errors: the relative error of each layer's outputs on the calibration text, by the layer's name.
-        bytes_before: size of the original weights.
-        bytes_after: size of the quantized ones.
+        bytes_before: size of the original weights, in bytes.
+        bytes_after: size of the quantized weights, in bytes.
     """
 
     folder: Path
@@ -48,20 +51,22 @@ class QuantizationReport:
 def quantize_model(
     model: str, folder: Path, scheme: Scheme, calibration: torch.Tensor, *, console: Console | None = None
 ) -> QuantizationReport:
-    """Quantize the linear layers of a model's blocks, and write it in the GPTQ format.
+    """Quantize the linear layers of a model's blocks, and write the model in the GPTQ format.
 
-    Each block sees the calibration text as the quantized blocks before it leave it. Embeddings, norms and the output
-    layer stay as they are. Finished blocks are written to ``OUT.partial``, from which an interrupted call goes on.
+    Each block is calibrated on the outputs of the quantized blocks before it. Embeddings, norms and the output layer
+    stay as they are. Finished blocks are written to the folder ``OUT.partial``, where ``OUT`` is ``folder``. A call
+    that was interrupted goes on from there.
 
     Args:
         model: a folder, a hub id or ``builtin:NAME``.
-        folder: where to write; it must not exist or be empty, and is never left half written.
+        folder: where to write. It must be empty or not exist, and it is never left half written.
         scheme: what to quantize to.
-        calibration: ``(rows, length)`` tokens, from :func:`~diablo.quantization.calibration.calibration_rows`.
+        calibration: token ids ``(rows, length)``, from :func:`~diablo.quantization.calibration.calibration_rows`.
         console: where progress is written; standard error where None.
 
     Raises:
-        UserError: the model cannot be quantized so, the folder has files, or ``OUT.partial`` is of something else.
+        UserError: the model cannot be quantized with this scheme, ``folder`` has files, gptqmodel is missing, or
+            ``OUT.partial`` was made by something else or with other settings.
     """
     check_library()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -102,7 +107,7 @@ def quantize_model(
 
 
 class _Skeleton:
-    """The model without weights but for those outside of its blocks; a block gets its weights while it is worked on.
+    """The model with only the weights outside of its blocks. A block gets its weights while it is worked on.
 
     Args:
         source: the model's files.
@@ -115,7 +120,7 @@ class _Skeleton:
         with init_empty_weights(include_buffers=False):
             self.model: Any = AutoModelForCausalLM.from_config(source.config, dtype=dtype).eval()
         self.blocks = _blocks_of(self.model)
-        # What transformers passes over too: old checkpoints store frequencies that are computed now.
+        # Stored tensors that transformers ignores too: old checkpoints have rotary frequencies, which are computed now.
         self._ignored = {*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}
         name = next(name for name, module in self.model.named_modules() if module is self.blocks)
         self._stem = f"{name}."
@@ -127,11 +132,15 @@ class _Skeleton:
             owner._buffers[name.rpartition(".")[2]] = buffer.to(device)
 
     def prefix(self, index: int) -> str:
-        """What the names of a block's tensors start with."""
+        """The start of the names of a block's tensors."""
         return f"{self._stem}{index}."
 
     def check(self, scheme: Scheme) -> None:
-        """Check that every layer can be quantized."""
+        """Check that every layer can be quantized.
+
+        Raises:
+            UserError: one cannot.
+        """
         for name, layer in linear_layers(self.blocks):
             scheme.check(name, layer)
 
@@ -156,7 +165,7 @@ class _Skeleton:
 
     @torch.no_grad()
     def inputs_of_blocks(self, calibration: torch.Tensor) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """What the first block is called with for each batch of calibration rows: hidden states and the rest."""
+        """The arguments of the first block for each batch of calibration rows: hidden states, and keyword arguments."""
         caught: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -178,17 +187,17 @@ class _Skeleton:
     def run(
         self, block: nn.Module, hidden: torch.Tensor, settings: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """A block's outputs, with what the next one is called with beside them."""
+        """A block's outputs, and the keyword arguments: together they are the arguments of the next block."""
         output = block(hidden, **settings)
         return (output[0] if isinstance(output, tuple) else output), settings
 
 
 class _Reached(Exception):  # noqa: N818 - no error
-    """The first block was called."""
+    """Ends a forward at the first block, when its arguments are known."""
 
 
 class _Loaded:
-    """A block with its weights, which go again at the end."""
+    """A context in which a block has its weights. They are dropped at the end."""
 
     def __init__(self, skeleton: _Skeleton, index: int) -> None:
         self.skeleton, self.index = skeleton, index
@@ -218,7 +227,7 @@ def _blocks_of(model: Any) -> nn.ModuleList:
     decoder, config = model.get_decoder(), model.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     if len(kinds) > 1:
-        # Each kind has a mask of its own, and what the first block is called with is given to all.
+        # Each kind of block has a mask of its own, but all blocks are called here with the first block's arguments.
         raise UserError(
             f"model: its blocks are of several kinds ({', '.join(kinds)}); those of one kind can be quantized."
         )
@@ -236,7 +245,7 @@ def _blocks_of(model: Any) -> nn.ModuleList:
 def _quantize_block(
     block: nn.Module, prefix: str, hidden: list[tuple[torch.Tensor, dict[str, Any]]], scheme: Scheme, path: Path
 ) -> None:
-    """Quantize a block's linear layers, give them the weights that are stored, and write the block's file."""
+    """Quantize a block's linear layers, and write the block's file. The layers then compute with what is stored."""
     started = time.perf_counter()
     grams = _grams(block, hidden)
     tensors = {f"{prefix}{name}": value for name, value in block.state_dict().items()}
@@ -255,12 +264,12 @@ def _quantize_block(
 
 
 def _grams(block: nn.Module, hidden: list[tuple[torch.Tensor, dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    """The sum of ``x x^T`` over the inputs of each linear layer; layers with the same input share one."""
+    """For each linear layer the sum of ``x x^T`` over its inputs. Layers with the same input share one tensor."""
     grams: dict[str, torch.Tensor] = {}
     latest: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(name: str, inputs: torch.Tensor) -> None:
-        # Neighbours such as the query's, key's and value's projections are called with the same tensor.
+        # Neighbouring layers, such as the projections for query, key and value, are called with the same tensor.
         if not (latest and latest[0][0] is inputs):
             flat = inputs.flatten(0, -2).float()
             latest[:] = [(inputs, flat.T @ flat)]
@@ -307,7 +316,7 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
 
 
 def _errors_of(folder: Path, files: list[str]) -> dict[str, float]:
-    """The layers' errors, which each block's file has with it."""
+    """The layers' errors by name. Each block's file has those of its layers in its metadata."""
     errors: dict[str, float] = {}
     for name in files:
         with safe_open(folder / name, framework="pt") as tensors:

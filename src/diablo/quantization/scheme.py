@@ -1,4 +1,4 @@
-"""What a weight is quantized to, and how one weight is."""
+"""What a weight is quantized to, and how one weight is quantized."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ BITS = (4, 3, 2)
 GROUP_SIZES = (128, 64, 32, 16)
 
 _DAMPING = 0.01
-"""Share of the mean diagonal that GPTQ adds to its Hessian's, as its authors do."""
+"""GPTQ adds this share of the Hessian's mean diagonal to the diagonal, as its authors do."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are quantized: asymmetric integers, a scale and a zero for each output and group of inputs.
+    """How weights are quantized: as asymmetric integers, with a scale and a zero for each output and group of inputs.
 
     Attributes:
         bits: bits of a weight: 4, 3 or 2.
-        group_size: neighbouring inputs that share a scale: 128, 64, 32 or 16.
-        method: ``"rtn"`` rounds to the nearest; ``"gptq"`` (Frantar et al., ICLR 2023) lets later inputs make up for
-            the rounding of earlier ones; ``"magr-gptq"`` shrinks the largest weights first, see
-            :mod:`diablo.quantization.magr`.
-        alpha: weight of MagR's penalty.
+        group_size: number of neighbouring inputs that share a scale: 128, 64, 32 or 16.
+        method: ``"rtn"`` rounds to the nearest. ``"gptq"`` (Frantar et al., ICLR 2023) changes the weights of later
+            inputs to make up for the rounding of earlier ones. ``"magr-gptq"`` first shrinks the largest weights of
+            each group (see :mod:`diablo.quantization.magr`) and then does the same as ``"gptq"``.
+        alpha: weight of MagR's penalty, above 0.
 
     Raises:
         UserError: a value is not allowed.
@@ -58,10 +58,11 @@ class Scheme:
         return self.method != "rtn"
 
     def config(self) -> dict[str, Any]:
-        """The ``quantization_config`` of a model's config, as transformers and serving engines read it."""
+        """The ``quantization_config`` entry of a model's config, as transformers and serving engines read it."""
         return {
             "quant_method": "gptq",
-            # The second form of the format stores zeros as they are; the first, one less, cannot store a zero of 0.
+            # Version 2 of the format stores zeros as they are. Version 1 stores each zero minus 1, so it cannot store a
+            # zero of 0.
             "checkpoint_format": "gptq_v2",
             "bits": self.bits,
             "group_size": self.group_size,
@@ -74,7 +75,7 @@ class Scheme:
         """Check that a layer can be quantized.
 
         Raises:
-            UserError: the group size does not divide its inputs.
+            UserError: the group size does not divide the number of the layer's inputs.
         """
         if layer.in_features % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if layer.in_features % size == 0]
@@ -89,9 +90,9 @@ class QuantizedWeight:
     """A weight after quantization.
 
     Attributes:
-        tensors: what is stored, by the names that the GPTQ format gives them.
-        weight: ``(out_features, in_features)`` in fp32: what the stored integers stand for.
-        error: ``||X (weight - original)|| / ||X original||`` over the calibration inputs X.
+        tensors: the stored tensors, by their names in the GPTQ format.
+        weight: ``(out_features, in_features)`` in fp32: the numbers that the stored integers stand for.
+        error: ``||X (weight - original)|| / ||X original||`` over the calibration inputs ``X``.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -104,11 +105,11 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize the weight of a linear layer.
 
-    GPTQ and packing are gptqmodel's.
+    The library gptqmodel does the work of GPTQ and packs the integers.
 
     Args:
         weight: ``(out_features, in_features)`` in fp32.
-        bias: ``(out_features,)`` or None; it is stored as it is.
+        bias: ``(out_features,)`` or None. It is stored unquantized.
         gram: ``(in_features, in_features)`` in fp32: the sum of ``x x^T`` over calibration inputs.
         scheme: what to quantize to.
 
@@ -129,8 +130,8 @@ def quantize_weight(
         )
         task = gptq_class(layer, qcfg=config)
         task.quantizer.configure(bits=scheme.bits, sym=False, perchannel=True)
-        # It takes inputs where we have their gram: any inputs with that gram do, and those of rounding to the nearest
-        # are the unit vectors, for which no weight can make up for another.
+        # gptqmodel takes inputs, and here only their gram is known. Any inputs with that gram give the same result. For
+        # rounding to the nearest the inputs are the unit vectors: with these, no weight can make up for another one.
         task.add_batch(_root(gram if scheme.needs_inputs else torch.eye(len(gram)).to(gram)).unsqueeze(0), None)
         scales, zeros, groups, *_ = task.fasterquant(percdamp=_DAMPING, group_size=scheme.group_size)
         packed = _packed_layer(layer, scheme)
@@ -141,7 +142,15 @@ def quantize_weight(
 
 
 def dequantize(tensors: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
-    """The weight that stored tensors stand for, ``(out_features, in_features)`` in fp32."""
+    """The weight that stored tensors stand for, ``(out_features, in_features)`` in fp32.
+
+    Args:
+        tensors: the tensors of one layer, by their names in the GPTQ format.
+        scheme: how the layer was quantized.
+
+    Raises:
+        UserError: gptqmodel is missing.
+    """
     with _library():
         in_features, out_features = len(tensors["g_idx"]), tensors["scales"].shape[1]
         layer = _packed_layer(nn.Linear(in_features, out_features, bias="bias" in tensors, device="meta"), scheme)
@@ -165,7 +174,7 @@ def _packed_layer(layer: nn.Linear, scheme: Scheme) -> Any:
 
 
 def _root(gram: torch.Tensor) -> torch.Tensor:
-    """Inputs ``X`` with ``X^T X`` equal to the gram, up to a millionth of its mean diagonal."""
+    """Inputs ``X`` whose ``X^T X`` is the gram, with a millionth of its mean diagonal added to its diagonal."""
     damping = 1e-6 * gram.diagonal().mean()
     return torch.linalg.cholesky(gram + damping * torch.eye(len(gram)).to(gram), upper=True)
 
@@ -178,10 +187,10 @@ def _relative_error(found: torch.Tensor, weight: torch.Tensor, gram: torch.Tenso
 
 
 def check_library() -> None:
-    """Check that what quantizes and packs is installed.
+    """Check that the libraries that quantize and pack are installed.
 
     Raises:
-        UserError: it is not; the message says how to install it.
+        UserError: one is not; the message says how to install it.
     """
     with _library():
         return
@@ -189,7 +198,7 @@ def check_library() -> None:
 
 @contextlib.contextmanager
 def _library() -> Iterator[tuple[Any, Any, Any]]:
-    """gptqmodel's GPTQ, its settings and its packed layer, with its log turned down."""
+    """gptqmodel's classes for GPTQ, its settings and its packed layer, in a context where it logs errors only."""
     environment = dict(os.environ)
     try:
         from logbar import LogBar
@@ -204,7 +213,7 @@ def _library() -> Iterator[tuple[Any, Any, Any]]:
             f"Quantization needs gptqmodel and optimum ({error}); install them with: pip install 'diablo-peft[gptq]'."
         ) from None
     finally:
-        # It sets variables of the whole process when it is imported for the first time.
+        # gptqmodel changes environment variables of the process when it is first imported. They are put back.
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)

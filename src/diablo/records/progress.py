@@ -1,4 +1,4 @@
-"""Progress on the terminal: bars where it is one, a line now and then where it is a file."""
+"""Progress on the console: a bar on a terminal, and now and then a line where the output goes to a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressReport:
-    """A bar for a piece of work of known length.
+    """A progress bar for a piece of work of known length.
 
     Args:
         console: where to write.
@@ -42,7 +42,7 @@ class ProgressReport:
         self._task = self._bar.add_task(description, total=total, figures="")
 
     def update(self, done: int, figures: str = "") -> None:
-        """Tell how many items are done, with some figures to show beside."""
+        """Show how many items are done, with some figures beside the bar."""
         self._bar.update(self._task, completed=done, figures=figures)
         now = time.monotonic()
         is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or done == self.total
@@ -80,7 +80,7 @@ class TrainingProgress(TrainerCallback):
         self._report.__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remember the figures of the log."""
+        """Remember the figures of the log, for the bar."""
         if logs and "loss" in logs:
             self._figures = f"loss {float(logs['loss']):.3f}  {self.meter.tokens_per_second():.0f} tokens/s"
 
@@ -101,7 +101,7 @@ class TrainingProgress(TrainerCallback):
 
 
 class TokenMeter:
-    """Counts tokens and padding as batches are made, on the host, so that no device has to be waited for."""
+    """Counts tokens and padding as batches are made. This is on the host, so that nothing waits for a device."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -110,7 +110,12 @@ class TokenMeter:
         self._started: float | None = None
 
     def count(self, tokens: int, padded: int) -> None:
-        """Add a batch: its tokens, and its size with padding."""
+        """Add a batch.
+
+        Args:
+            tokens: number of its tokens without padding.
+            padded: number of its tokens with padding.
+        """
         if self._started is None:
             self._started = time.perf_counter() - self.paused_seconds
         self.tokens += tokens
@@ -118,21 +123,24 @@ class TokenMeter:
 
     @property
     def padding_share(self) -> float:
-        """The share of padding among all that was counted, from 0 to 1."""
+        """The share of padding among all counted tokens, from 0 to 1."""
         return 1 - self.tokens / self.padded if self.padded else 0.0
 
     def seconds(self) -> float:
-        """Time since the first batch, pauses left out."""
+        """Time since the first batch, without pauses."""
         return 0.0 if self._started is None else time.perf_counter() - self._started - self.paused_seconds
 
     def tokens_per_second(self) -> float:
-        """Tokens, padding not counted, for each second."""
+        """Tokens per second, without padding."""
         seconds = self.seconds()
         return self.tokens / seconds if seconds else 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out the time of what is done inside, or in a function that this decorates, such as an evaluation."""
+        """Leave out the time that passes inside this context, or inside a function that it decorates.
+
+        Evaluations are left out in this way.
+        """
         start = time.perf_counter()
         yield
         self.paused_seconds += time.perf_counter() - start

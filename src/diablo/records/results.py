@@ -1,4 +1,4 @@
-"""Provenance: what a run was, on what machine, with what versions and outcome, as one JSON file and one figure."""
+"""Records of what was run, on which machine, with which versions and with what outcome, as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPU, in general terms."""
+    """The machine in general terms: processor, cores, threads, GPU, system and Python."""
     return {
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,7 +31,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Versions of diablo and of what it stands on, and the commit where the code is a git checkout."""
+    """Versions of diablo and of the packages that it uses; None for one that is not installed.
+
+    Where the code is a git checkout, ``commit`` is its commit; see :func:`commit_of`.
+    """
     from diablo._version import __version__
 
     versions: dict[str, str | None] = {"diablo": __version__, "commit": commit_of(Path(__file__))}
@@ -44,7 +47,7 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: on the GPU where there is one, else by the process."""
+    """The most memory that was held so far, in bytes: on the GPU where there is one, otherwise by the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,13 +62,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_record(path: Path, question: str, settings: Mapping[str, Any], results: Any) -> None:
-    """Write what came of a measurement, with the machine, the versions and the commit.
+    """Write the results of a measurement, with the machine, the versions and the commit.
 
     Args:
-        path: the JSON file; its folder is made.
-        question: what was asked.
+        path: the JSON file. Its folder is made where it is missing.
+        question: what was measured.
         settings: how it was measured.
-        results: what was found.
+        results: the results.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"question": question, "machine": describe_machine(), "versions": describe_versions()}
@@ -74,7 +77,7 @@ def write_record(path: Path, question: str, settings: Mapping[str, Any], results
 
 
 def recipe_of_run(model: str | Path) -> dict[str, Any]:
-    """The recipe of a run, given the run's folder or one inside it; empty where it is no run's."""
+    """The recipe of a run, given the run's folder or a folder inside it; empty where neither belongs to a run."""
     for folder in (Path(model), Path(model).parent):
         if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
             return json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
@@ -82,7 +85,7 @@ def recipe_of_run(model: str | Path) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the settings that are not what they were, those of a section as ``section.key``."""
+    """Names of the settings whose values have changed. A setting inside a section is named ``section.key``."""
     changed = []
     for key, value in now.items():
         old = before.get(key)
@@ -94,7 +97,14 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str) -> None:
-    """Draw the loss per supervised token (nats) over steps, as a PNG."""
+    """Draw the loss per supervised token, in nats, over steps, as a PNG.
+
+    Args:
+        path: the PNG file.
+        train: pairs of a step and the training loss.
+        held_out: pairs of a step and the loss on held-out rows.
+        title: title of the figure.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,9 +131,10 @@ def _processor_name() -> str:
 
 
 def commit_of(file: Path) -> str | None:
-    """The commit of the checkout that a file belongs to, with ``-dirty`` where anything but its ``docs`` has changed.
+    """The commit of the git checkout that a file belongs to; None where there is none.
 
-    Records of runs are kept in ``docs``: one that has just been written is no change of what is measured next.
+    ``-dirty`` is appended where a tracked file outside of ``docs`` has changed. Changes in ``docs`` do not count:
+    records are written there, and a record does not change what the next benchmark measures.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:

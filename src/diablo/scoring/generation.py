@@ -17,12 +17,19 @@ from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import Problem, Protocol, Task
 
 Progress = Callable[[int, int], None]
-"""Called with the number of finished and of all items."""
+"""Called with the number of finished items and the number of all items."""
 
 
 @torch.no_grad()
 def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, batch_size: int = 32) -> float:
-    """Mean loss per supervised token over rows, in nats: every token counts the same, whatever its row and batch."""
+    """Mean loss per supervised token over rows, in nats. Every token counts the same, whatever its row and batch.
+
+    Args:
+        model: a causal language model or ``PeftModel``.
+        rows: encoded rows; at least one token is supervised.
+        pad_token_id: id of the padding token.
+        batch_size: rows of a forward.
+    """
     by_length = sorted(rows, key=lambda row: len(row.input_ids))
     total = 0.0
     with evaluating(model):
@@ -38,10 +45,11 @@ class Decoding:
     """How the completions of an evaluation are generated.
 
     Attributes:
-        samples: completions of each problem.
-        temperature: of the sampling, from the model's whole distribution; 0 is greedy, or a search with beams.
-        beams: width of the search; 1 is greedy.
-        seed: of the sampling.
+        samples: number of completions of each problem.
+        temperature: temperature of the sampling, which draws from the model's whole distribution. With 0 nothing is
+            sampled: decoding is greedy, or a beam search.
+        beams: number of beams of the search; 1 is greedy.
+        seed: seed of the sampling.
     """
 
     samples: int = 1
@@ -50,7 +58,7 @@ class Decoding:
     seed: int = 0
 
     def describe(self) -> str:
-        """In words."""
+        """The decoding in words."""
         if self.temperature:
             return f"{self.samples} samples at temperature {self.temperature}"
         return f"{self.beams} beams" if self.beams > 1 else "greedy"
@@ -66,16 +74,16 @@ class Decoding:
 def decoding_for(
     task: Task, *, samples: int | None = None, temperature: float | None = None, seed: int = 0
 ) -> Decoding:
-    """The decoding that a task asks for, or that the user does in its place.
+    """The decoding of a task: what the user asks for, and for the rest what the task asks for.
 
     Args:
-        task: the task; under the paper's protocol its beams are used, unless completions are sampled.
-        samples: completions of each problem; the task's own number where None.
-        temperature: of the sampling; the task's own where None.
-        seed: of the sampling.
+        task: the task. Under the paper's protocol its number of beams is used, unless completions are sampled.
+        samples: number of completions of each problem; the task's own number where None.
+        temperature: temperature of the sampling; the task's own where None.
+        seed: seed of the sampling.
 
     Raises:
-        UserError: several samples without a temperature, which would all be the same.
+        UserError: several samples at temperature 0, which would all be the same.
     """
     samples = task.samples if samples is None else samples
     temperature = task.temperature if temperature is None else temperature
@@ -94,9 +102,9 @@ class Answer:
 
     Attributes:
         problem: the problem.
-        text: the generated completion, without what follows the stop.
+        text: the generated completion, up to the stop token.
         right: whether it solves the problem.
-        sample: which of the problem's completions it is, from 0.
+        sample: index of this completion among those of the problem, from 0.
     """
 
     problem: Problem
@@ -105,7 +113,7 @@ class Answer:
     sample: int = 0
 
     def line(self) -> dict[str, Any]:
-        """What is written of it to a file of answers."""
+        """The answer as it is written to a file of answers."""
         return {
             "number": self.problem.row.number,
             "sample": self.sample,
@@ -122,10 +130,11 @@ class Score:
 
     Attributes:
         task: name of the task.
-        answers: one for each completion, in the task's order; a problem's samples follow one another.
+        answers: one for each completion, in the order of the task's problems. The samples of a problem follow one
+            another.
         seconds: wall time.
-        metrics: the task's figures, the headline figure first.
-        protocol: how the answers were read, or ``"likelihood"`` where none was written.
+        metrics: the task's figures, with the headline figure first.
+        protocol: how the answers were read from the completions; ``"likelihood"`` where nothing was generated.
     """
 
     task: str
@@ -169,15 +178,15 @@ def evaluate_task(
         encoder: turns problems into prompts as in training.
         task: the task.
         decoding: how completions are generated; as the task asks where None.
-        batch_size: prompts generated together.
-        limit: score only the first so many problems.
-        progress: told of every finished batch.
+        batch_size: number of prompts that are completed together.
+        limit: score only this many problems, the first ones; all where None.
+        progress: called after each batch, in completions.
     """
     decoding = decoding or decoding_for(task)
     problems = task.problems("test")[:limit]
     start = time.perf_counter()
     prompts = [encoder.prompt(problem.row) for problem in problems]
-    # The trainer's random numbers go on as if nothing had been sampled.
+    # The random state is put back afterwards, so that sampling here does not change the training that goes on later.
     with torch.random.fork_rng(enabled=bool(decoding.temperature)):
         if decoding.temperature:
             torch.manual_seed(decoding.seed)
@@ -220,10 +229,10 @@ def generate(
         model: a causal language model or ``PeftModel``.
         encoder: gives the tokenizer and the stop tokens.
         prompts: token ids of each prompt.
-        max_new_tokens: length limit of a completion.
-        stop_at_newline: end a completion with its first line, leading blank lines not counted as one.
-        batch_size: prompts generated together.
-        progress: told of every finished batch.
+        max_new_tokens: the most tokens of a completion.
+        stop_at_newline: end a completion at its first token with a line break, and take away the line break at its end.
+        batch_size: number of prompts that are completed together.
+        progress: called after each batch, in prompts.
         sampling: further options of transformers' ``generate``; greedy where none are given.
 
     Returns:
@@ -259,7 +268,7 @@ def generate(
 
 @contextmanager
 def evaluating(model: Any) -> Any:
-    """Evaluation mode, and back to what it was."""
+    """Put a model in evaluation mode, and afterwards back in the mode that it was in."""
     training = model.training
     model.eval()
     try:
@@ -269,6 +278,6 @@ def evaluating(model: Any) -> Any:
 
 
 def _newline_tokens(tokenizer: Any) -> set[int]:
-    """Every token that contains a line break: any of them ends an answer of one line."""
+    """The ids of all tokens that contain a line break. Each of them ends an answer of one line."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return {token for token, text in enumerate(texts) if "\n" in text}

@@ -1,6 +1,6 @@
-"""Scores by EleutherAI's lm-evaluation-harness, so that figures can be held against the field's.
+"""Scores by EleutherAI's lm-evaluation-harness, so that figures can be compared with published ones.
 
-The harness is an extra. It brings its own tasks, prompts and measures; ours are in :mod:`diablo.tasks`.
+The harness is an optional dependency. It has its own tasks, prompts and measures; ours are in :mod:`diablo.tasks`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class HarnessFigure:
     Attributes:
         task: the harness's name of the task or group.
         metric: what was measured, such as ``acc_norm``, with the harness's filter in parentheses where there is one.
-        value: the figure; shares are from 0 to 1.
-        error: its standard error over problems; None where the harness gives none.
-        shots: worked examples in each prompt; None for a group.
-        problems: how many were scored; None for a group.
+        value: the figure. A share, such as an accuracy, is from 0 to 1.
+        error: standard error of the figure over the problems; None where the harness gives none.
+        shots: number of worked examples in each prompt; None for a group.
+        problems: number of problems that were scored; None for a group.
     """
 
     task: str
@@ -39,18 +39,18 @@ class HarnessFigure:
 
 
 def load_harness_tasks(names: Sequence[str], include: Path | None = None) -> list[Any]:
-    """Find tasks of the harness and load their data, which needs no model.
+    """Find tasks of the harness and load their data. This needs no model.
 
     Args:
-        names: of tasks, groups or tags.
+        names: names of tasks, groups or tags.
         include: a folder with YAML files of further tasks, in the harness's format.
 
     Returns:
         Task objects of the harness, for :func:`run_harness`.
 
     Raises:
-        UserError: the harness is not installed, there is no task of a name, its data cannot be had, or it would run
-            code that the model writes.
+        UserError: the harness or the folder is missing, a name is unknown, a task's data cannot be loaded, or a task
+            would run code that the model writes.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -59,7 +59,7 @@ def load_harness_tasks(names: Sequence[str], include: Path | None = None) -> lis
     if include is not None and not include.is_dir():
         raise UserError(f"--harness-include: there is no folder {str(include)!r}; give one that holds task files.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Reading the harness's own 14,000 task files takes seconds, and a user's own tasks may do without them.
+    # Reading the harness's own 14,000 task files takes seconds. It is left out where the user's files have all names.
     own = TaskManager(include_path=include, include_defaults=False)
     manager = own if set(names) <= set(own.all_tasks) else TaskManager(include_path=include)
     known = set(manager.all_tasks)
@@ -93,12 +93,12 @@ def run_harness(
 
     Args:
         model: a causal language model or ``PeftModel``.
-        encoder: gives the tokenizer, and whether prompts are put through its chat template.
-        tasks: what :func:`load_harness_tasks` found.
-        limit: score only the first so many problems of each task.
-        num_fewshot: worked examples in each prompt; as each task has it where None. A task that fixes them at none
-            keeps to that.
-        batch_size: requests of a forward.
+        encoder: gives the tokenizer, and says whether prompts go through its chat template.
+        tasks: what :func:`load_harness_tasks` returned.
+        limit: score only this many problems of each task, the first ones; all where None.
+        num_fewshot: number of worked examples in each prompt; each task's own number where None. A task that fixes the
+            number at 0 keeps it.
+        batch_size: number of requests of a forward.
 
     Raises:
         UserError: the harness refuses the combination of tasks or settings.
@@ -111,7 +111,7 @@ def run_harness(
         outcome: Any = simple_evaluate(
             HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=batch_size),
             tasks=list(tasks),
-            # The tasks are loaded; without this the harness would read all its task files once more.
+            # The tasks are loaded already. Without this, the harness would read all its task files once more.
             task_manager=TaskManager(include_defaults=False),
             limit=limit,
             num_fewshot=num_fewshot,
@@ -128,16 +128,16 @@ def run_harness(
 
 
 def harness_record(figures: Sequence[HarnessFigure], settings: dict[str, Any]) -> dict[str, Any]:
-    """The figures and what they were measured with, for a JSON file."""
+    """The figures with the settings and versions that they were measured with, for a JSON file."""
     versions = describe_versions() | {"lm_eval": importlib.metadata.version("lm_eval")}
     return settings | {"figures": [asdict(figure) for figure in figures], "versions": versions}
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """The tasks that a name stands for: a group as one, a tag as each of its tasks."""
+    """The tasks that a name stands for. A group is one task object; a tag gives each of its tasks."""
     try:
         loaded = manager.load([name])
-    except Exception as error:  # what a hub, a cache or a task's own code can raise is open-ended
+    except Exception as error:  # a hub, a cache or a task's own code can raise any error
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
             f"--harness: the data of {name!r} cannot be loaded ({reason}); the harness reads it from the hub, unless a "
@@ -150,7 +150,7 @@ def _load(manager: Any, name: str) -> list[Any]:
 def _figures(task: str, measured: dict[str, Any], outcome: dict[str, Any]) -> list[HarnessFigure]:
     figures = []
     for key, value in measured.items():
-        # Keys are "metric,filter"; others hold names and sizes.
+        # The keys of figures are "metric,filter". Keys without a comma hold names and sizes.
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue

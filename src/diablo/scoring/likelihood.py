@@ -1,8 +1,9 @@
 """Multiple choice by likelihood: the candidate that the model finds most likely is its answer.
 
-Nothing is generated, so that an answer cannot be wrong for its form: a model that was never trained on a task's format
-is scored on what it knows. The two accuracies are those of the lm-evaluation-harness: by a candidate's log-likelihood
-(``acc``), and by the log-likelihood for each of its characters (``acc_norm``), which does not favour short candidates.
+Nothing is generated, so an answer cannot be wrong because of its form. A model that was never trained on a task's
+format is scored on what it knows. The two accuracies are those of the lm-evaluation-harness. ``acc`` chooses the
+candidate with the largest log-likelihood. ``acc_norm`` chooses the one with the largest log-likelihood per character,
+which does not favour short candidates.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Candidate:
 
     Attributes:
         text: the candidate as it was scored.
-        log_likelihood: of its tokens given the prompt and each other, summed, in nats. The token that ends an answer
-            does not count, as in the lm-evaluation-harness.
-        tokens: how many tokens that is.
+        log_likelihood: the sum, over the candidate's tokens, of the log-likelihood of a token given the prompt and the
+            tokens before it, in nats. The token that ends an answer does not count, as in the lm-evaluation-harness.
+        tokens: number of these tokens.
     """
 
     text: str
@@ -45,7 +46,7 @@ class Candidate:
 
     @property
     def per_character(self) -> float:
-        """The log-likelihood for each character of the text, surrounding space not counted."""
+        """The log-likelihood divided by the number of characters of the text, without surrounding space."""
         return self.log_likelihood / len(self.text.strip())
 
 
@@ -54,8 +55,8 @@ class Choice(Answer):
     """The answer to a problem of multiple choice: the first of the candidates with the largest log-likelihood.
 
     Attributes:
-        candidates: in the task's order.
-        target: index of the right one.
+        candidates: the candidates, in the task's order.
+        target: index of the right candidate.
     """
 
     candidates: Sequence[Candidate] = ()
@@ -63,16 +64,22 @@ class Choice(Answer):
 
     @classmethod
     def among(cls, problem: Problem, candidates: Sequence[Candidate], target: int) -> Choice:
-        """The choice of a model that finds the candidates as likely as they say."""
+        """The choice of a model, given the candidates with their log-likelihoods.
+
+        Args:
+            problem: the problem.
+            candidates: the candidates, in the task's order.
+            target: index of the right candidate.
+        """
         chosen = _favourite(candidates, _by_sum)
         return cls(problem, candidates[chosen].text, chosen == target, candidates=candidates, target=target)
 
     def is_right(self, measure: Callable[[Candidate], float]) -> bool:
-        """Whether the right candidate is the first one with the largest measure."""
+        """Whether the model chooses the right candidate by a measure: the first candidate with the largest measure."""
         return _favourite(self.candidates, measure) == self.target
 
     def line(self) -> dict[str, Any]:
-        """What is written of it to a file of answers."""
+        """The choice as it is written to a file of answers."""
         candidates = [asdict(candidate) for candidate in self.candidates]
         return super().line() | {"candidates": candidates, "target": self.target}
 
@@ -101,13 +108,13 @@ def evaluate_choices(
         model: a causal language model or ``PeftModel``.
         encoder: turns problems into tokens as in training.
         task: the task.
-        batch_size: sequences of a forward.
-        limit: score only the first so many problems.
-        progress: told of every finished batch, in candidates.
+        batch_size: number of sequences of a forward.
+        limit: score only this many problems, the first ones; all where None.
+        progress: called after each batch, in candidates.
 
     Raises:
         UserError: a candidate or a prompt has no tokens.
-        ValueError: the task's choices of a problem are not one right one among others.
+        ValueError: a problem does not have exactly one right candidate.
     """
     problems = task.problems("test")[:limit]
     start = time.perf_counter()
@@ -125,15 +132,18 @@ def evaluate_choices(
 
 
 def as_multiple_choice(task: Task, *, key: str = "--likelihood", limit: int | None = None) -> MultipleChoice:
-    """The task as one that can be scored by likelihood, with the choices of its problems checked.
+    """Check that a task can be scored by likelihood, and that its problems list their choices.
 
     Args:
         task: the task.
-        key: what the user asked for scoring by likelihood with, for the message.
-        limit: how many problems will be scored; all where None.
+        key: the option or key by which the user asked for scoring by likelihood. The error message names it.
+        limit: number of problems that will be scored; all where None.
+
+    Returns:
+        The task itself.
 
     Raises:
-        UserError: its answers are written freely, or a problem does not list its choices.
+        UserError: the task's answers are free text, or a problem does not list its choices.
     """
     if not isinstance(task, MultipleChoice):
         allowed = [name for name, kind in TASKS.items() if issubclass(kind, MultipleChoice) and "test" in kind.splits]
@@ -152,16 +162,17 @@ def score_candidates(
     batch_size: int = 48,
     progress: Progress | None = None,
 ) -> list[list[Candidate]]:
-    """The log-likelihood of each problem's candidates, batched by length so that little is padded.
+    """The log-likelihood of each problem's candidates.
 
-    Candidates that differ in their last token only, as ``answer1`` and ``answer2`` may, share a forward.
+    Sequences are batched by length, so that there is little padding. Candidates that differ only in their last token,
+    as ``answer1`` and ``answer2`` may, share one sequence.
 
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: turns rows into tokens as in training.
-        problems: for each problem its prompt with each candidate as the completion.
-        batch_size: sequences of a forward.
-        progress: told of every finished batch, in candidates.
+        problems: for each problem one row a candidate: the prompt with the candidate as its completion.
+        batch_size: number of sequences of a forward.
+        progress: called after each batch, in candidates.
 
     Returns:
         The candidates of each problem, in the order given.
@@ -173,14 +184,14 @@ def score_candidates(
     encoded = [_encode(encoder, row) for row in rows]
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, tokens in enumerate(encoded):
-        # Where the supervised tokens start is part of what is alike.
+        # Rows share a sequence only where their supervised tokens start at the same place.
         alike.setdefault((tokens.supervised, *tokens.input_ids[:-1]), []).append(index)
     groups = sorted(alike.values(), key=lambda group: -len(encoded[group[0]].input_ids))
     likelihoods, done = [0.0] * len(rows), 0
     with evaluating(model):
         for first in range(0, len(groups), batch_size):
             together = groups[first : first + batch_size]
-            # Padding on the right lies behind every token that is scored, so that a causal model never sees it.
+            # Rows are padded on the right, behind every scored token, where a causal model does not look.
             batch = collate([encoded[group[0]].features for group in together], encoder.tokenizer.pad_token_id)
             moved = {name: values.to(model.device) for name, values in batch.items()}
             before, of_last = completion_log_likelihoods(model, moved)
@@ -206,7 +217,7 @@ def _target(task: Task, problem: Problem, candidates: Sequence[Candidate]) -> in
 
 
 def _encode(encoder: RowEncoder, row: Row) -> EncodedRow:
-    """A row with its last completion supervised, which ends before the stop token."""
+    """A row as tokens. Only its last completion is supervised, and the row ends before the stop token."""
     encoded = encoder.encode(row)
     start = len(encoder.prompt(row))
     stop = max(index for index, label in enumerate(encoded.labels) if label != IGNORED)

@@ -11,13 +11,11 @@ from peft import PeftModel
 from torch.utils.checkpoint import checkpoint
 
 _CHUNK = 1024
-"""Supervised tokens whose logits are in fp32 at a time."""
+"""Number of supervised tokens whose logits are cast to fp32 at a time."""
 
 
 def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the supervised tokens, summed.
-
-    Nothing of it makes the host wait for the device.
+    """Cross-entropy of the supervised tokens, summed. The host never waits for the device.
 
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
@@ -29,23 +27,26 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
     logits, targets = _supervised_logits(model, batch)
     if len(targets) <= _CHUNK:
         return _summed(logits, targets)
-    # In fp32 the logits would take several times the memory that they have: they are cast a part at a time, and again
-    # in the backward.
+    # In fp32, all logits together would take several times their memory. So they are cast one part at a time, and the
+    # backward casts each part again.
     parts = zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
     losses = [checkpoint(_summed, *part, use_reentrant=False) for part in parts]
     return torch.stack(losses).sum()
 
 
 def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-likelihoods of completions that differ in their last token only, from one forward of one of them.
+    """Log-likelihoods of completions, for every token in the place of the last one.
+
+    One forward of a row so serves all completions that differ from it in their last token only.
 
     Args:
         model: as for :func:`summed_completion_loss`.
         batch: as for :func:`summed_completion_loss`; every row has a supervised token.
 
     Returns:
-        In fp32, in nats: ``(rows,)``, the log-likelihood of each row's supervised tokens but the last, given the tokens
-        before them, and ``(rows, vocabulary)``, that of every token in the place of the last.
+        Two tensors in fp32, in nats. ``(rows,)``: the log-likelihood of each row's supervised tokens without the last
+        one, each given the tokens before it. ``(rows, vocabulary)``: the log-likelihood of every token in the place of
+        the last one.
     """
     logits, targets = _supervised_logits(model, batch)
     rows = batch["predicting"] // batch["labels"].shape[1]
@@ -62,11 +63,12 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that predict the supervised tokens, row by row, ``(supervised, vocabulary)``, and these tokens.
+    """The logits that predict the supervised tokens, ``(supervised, vocabulary)``, and the ids of these tokens.
 
-    The output layer, a third of a small model's work, is applied to the positions that predict a supervised token and
-    to no others. Whatever the model does to its logits afterwards (scaling, soft-capping) is still done. No attention
-    mask is given: rows are padded on the right, where no token of a causal model looks.
+    They are in the order of the rows. The output layer takes a third of a small model's work, so it is applied only to
+    the positions that predict a supervised token. Whatever the model does to its logits afterwards (scaling,
+    soft-capping) is still done. No attention mask is given: rows are padded on the right, where no token of a causal
+    model looks.
     """
     positions = batch["predicting"]
 

@@ -1,4 +1,4 @@
-"""The scoring of several tasks, each by generation or by the likelihood of its choices, and the files of answers."""
+"""Scores several tasks, each by generation or by the likelihood of its choices, and writes files of answers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ def score_tasks(
     limit: int | None = None,
     when: str = "",
 ) -> dict[str, Score]:
-    """Score a model on several tasks, with a bar for each.
+    """Score a model on several tasks, with a progress bar for each.
 
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: turns problems into tokens as in training.
-        tasks: the tasks, each with how its completions are generated, or None to score its choices by likelihood.
+        tasks: pairs of a task and the decoding of its completions. With None for the decoding, the choices of the task
+            are scored by likelihood.
         console: where progress is written.
-        batch_size: sequences of a forward.
-        limit: score only the first so many problems of each task.
-        when: said beside the bar, such as ``before``.
+        batch_size: number of sequences of a forward.
+        limit: score only this many problems of each task, the first ones; all where None.
+        when: a word for the progress bar, such as ``before``.
 
     Returns:
         The scores by the tasks' names.
@@ -65,7 +66,7 @@ def score_tasks(
 
 
 def write_answers(path: Path, scores: Iterable[Score]) -> None:
-    """Write each answer of some evaluations as a line of a JSONL file."""
+    """Write a JSONL file with one line for each answer of each score."""
     with path.open("w", encoding="utf-8") as lines:
         for score in scores:
             for answer in score.answers:

@@ -1,4 +1,4 @@
-"""A recipe to a trained adapter, through failures."""
+"""Trains an adapter as a recipe says, and survives failures on the way."""
 
 from diablo.training.run import RunResult, train
 

@@ -1,4 +1,4 @@
-"""Engines that shard a model over processes: what each holds a part of is put together, and taken apart again."""
+"""Engines that shard a model over processes: they put the parts of all processes together, and cut them again."""
 
 from __future__ import annotations
 
@@ -21,58 +21,61 @@ Tensors = dict[str, torch.Tensor]
 """Tensors by the names of the model's parameters."""
 
 _FLAT = {2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
-"""Where DeepSpeed's optimizer has its flat tensors, by the stage of ZeRO."""
+"""The attribute of DeepSpeed's optimizer that has its flat tensors, by the stage of ZeRO."""
 
 
 class Engine:
-    """How the processes of a run hold the model; this one: each holds all of it.
+    """How the processes of a run hold the model. With this engine, each process holds all of it.
 
-    A checkpoint is the same whichever engine has written it: the trained parameters and the optimizer's state are whole
-    in it, as in that of one process. All processes call each method together.
+    Checkpoints are the same with every engine: they have the whole trained parameters and the whole state of the
+    optimizer, as a run of one process writes them. All processes call each method together.
 
     Attributes:
-        shards: whether a process holds but a part of the model in training.
+        shards: whether each process holds only a part of the model during training.
     """
 
     shards = False
 
     def check(self, distributed_type: DistributedType) -> None:
-        """Check that accelerate does what it was launched for.
+        """Check that accelerate will really shard the model, where it was launched for that.
+
+        Args:
+            distributed_type: what accelerate has set up.
 
         Raises:
             UserError: it would shard nothing.
         """
 
     def created(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take note of the optimizer of the whole model."""
+        """Remember what is needed of the optimizer of the whole model, before accelerate changes it."""
 
     def prepared(self, model: nn.Module, optimizer: Any) -> None:
-        """Look at the model and the optimizer that accelerate has spread over the processes.
+        """Check the model and the optimizer that accelerate has spread over the processes.
 
         Raises:
-            UserError: its state could not be put together again.
+            UserError: the optimizer's state could not be put together again.
         """
 
     def kept(self, model: nn.Module) -> int:
-        """The values of parameters that this process keeps, of all that the model has."""
+        """The number of the model's values (entries of its parameters) that this process keeps."""
         return sum(parameter.numel() for parameter in model.parameters())
 
     def trained(self, model: nn.Module) -> Tensors | None:
-        """The trained parameters, whole, on the CPU; None where the model itself has them whole."""
+        """The whole trained parameters, on the CPU; None where the model itself has them whole."""
         return None
 
     @torch.no_grad()
     def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
-        """Give the trained parameters these values, which are whole."""
+        """Set the trained parameters to these values. Each tensor is a whole parameter."""
         for name, parameter in _trained(model):
             parameter.copy_(_part_for(parameter, tensors[name]))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """What ``state_dict()`` of the whole model's optimizer would be, on the CPU."""
+        """The ``state_dict()`` that the optimizer of the whole model would have, on the CPU."""
         return optimizer.state_dict()
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """Give the optimizer a state of the whole model."""
+        """Load a state of the whole model's optimizer, as :meth:`optimizer_state` returns it."""
         optimizer.load_state_dict(state)
 
 
@@ -87,7 +90,7 @@ class FullyShardedDataParallel(Engine):
                 "accelerate was launched with FSDP 1, which cannot hold frozen weights beside trained ones: set "
                 "fsdp_version: 2 in its config file, or launch it with --fsdp_version 2."
             )
-        # Otherwise only one process would have read the model, which each checks before it is sharded.
+        # With "true", only one process would read the model. But each process checks the model before it is sharded.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
     def check(self, distributed_type: DistributedType) -> None:
@@ -99,15 +102,15 @@ class FullyShardedDataParallel(Engine):
             )
 
     def kept(self, model: nn.Module) -> int:
-        """This process's part of each parameter."""
+        """The number of values in this process's part of each parameter, summed up."""
         return sum(_local(parameter).numel() for parameter in model.parameters())
 
     def trained(self, model: nn.Module) -> Tensors:
-        """The trained parameters, gathered."""
+        """The trained parameters, gathered from all processes."""
         return {name: _gather(parameter.detach()) for name, parameter in _trained(model)}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state, gathered."""
+        """The optimizer's state, gathered from all processes."""
         state = optimizer.state_dict()
         whole = {
             number: {name: _gather(value) for name, value in of_parameter.items()}
@@ -116,7 +119,7 @@ class FullyShardedDataParallel(Engine):
         return {**state, "state": whole}
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """Keep this process's part of each moment."""
+        """Load this process's part of each moment."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         parts = {
             number: {
@@ -129,9 +132,10 @@ class FullyShardedDataParallel(Engine):
 
 
 class DeepSpeed(Engine):
-    """ZeRO: each process optimizes its part of the trained parameters, which it holds as flat tensors in fp32.
+    """DeepSpeed's ZeRO: each process optimizes its part of the trained parameters, and holds it in flat fp32 tensors.
 
-    What is beneath DeepSpeed's own functions for such parts is looked up under the names of its release 0.19.
+    DeepSpeed has public functions for such parts. Where they do not suffice, this class uses attributes under the names
+    that DeepSpeed 0.19 gives them.
     """
 
     shards = True
@@ -142,24 +146,25 @@ class DeepSpeed(Engine):
                 "accelerate was launched with DeepSpeed, which is not installed; install it with: pip install "
                 "'diablo-peft[deepspeed]'."
             )
-        # The recipe says what these are.
+        # The recipe sets these two values, so that accelerate must not.
         for setting in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"):
             os.environ[setting] = "auto"
-        # As for FSDP: each process reads the model.
+        # As with FSDP, each process reads the whole model.
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
         self._numbers: list[list[int]] = []
         self._parameters: list[nn.Parameter] = []
 
     def created(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remember the parameters, in whose place DeepSpeed puts flat tensors."""
+        """Remember the parameters: DeepSpeed replaces them in the optimizer by flat tensors."""
         self._numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def prepared(self, model: nn.Module, optimizer: Any) -> None:
-        """Check that the optimizer is torch's AdamW in flat tensors, and have adapters gathered in every forward."""
+        """Check that the optimizer is torch's AdamW over flat tensors, and have adapters gathered in every forward."""
         from deepspeed import zero
 
-        # What lies in a dictionary of parameters it would only find in a forward of its own, not in the model's.
+        # DeepSpeed gathers a module's parameters when that module's own forward is called. A dictionary of parameters
+        # has no forward, so its parameters are registered with the layer that uses them.
         for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
             for held in [module for module in layer.modules() if isinstance(module, nn.ParameterDict)]:
                 for parameter in held.values():
@@ -177,18 +182,18 @@ class DeepSpeed(Engine):
             )
 
     def kept(self, model: nn.Module) -> int:
-        """All, and with stage 3 this process's part of each."""
+        """The number of all values. With stage 3 it is that of this process's parts."""
         return sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in model.parameters())
 
     def trained(self, model: nn.Module) -> Tensors:
-        """The values in fp32 that the optimizer holds, gathered."""
+        """The fp32 values that the optimizer holds, gathered from all processes."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in _trained(model)}
 
     @torch.no_grad()
     def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
-        """Keep this process's part in fp32, and what the model computes with."""
+        """Set this process's part of the fp32 values, and the values that the model computes with."""
         from deepspeed import zero
 
         for name, parameter in _trained(model):
@@ -197,14 +202,14 @@ class DeepSpeed(Engine):
                 parameter.copy_(tensors[name])
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state, gathered parameter by parameter."""
+        """The optimizer's state, gathered parameter by parameter."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = optimizer.optimizer.optimizer
         flat = next(iter(inner.state.values()))
         state = {
             number: {
-                # A tensor of its own for each parameter, which the optimizer counts on in place.
+                # Each parameter gets its own tensor of the step, since an optimizer counts steps in place.
                 name: value.clone().cpu() if name == "step" else safe_get_full_optimizer_state(parameter, name).cpu()
                 for name, value in flat.items()
             }
@@ -214,7 +219,7 @@ class DeepSpeed(Engine):
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """Make the flat tensors that the first step would make, and keep this process's part in them."""
+        """Make the flat tensors of the state, as the first step would, and fill in this process's part."""
         sharded = optimizer.optimizer
         inner = sharded.optimizer
         is_stage_3 = hasattr(sharded, _FLAT[3])
@@ -233,7 +238,11 @@ class DeepSpeed(Engine):
 
 
 def launched_engine() -> Engine:
-    """The engine that ``accelerate launch`` was told to use."""
+    """The engine that ``accelerate launch`` was told to use.
+
+    Raises:
+        UserError: the engine is not installed, or is FSDP 1.
+    """
     for variable, engine in (
         ("ACCELERATE_USE_FSDP", FullyShardedDataParallel),
         ("ACCELERATE_USE_DEEPSPEED", DeepSpeed),
@@ -244,10 +253,10 @@ def launched_engine() -> Engine:
 
 
 def check_shardable(plan: Plan) -> None:
-    """Check that what a plan trains can be trained on a sharded model, and saved from it.
+    """Check that a plan can be trained on a sharded model, and that its result can be saved from there.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be.
     """
     without = "train without FSDP and DeepSpeed"
     method, quantization = plan.recipe.method.name, plan.recipe.quantization
@@ -289,7 +298,7 @@ def _local(value: torch.Tensor) -> torch.Tensor:
 
 
 def _part_for(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """A tensor of the parameter's shape, laid out over the processes as the parameter is."""
+    """A whole tensor of the parameter's shape, spread over the processes as the parameter is."""
     if not isinstance(parameter, DTensor):
         return whole
     moved = whole.to(parameter.device, parameter.dtype)
@@ -297,7 +306,13 @@ def _part_for(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_part(parameter: Any, whole: torch.Tensor, moment: str | None = None) -> None:
-    """Write this process's part of a parameter's fp32 values, or of a moment, to where ZeRO keeps it."""
+    """Write this process's part of a parameter's fp32 values, or of one of its moments, to where ZeRO keeps it.
+
+    Args:
+        parameter: the parameter.
+        whole: the whole values, of the parameter's shape.
+        moment: name of the moment; None for the fp32 values of the parameter itself.
+    """
     from deepspeed import utils
 
     whole = whole.to(parameter.device, torch.float32)
@@ -307,7 +322,7 @@ def _keep_part(parameter: Any, whole: torch.Tensor, moment: str | None = None) -
         else:
             utils.safe_set_full_optimizer_state(parameter, whole, moment)
         return
-    # Parts are equally long: the last is padded. DeepSpeed's functions for whole values do not see to that.
+    # All parts have one length, so that the last one is padded. DeepSpeed's functions for whole values do not pad.
     length = int(parameter.ds_tensor.ds_numel)
     padded = F.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
     part = padded.narrow(0, length * distributed.get_rank(), length)

@@ -1,4 +1,4 @@
-"""A run in several processes: each computes the same, and the main one writes."""
+"""A run in several processes: they train together, and only the main process writes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from diablo.training.engines import DeepSpeed, launched_engine
 
 
 class Processes:
-    """The processes of a run, as torchrun or ``accelerate launch`` has started them; one where neither has.
+    """The processes of a run, as torchrun or ``accelerate launch`` has started them; otherwise one process.
 
-    What is scored, and the losses on held-out rows, every process computes for itself: none waits for another so long
-    that the connection between them times out.
+    Scores and the losses on held-out rows are computed by every process for itself. So no process waits for another one
+    so long that their connection times out.
 
     Attributes:
-        count: how many there are.
-        is_main: whether this is the one that writes.
-        engine: how they hold the model.
+        count: number of processes.
+        is_main: whether this is the process that writes.
+        engine: how the processes hold the model.
 
     Raises:
-        UserError: they were launched to shard the model, which they cannot.
+        UserError: the processes were launched to shard the model, and cannot do that here.
     """
 
     def __init__(self) -> None:
         self.engine = launched_engine()
         on_cpu = not torch.cuda.is_available()
-        # It also chooses each process's own GPU, which "cuda" means from then on. With cpu=True it would forget
-        # DeepSpeed, which can do with CPUs.
+        # PartialState also chooses the GPU of this process; from then on, "cuda" means that GPU. With cpu=True,
+        # accelerate would not set up DeepSpeed, although DeepSpeed works on CPUs too.
         self._state = (
             PartialState(cpu=False, backend="gloo")
             if on_cpu and isinstance(self.engine, DeepSpeed)
@@ -42,7 +42,7 @@ class Processes:
         self.is_main: bool = self._state.is_main_process
 
     def total(self, count: int) -> int:
-        """The sum of a number over the processes."""
+        """The sum of a number over all processes."""
         if self.count == 1:
             return count
         values = torch.tensor(count, device=self._state.device)
@@ -50,13 +50,13 @@ class Processes:
         return int(values)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self._state.wait_for_everyone()
 
     def main_first(self) -> AbstractContextManager[None]:
-        """What is inside, the main process of each machine does before the others: they find it done."""
+        """A context that the main process of each machine goes through before the others, which then find it done."""
         return self._state.local_main_process_first()
 
     def console(self, console: Console) -> Console:
-        """The console on the main process, and one that shows nothing on the others."""
+        """The console itself on the main process, and on the others a console that shows nothing."""
         return console if self.is_main else Console(file=io.StringIO())

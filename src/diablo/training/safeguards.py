@@ -1,4 +1,4 @@
-"""Bad weather: losses that are not finite, memory that runs out, and somebody who wants to stop."""
+"""What to do when training goes wrong: a loss that is not finite, no memory left, or somebody who wants to stop."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ _MOST_SKIPPED_IN_A_ROW = 10
 
 
 class FiniteLosses(TrainerCallback):
-    """Stops training at a loss that is not finite, or leaves out the step.
+    """Stops training at a loss that is not finite, or leaves out its step.
 
-    On a CPU a loss is looked at before its backward. On a GPU that would make the host wait in each step, so losses are
-    looked at together whenever the trainer logs or saves; where steps are to be left out, it has to be done each time.
+    On a CPU, each loss is checked before its backward. On a GPU this would make the host wait in each step. So in mode
+    ``"stop"`` the losses are checked together whenever the trainer logs or saves. In mode ``"skip"`` each loss has to
+    be checked at once there too.
 
     Args:
         mode: ``"stop"`` or ``"skip"``.
-        can_look: whether one process alone can look into the model for what is not finite.
+        can_look: whether one process alone can search the model for values that are not finite. On a sharded model it
+            cannot.
 
     Attributes:
-        skipped: the steps that were left out; a resumed run starts with those before.
+        skipped: numbers of the steps that were left out, including those before a run was resumed.
     """
 
     def __init__(self, mode: Literal["stop", "skip"], *, can_look: bool = True) -> None:
@@ -38,32 +40,34 @@ class FiniteLosses(TrainerCallback):
         self.skipped: list[int] = []
         self._unseen: list[tuple[int, list[int], torch.Tensor]] = []
         self._leave_out = False
-        # What the steps that were left out have added to the loss that is logged next, and how many they are.
+        # The sum of this step's finite losses so far; the sum of the finite losses of the steps that were left out
+        # since the last log; and the number of these steps.
         self._of_step = self._excluded = 0.0
         self._excluded_steps = 0
 
     def check(
         self, model: Any, loss: torch.Tensor, step: int, rows: list[int], forward: Callable[[], object]
     ) -> torch.Tensor:
-        """Look at a loss, or remember it.
+        """Check a loss, or remember it to be checked later.
 
         Args:
             model: the model.
-            loss: a scalar.
+            loss: the loss, a scalar tensor.
             step: number of the optimizer step, from 1.
             rows: numbers of the rows in the batch.
-            forward: computes the loss again, to find where it stops being finite.
+            forward: computes the loss again, to find the module where values stop being finite.
 
         Returns:
-            The loss to go on with: one without gradient where the step is to be left out.
+            The loss to go on with. Where the step is left out, it is a zero whose gradients are zeros.
 
         Raises:
-            UserError: it is not finite, and training is to stop.
+            UserError: the loss is not finite, and training has to stop: in mode ``"stop"``, after ten steps in a row
+                that were left out, or where a trained parameter is not finite.
         """
         if loss.device.type != "cpu" and self.mode == "stop":
             self._unseen.append((step, rows, loss.detach()))
             return loss
-        # Reading a CPU tensor's memory waits for nothing.
+        # Reading the memory of a CPU tensor directly waits for nothing.
         value = float(loss.detach().numpy()) if loss.device.type == "cpu" else loss.item()
         if math.isfinite(value):
             self._of_step += value
@@ -77,7 +81,7 @@ class FiniteLosses(TrainerCallback):
         return sum((p.sum() * 0.0 for p in model.parameters() if p.requires_grad), torch.zeros_like(loss))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the gradients away where the step is left out: optimizers pass over parameters without one."""
+        """Remove all gradients where the step is left out: optimizers skip parameters that have no gradient."""
         if self._leave_out:
             self.skipped.append(state.global_step + 1)
             self._excluded += self._of_step
@@ -86,14 +90,14 @@ class FiniteLosses(TrainerCallback):
         self._leave_out, self._of_step = False, 0.0
 
     def mean_loss(self, mean: float, steps: int) -> float | None:
-        """The mean loss since the last time, without the steps that were left out.
+        """The mean loss since the last call, without the steps that were left out.
 
         Args:
-            mean: the mean over all steps, those that were left out with 0 where their loss was not finite.
-            steps: how many these are.
+            mean: the mean over all steps since then. A loss that was not finite counts as 0 in it.
+            steps: number of these steps.
 
         Returns:
-            The mean; None where all were left out.
+            The mean; None where all steps were left out.
         """
         excluded, left_out = self._excluded, self._excluded_steps
         self._excluded, self._excluded_steps = 0.0, 0
@@ -102,7 +106,7 @@ class FiniteLosses(TrainerCallback):
         return (mean * steps - excluded) / (steps - left_out) if steps > left_out else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look at the losses since the last time, before anything is logged or saved."""
+        """Check the losses since the last check, before anything is logged or saved."""
         if self._unseen and (control.should_log or control.should_save or control.should_training_stop):
             unseen, self._unseen = self._unseen, []
             values = torch.stack([loss for _, _, loss in unseen]).tolist()
@@ -112,9 +116,13 @@ class FiniteLosses(TrainerCallback):
 
 
 def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The first module whose output has NaN or infinite values in a forward; None where none has.
+    """The name of the first module whose output has NaN or infinite values in a forward; None where there is none.
 
-    A module that holds others is found only where none of these is at fault.
+    A module that contains others is named only where the outputs of all of them are finite.
+
+    Args:
+        model: the model.
+        forward: runs one forward of the model.
     """
     found: list[str] = []
 
@@ -138,8 +146,8 @@ def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> 
 
 
 def _find(model: nn.Module, forward: Callable[[], object]) -> str:
-    # Weights first: the first module with such a weight need not be the one where training went wrong, but it is at
-    # fault now.
+    # Weights are checked first. The module with such a weight need not be where training went wrong, but it is what
+    # breaks the forward now.
     if fault := _not_finite(model):
         return fault
     module = first_module_not_finite(model, forward)
@@ -149,7 +157,7 @@ def _find(model: nn.Module, forward: Callable[[], object]) -> str:
 
 
 def _not_finite(model: nn.Module) -> str:
-    """Which trained parameter is not finite, in words; empty where all are."""
+    """Which trained parameter is not finite, in words; empty where all of them are finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             return f"{name.removeprefix('base_model.model.')} is no longer finite"
@@ -166,15 +174,15 @@ def _error(value: float, step: int, rows: list[int], where: str, mode: str) -> U
 
 
 class StopWhenAsked(TrainerCallback):
-    """Ctrl-C, or a scheduler's SIGTERM: the step that is being made is finished, a checkpoint saved, and training ends.
+    """Stops training at Ctrl-C, or at a scheduler's SIGTERM, after the current step and with a checkpoint.
 
-    A second Ctrl-C ends at once. It is for runs of one process: several would stop at different steps.
+    A second signal stops at once. This is for runs of one process: several processes would stop at different steps.
 
     Args:
-        console: where it is said that the signal has arrived.
+        console: where the arrival of the signal is reported.
 
     Attributes:
-        asked: the signal that asked; None where nobody has.
+        asked: the signal that asked to stop; None where none has arrived.
     """
 
     def __init__(self, console: Console) -> None:
@@ -187,7 +195,7 @@ class StopWhenAsked(TrainerCallback):
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:
-                break  # not in the main thread, where no signals arrive
+                break  # this is not the main thread: only that one gets signals
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -195,7 +203,7 @@ class StopWhenAsked(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop where asked to."""
+        """Save a checkpoint and stop, where a signal asked for it."""
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
 
@@ -207,12 +215,12 @@ class StopWhenAsked(TrainerCallback):
 
 
 def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> UserError | None:
-    """What to lower where memory ran out; None where an error says something else.
+    """An error that says which settings to lower, where memory ran out; None where an error says something else.
 
     Args:
-        error: the error.
-        recipe: what the run was told.
-        longest: tokens of the longest row.
+        error: the error that was raised.
+        recipe: the run's recipe.
+        longest: number of tokens of the longest row.
     """
     is_out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not is_out:

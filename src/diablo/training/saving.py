@@ -24,16 +24,17 @@ _MANIFEST = "manifest.json"
 
 
 def publish(folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Give the checkpoints that have been written to the staging folder their place.
+    """Move the checkpoints in the staging folder to their final place.
 
-    Each gets a list of its files, with sizes and digests; everything is synced to the disk before the name appears.
+    Each gets a manifest: a list of its files with their sizes and digests. Everything is synced to the disk before a
+    checkpoint gets its final name.
 
     Args:
-        folder: the folder of the checkpoints, which has the staging folder.
-        about: what else is to be known of them.
+        folder: the folder of the checkpoints. The staging folder is in it.
+        about: further facts to keep in each manifest; see :func:`about`.
 
     Returns:
-        The checkpoints.
+        The folders of the checkpoints.
     """
     published = []
     for staged in sorted((folder / STAGING).glob("checkpoint-*")):
@@ -54,7 +55,7 @@ def publish(folder: Path, about: Mapping[str, Any]) -> list[Path]:
 
 
 def clear_staging(folder: Path) -> None:
-    """Delete what an interrupted save has left."""
+    """Delete the staging folder, with what an interrupted save has left in it."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
@@ -65,7 +66,8 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
         folder: the folder of the checkpoints; it need not exist.
 
     Returns:
-        The checkpoint, None where there is none, and by name the later ones that were passed over, with the reasons.
+        The folder of the checkpoint, or None where none is whole; and for each later checkpoint, by its name, why it is
+        not whole.
     """
     found = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
@@ -81,16 +83,16 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
 
 
 def about(checkpoint: Path) -> dict[str, Any]:
-    """What else is known of a checkpoint that is whole."""
+    """The further facts in the manifest of a checkpoint that is whole; see :func:`publish`."""
     return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["about"]
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """What is inside writes into a folder.
+    """A context for code that writes to a folder. It turns a failed write into an error for the user.
 
     Raises:
-        UserError: it could not, such as on a full disk.
+        UserError: a file could not be written, for instance because the disk is full.
     """
     try:
         yield
@@ -104,7 +106,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def is_failed_write(error: Exception) -> bool:
-    """Whether an error says that a file could not be written, such as on a full disk."""
+    """Whether an error says that a file could not be written, for instance because the disk is full."""
     return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
 
 

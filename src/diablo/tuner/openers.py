@@ -1,4 +1,4 @@
-"""The modules around adapted layers, each of which opens a pass when it is called outside of one."""
+"""The modules around adapted layers: each of them opens a pass when it is called outside of one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from diablo.tuner.passes import left
 
 
 def connect(root: nn.Module) -> None:
-    """Let all adapted layers of a model share their passes, and every module around them open one when it is called.
+    """Let all adapted layers of a model share their passes, and let every module around them open passes.
 
-    Such a module becomes an instance of a subclass of its class, under the same name: its forward is that of its class,
-    in a pass. Hooks would not do: torch does not call them where Ctrl-C ends a forward. Nor would a forward among its
-    attributes: the compiler would compile each layer of a model anew where they are compiled one by one.
+    Such a module becomes an instance of a subclass of its class, under the same name. Its forward is the forward of its
+    class, inside a pass. Two other ways do not work. Hooks: torch does not call them where Ctrl-C ends a forward. A
+    ``forward`` among the module's attributes: where the layers of a model are compiled one by one, the compiler would
+    compile each of them anew.
 
     Args:
-        root: the model, in which the adapted layers are already.
+        root: the model, with the adapted layers in it.
     """
     layers = _layers_in(root)
-    # Graphs of adapters that were there before have the passes of their layers.
+    # Graphs from before this call refer to the passes of the layers that existed then. So these passes go on.
     known = next((layer for module in root.modules() for layer in adapted_layers(module)), layers[0])
     for layer in layers:
         layer.passes = known.passes
     modules = [module for module in root.modules() if not isinstance(module, DiabloLayer)]
     around = [module for module in modules if _layers_in(module)]
-    # Who looks for the modules of a class, as wrappers do that shard layers, must find all of them or none.
+    # Wrappers that shard a model look for all modules of one class. So a class is replaced in all of its modules or in
+    # none: where only some of them have adapted layers inside, it is not replaced.
     others = set(modules) - set(around)
     partly = {_plain(type(module)) for module in others}
     for module in around:
@@ -49,16 +51,19 @@ def disconnect(root: nn.Module) -> None:
         module.__class__ = _plain(type(module))
 
 
-# The compiler takes a reference that is not held for what it refers to.
+# The compiler takes a weak reference for the object that it refers to.
 @torch.compiler.disable
 def adapted_layers(module: nn.Module) -> list[DiabloLayer]:
-    """The adapted layers inside of a module that opens passes; none of another one."""
+    """The adapted layers inside of a module that opens passes; an empty list for any other module."""
     inside: _Inside | None = vars(module).get("_diablo_inside")
     return [] if inside is None else inside.layers(module)
 
 
 class _Inside:
-    """The adapted layers inside of a module, which it does not keep alive; a copy of the module has others."""
+    """The adapted layers inside of a module, by weak references.
+
+    A copy of the module finds its own layers.
+    """
 
     def __init__(self) -> None:
         self._layers: list[ref[DiabloLayer]] | None = None
@@ -77,13 +82,13 @@ def _layers_in(module: nn.Module) -> list[DiabloLayer]:
 
 
 def _plain(cls: type) -> type:
-    """The class that an opening one was made of, or the class itself."""
+    """The class that a class made by :func:`_opening` was made from; any other class itself."""
     return vars(cls).get("_diablo_plain_class", cls)
 
 
 def _opening(plain: Any) -> type | None:
-    """The subclass of a module's class whose forward opens a pass; None where there can be none."""
-    # The class keeps it: compiled graphs are of a class, and go with it.
+    """The subclass of a module's class whose forward opens a pass; None where it cannot be made."""
+    # The plain class keeps the subclass, so that it is made once. Compiled graphs belong to a class and vanish with it.
     if (known := vars(plain).get("_diablo_opening_class")) is not None:
         return known
     is_usual = plain.__reduce_ex__ is object.__reduce_ex__ and plain.__reduce__ is object.__reduce__
@@ -92,8 +97,8 @@ def _opening(plain: Any) -> type | None:
 
     @wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A compiled graph has its passes inside of its operators. What was made of this class elsewhere, or is called
-        # by somebody who has kept the method of a model that was unloaded, opens none.
+        # In a compiled graph the operators open the passes. A module without adapted layers opens none either: somebody
+        # may make another module of this class, or keep this method after the adapters were unloaded.
         if torch.compiler.is_compiling() or not (layers := adapted_layers(self)):
             return plain.forward(self, *args, **kwargs)
         passes = layers[0].passes
@@ -112,7 +117,7 @@ def _opening(plain: Any) -> type | None:
         return result
 
     def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # The class cannot be found by its name, which is that of the class it was made of.
+        # Pickle finds a class by its name, and this class has the name of the plain one. So the plain class is pickled.
         kept: Any = object.__reduce_ex__(self, max(2, protocol))
         _, (_, *args), *state = kept
         return _new, (plain, *args), *state
@@ -130,7 +135,7 @@ def _opening(plain: Any) -> type | None:
     try:
         plain._diablo_opening_class = new_class(plain.__name__, (plain,), {}, fill)
     except Exception:
-        # Some classes ask their subclasses for more. The layers inside then open their own passes.
+        # Some classes require more of their subclasses. The layers inside then open passes of their own.
         return None
     return plain._diablo_opening_class
 

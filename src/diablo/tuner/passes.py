@@ -1,9 +1,9 @@
-"""The pass: a weight holds blocks while a forward or a backward of its model runs, and at no other time.
+"""The pass: a weight has blocks in it while a forward or a backward of its model runs, and at no other time.
 
-A forward of an adapted model, or of any module in it that has adapted layers inside, writes the blocks of all these
-layers into their weights when it begins and takes them out when it ends, by return or by exception. A backward does the
-same around itself: it writes when the first adapted layer's gradient is asked for, and restores when autograd's engine
-has finished. Whoever looks at a weight at any other time sees the base's, to the bit.
+A forward runs on an adapted model, or on any module in it that has adapted layers inside. When it begins, it writes the
+blocks of all these layers into their weights. When it ends, by return or by exception, it puts the base weights back. A
+backward does the same: it writes the blocks when it comes to the first adapted layer, and puts the base weights back
+when autograd's engine has finished. At any other time a weight is the base weight, to the bit.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _TWO_THREADS = (
 
 
 class Watched(NamedTuple):
-    """What a layer's part in a pass hangs on, as it is found again in each pass.
+    """Everything that a layer's part in a pass depends on. Each pass checks whether it is still as it was.
 
     Attributes:
-        places: tensors and modules, each by torch's table of them and its key there.
-        hooks: tables of hooks that are empty, or are not.
-        namespaces: attributes of modules, among which there is a forward of their own, or is not.
+        places: where torch keeps tensors and modules: pairs of a table and a key. The same object must be found there.
+        hooks: tables of hooks. What matters is whether each is empty.
+        namespaces: attributes of modules. What matters is whether each has an entry ``forward``.
     """
 
     places: Sequence[tuple[dict[str, Any], str]] = ()
@@ -50,12 +50,12 @@ class Watched(NamedTuple):
 
 
 class Member(Protocol):
-    """What a pass asks of a layer; :class:`diablo.tuner.layers.DiabloLayer` answers.
+    """What a pass needs of a layer; :class:`diablo.tuner.layers.DiabloLayer` implements it.
 
     Attributes:
         number: the layer's number in ``LAYERS``.
-        merged_adapters: names of the adapters that are merged into its weights.
-        passes: the passes of the model that it is part of.
+        merged_adapters: names of the adapters that are merged into the layer's weights.
+        passes: the passes of the model that the layer belongs to.
     """
 
     number: int
@@ -68,43 +68,48 @@ class Member(Protocol):
 
     @property
     def active_adapters(self) -> Sequence[str]:
-        """Names of the active adapters, which need not all be on this layer."""
+        """Names of the active adapters. Some of them may not be on this layer."""
 
     def names_in_use(self) -> tuple[str, ...]:
         """The adapters of this layer that a pass would use now."""
 
     def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
-        """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
+        """Prepare the layer for a pass with these adapters.
+
+        Returns:
+            Its part: the object with which the layer computes in the pass, or None where it needs none. And whether the
+            blocks stand in its weights during the pass.
+        """
 
     def diagonals_of(self, names: Sequence[str]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
-        """The weights that a pass with these adapters in them writes to, and what it adds to them."""
+        """The weights that a pass writes these adapters' blocks into, each with its blocks by layout."""
 
     def watched(self, names: tuple[str, ...]) -> Watched:
-        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+        """What the layer's part in a pass with these adapters depends on, besides the choice of adapters."""
 
     def take_blocks_back(self) -> None:
-        """Have the blocks at hand, where accelerate has offloaded them."""
+        """Bring the blocks back to their device, where accelerate has offloaded them."""
 
 
 LAYERS: WeakValueDictionary[int, Member] = WeakValueDictionary()
-"""The adapted layers by number, for those who must not keep them alive: plans, which graphs hold, and operators."""
+"""The adapted layers by number. Plans and operators use it: they must not keep layers alive, and graphs keep plans."""
 
 
 class Plan:
-    """What a pass uses and writes: which adapters each layer has, and what stands in its weights meanwhile.
+    """What a pass uses and writes: the adapters of each layer, and the blocks that stand in the weights meanwhile.
 
     Args:
         layers: the layers of the pass.
-        names: the adapters that each of them uses, by its number.
-        bare: whether the weights are left alone; the products of all blocks are then added beside them.
+        names: the adapters that each layer uses, by the layer's number.
+        bare: whether the weights are left alone. The blocks are then beside the weights on all layers.
 
     Attributes:
         names: as given.
-        parts: what the layers compute with that it has prepared, by the layer's number.
-        held: the numbers of those whose blocks stand in their weights.
-        writes: whether anything is written.
-        sweep: what writes it, and restores the base values.
-        active: the adapters that were active when it was made; None where they were disabled.
+        parts: the parts of the layers that have one (see :meth:`Member.part`), by the layer's number.
+        held: the numbers of the layers whose blocks stand in their weights.
+        writes: whether any blocks are written into weights.
+        sweep: writes the blocks, and restores the base values.
+        active: the adapters that were active when the plan was made; None where all were disabled.
     """
 
     def __init__(self, layers: Sequence[Member], names: Mapping[int, tuple[str, ...]], bare: bool) -> None:
@@ -122,7 +127,7 @@ class Plan:
                 diagonals += layer.diagonals_of(names[layer.number])
         self.writes = bool(diagonals)
         self.sweep = DiagonalSweep(diagonals)
-        # What it hangs on, in lists that are compared without coming back to Python for each layer.
+        # What the plan depends on stands in flat lists: comparing these runs no Python code for each layer.
         watched = [layer.watched(names[layer.number]) for layer in layers]
         self._choices = copy.deepcopy([_CHOICE(layer) for layer in layers])
         self._tables = [table for own in watched for table, _ in own.places]
@@ -135,12 +140,13 @@ class Plan:
         self._hooked = list(map(bool, self._hooks))
         self._namespaces = [namespace for own in watched for namespace in own.namespaces]
         self._overridden = list(map(_HAS_FORWARD, self._namespaces))
-        # Modules alone: a tensor of another class is another object.
+        # A module can change its class and stay the same object. A tensor of another class is another object, so that
+        # only the classes of modules are compared.
         self._modules = [found for found in self._found if isinstance(found, torch.nn.Module)]
         self._types = list(map(type, self._modules))
 
     def is_there(self) -> bool:
-        """Whether the weights and parameters are still the same ones, where they were."""
+        """Whether the weights, blocks and modules are the same objects, and the parameters' memory is where it was."""
         try:
             if not all(map(is_, map(getitem, self._tables, self._keys), self._found)):
                 return False
@@ -149,7 +155,7 @@ class Plan:
         return list(map(_ADDRESS, self._parameters)) == self._addresses
 
     def is_chosen(self, layers: Sequence[Member]) -> bool:
-        """Whether the adapters are chosen, trained and frozen as they were, and the base layers compute as they did."""
+        """Whether the choice of adapters, what is trained, and how the base layers compute are as they were."""
         return (
             list(map(_CHOICE, layers)) == self._choices
             and list(map(_REQUIRES_GRAD, self._parameters)) == self._trained
@@ -159,11 +165,11 @@ class Plan:
         )
 
     def covers(self, layers: Sequence[Member]) -> bool:
-        """Whether the layers are among those of the plan."""
+        """Whether all these layers are in the plan."""
         return all(layer.number in self.names for layer in layers)
 
     def check_unmerged(self) -> None:
-        """Refuse to write blocks into weights that others have been merged into since.
+        """Refuse to write blocks into a weight that adapters have been merged into after the plan was made.
 
         Raises:
             RuntimeError: a weight has merged adapters.
@@ -177,12 +183,12 @@ class Plan:
 
 
 class Pass:
-    """One forward that runs, as a context.
+    """One running forward, as a context.
 
     Attributes:
-        plan: what it uses and writes.
-        changes: how often the choice of adapters had changed when it began.
-        is_claimed: whether a module has taken it on itself to mark what the forward returns.
+        plan: what the pass uses and writes.
+        changes: how often the choice of adapters had changed when the pass began.
+        is_claimed: whether a module is running that will mark the outputs of this forward (see :meth:`mark`).
     """
 
     def __init__(self, passes: Passes, plan: Plan) -> None:
@@ -209,7 +215,7 @@ class Pass:
         try:
             self._close()
         except BaseException:
-            # Ctrl-C comes between any two lines. What was done can be done again.
+            # Ctrl-C can come between any two lines. Closing twice does no harm.
             self._close()
             raise
 
@@ -221,7 +227,7 @@ class Pass:
                 passes.running[self._thread] = self._outer
             elif inner is self:
                 del passes.running[self._thread]
-            # Generators may leave their contexts in another order.
+            # Generators may leave their contexts in another order than that of nesting.
             while inner is not None and inner is not self:
                 if inner._outer is self:
                     inner._outer = self._outer
@@ -229,27 +235,28 @@ class Pass:
             passes.settle()
 
     def reach(self) -> None:
-        """Make the weights, in a backward, what they were in this pass."""
-        # Every layer asks, and the first of them has done it.
+        """In a backward: give the weights the values that they had in this pass."""
+        # Every layer calls this, and the first call of a backward does the work.
         passes = self._passes
         if passes.reached is not self.plan or passes.reached_in != torch._C._current_graph_task_id():
             passes.reach(self.plan)
 
     def mark(self, result: Any, before: Callable[[], None] | None = None) -> None:
-        """See to it that a backward from tensors comes through :meth:`reach` first.
+        """Mark tensors, so that a backward from them calls :meth:`reach` first.
 
-        Marked are the outputs of a forward, so that a recomputation under checkpointing uses the adapters of this pass,
-        whichever are active by that time, and the outputs of what reads weights in a backward of its own.
+        Two kinds of tensors are marked. Outputs of a forward are, so that a recomputation under checkpointing uses the
+        adapters of this pass, and not those that are active by then. Outputs of functions whose backward reads weights
+        are, so that the weights have the right values there.
 
         Args:
-            result: tensors, in whatever they are put into.
-            before: called in place of :meth:`reach`.
+            result: tensors, in any nested containers.
+            before: called in place of :meth:`reach`, where given.
         """
         if torch.is_grad_enabled():
             before = before or self.reach
             for output in tree_leaves(result):
                 node: Any = output.grad_fn if isinstance(output, torch.Tensor) else None
-                # A module may return what it was given, which is another pass's.
+                # A module may return a tensor that it was given. Another pass has marked that one.
                 if node is not None and "diablo" not in node.metadata:
                     node.metadata["diablo"] = "marked"
                     node.register_prehook(lambda _: before())
@@ -257,7 +264,7 @@ class Pass:
 
 @contextmanager
 def left(opened: Pass) -> Iterator[Pass]:
-    """A pass that is left even where Ctrl-C comes as it is being entered or left: twice does no harm."""
+    """A context that leaves a pass even where Ctrl-C comes while it is entered or left. Leaving it twice is safe."""
     try:
         with opened:
             yield opened
@@ -267,18 +274,18 @@ def left(opened: Pass) -> Iterator[Pass]:
 
 
 class Passes:
-    """The passes of a model: which run, and what stands in the weights. All adapted layers of a model share one.
+    """The passes of a model: those that run, and what stands in the weights. All adapted layers of a model share it.
 
-    It refers to no module, so that a model is freed as soon as nobody refers to it.
+    It refers to no module, so that a model is freed as soon as nobody else refers to it.
 
     Attributes:
-        running: the innermost forward of each thread.
-        written: the plan whose blocks stand in the weights; None for the base values.
+        running: the innermost running forward of each thread, by the thread's number.
+        written: the plan whose blocks stand in the weights; None where the base values stand there.
         lock: held while any of these changes.
         changes: how often the choice of adapters has changed.
-        backwards: the backwards that run, by the number that autograd's engine gives them.
-        reached: the plan whose gradients a backward has come to last.
-        reached_in: the number of that backward.
+        backwards: the running backwards, by the number that autograd's engine gives to each.
+        reached: the plan of the pass whose layers a backward has come to; None while no backward runs.
+        reached_in: the number of that backward; -1 where there is none.
     """
 
     def __init__(self) -> None:
@@ -287,7 +294,7 @@ class Passes:
         self.written: Plan | None = None
         self.changes = 0
         self._plans: dict[Hashable, list[Plan]] = {}
-        # The engine holds them: one that it has dropped is no longer among these.
+        # Only autograd's engine keeps these objects alive. When it drops one, it vanishes here too.
         self.backwards: WeakValueDictionary[int, _End] = WeakValueDictionary()
         self.reached: Plan | None = None
         self.reached_in = -1
@@ -295,25 +302,25 @@ class Passes:
         self._recomputable: set[tuple[str, ...]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of a model, or what was pickled, has passes of its own.
+        # A copied or unpickled model gets new passes.
         return Passes, ()
 
     def current(self) -> Pass | None:
-        """The forward that runs in this thread."""
+        """The innermost forward that runs in this thread; None where none does."""
         return self.running.get(get_ident())
 
     def begin(self, layers: Sequence[Member], inputs: Any = (), bare: bool = False) -> Pass:
-        """A forward of some layers, to be entered as a context.
+        """The pass of a forward, to be entered as a context.
 
-        In a backward it is a recomputation, which uses the adapters of the pass that it repeats.
+        A forward that runs inside a backward is a recomputation. It uses the adapters of the forward that it repeats.
 
         Args:
-            layers: the layers.
-            inputs: what the forward is given.
+            layers: the layers of the forward.
+            inputs: the arguments of the forward.
             bare: whether the weights are left alone.
 
         Raises:
-            RuntimeError: ``in_place=True`` has become impossible for a layer, or nothing tells which adapters a
+            RuntimeError: ``in_place=True`` has become impossible for a layer, or it cannot be known which adapters a
                 recomputation has to use.
         """
         if bare:
@@ -323,21 +330,23 @@ class Passes:
         else:
             plan = self.plan(layers)
             if plan.active is not None and not torch.is_grad_enabled() and _any_requires_grad(inputs):
-                # As reentrant checkpointing runs a forward, of which no graph is left that would tell of the pass.
+                # Reentrant checkpointing runs forwards like this one: without gradients, on inputs that require them.
+                # No graph is left that could tell a recomputation about the pass, so its adapters are remembered here.
                 self._recomputable.add(plan.active)
         return Pass(self, plan)
 
     def plan(self, layers: Sequence[Member], names: tuple[str, ...] | None = None, bare: bool = False) -> Plan:
-        """What a pass of some layers uses and writes, as things are now.
+        """The plan of a pass of some layers, with their present state.
 
-        Plans are kept, and made anew where a weight, a parameter or the choice of adapters is another.
+        A plan is kept and used again. A new one is made where a weight, a parameter or the choice of adapters differs.
 
         Args:
             layers: the layers inside of a module, in the order of its modules.
-            names: the adapters that all of them use; the active ones where None.
+            names: the adapters that all of them use; each layer's active ones where None.
             bare: whether the weights are left alone.
         """
-        # Modules that have the same layers inside of them are around one another, and plan alike.
+        # The first layer and the number of layers identify the layers inside of a module. Modules that agree in both
+        # are nested in one another, with the same layers, so that they can share plans.
         key = (layers[0].number, len(layers), names, bare)
         for plan in self._plans.get(key, ()):
             if (names is not None or plan.is_chosen(layers)) and plan.is_there():
@@ -346,22 +355,22 @@ class Passes:
             layer.take_blocks_back()
         plan = Plan(layers, {layer.number: layer.names_in_use() if names is None else names for layer in layers}, bare)
         with self.lock:
-            # Those of weights that are no longer there would keep them alive.
+            # Plans whose weights have been replaced are dropped: they would keep the old weights alive.
             plans = {other: [old for old in own if old.is_there()] for other, own in self._plans.items()}
             plans[key] = [plan, *plans.get(key, ())][:_MOST_PLANS]
             self._plans = plans
         return plan
 
     def forget(self) -> None:
-        """Drop all plans, and with them the references to weights and the copies of their diagonals."""
+        """Drop all plans, with their references to weights and their copies of base values."""
         with self.lock:
             self._plans = {}
 
     def put(self, plan: Plan | None) -> None:
-        """Make the weights those of a plan; of the base where it is None.
+        """Write the blocks of a plan into the weights; with None, put the base values back.
 
         Raises:
-            RuntimeError: another thread runs a forward that has other blocks in the weights.
+            RuntimeError: the weights would change, and another thread runs a forward.
         """
         if plan is not None and not plan.writes:
             plan = None
@@ -373,12 +382,12 @@ class Passes:
             self.written.sweep.restore()
             self.written = None
         if plan is not None:
-            # Before the blocks are written, so that an interruption in between restores them.
+            # This comes before the blocks are written, so that the base values are put back after an interruption.
             self.written = plan
             plan.sweep.write()
 
     def settle(self) -> None:
-        """Make the weights what they have to be for whoever still runs."""
+        """Give the weights the values that the forwards and backwards need that still run; the base values if none."""
         current = self.current()
         if current is not None:
             self.put(current.plan)
@@ -388,7 +397,11 @@ class Passes:
             self.put(None)
 
     def reach(self, plan: Plan) -> None:
-        """Make the weights, in a backward, those of a plan; the base values are back when the backward has ended."""
+        """In a backward: write the blocks of a plan into the weights. When the backward ends, they are taken out.
+
+        Raises:
+            RuntimeError: a weight has merged adapters, or another thread runs a forward that needs other values.
+        """
         backward = torch._C._current_graph_task_id()
         with self.lock:
             if backward not in self.backwards:
@@ -398,11 +411,11 @@ class Passes:
                 Variable._execution_engine.queue_callback(end)
             plan.check_unmerged()
             self.put(plan)
-            # Last: threads of other devices go on as soon as they see it.
+            # This comes last: the backward's threads for other devices read it without the lock, and then go on.
             self.reached, self.reached_in = plan, backward
 
     def finish(self, backward: int) -> None:
-        """Take leave of a backward; what was done can be done again."""
+        """Note that a backward has ended, and settle the weights. Calling this twice does no harm."""
         with self.lock:
             self.backwards.pop(backward, None)
             if self.reached_in == backward:
@@ -413,10 +426,10 @@ class Passes:
             self.settle()
 
     def check_no_other_backward(self, plan: Plan) -> None:
-        """Refuse a forward that needs other values in the weights than a backward of another thread.
+        """Refuse a forward that needs other values in the weights than a running backward of another thread.
 
         Raises:
-            RuntimeError: it does.
+            RuntimeError: the two need different values.
         """
         wanted = plan if plan.writes else None
         if self.backwards and torch._C._current_graph_task_id() == -1 and self.written is not wanted:
@@ -426,7 +439,7 @@ class Passes:
         if self.reached is not None and self.reached.covers(layers):
             return self.reached
         if len(possible := self._recomputable) > 1:
-            # This backward ends here, and the next one is another.
+            # The error ends this backward. The next one starts without these.
             self._recomputable = set()
             raise RuntimeError(
                 "A recomputation under reentrant gradient checkpointing cannot tell whether its forward had the "
@@ -437,7 +450,7 @@ class Passes:
 
 
 class _End:
-    """What autograd's engine calls when a backward has ended, or drops, uncalled, when it has failed."""
+    """Ends a backward: autograd's engine calls it after the backward, or drops it uncalled if the backward fails."""
 
     _finish: Callable[[], None] = staticmethod(lambda: None)
 
@@ -448,7 +461,7 @@ class _End:
         try:
             self._finish()
         except BaseException:
-            # Likewise for Ctrl-C.
+            # Ctrl-C may have come in between; see Pass.__exit__.
             self._finish()
             raise
 

@@ -17,13 +17,15 @@ SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d and nn.Conv3d
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight, read as a stack of matrices.
+    """How a weight is read as a stack of matrices.
 
     Attributes:
-        in_features: length of the input of each matrix: channels for a convolution, the vocabulary for an embedding.
-        out_features: length of its output.
-        stack: the positions of a convolution's kernel, the experts of a mixture; empty for one matrix.
-        order: the dimensions of the weight in the order ``(*stack, out_features, in_features)``.
+        in_features: length of the input of each matrix. For a convolution these are the channels, for an embedding the
+            vocabulary.
+        out_features: length of the output of each matrix.
+        stack: sizes of the leading dimensions: those of a convolution's kernel, or the experts of a mixture. It is
+            empty for one matrix.
+        order: the weight's own dimensions, in the order that makes it ``(*stack, out_features, in_features)``.
     """
 
     in_features: int
@@ -32,23 +34,27 @@ class Weight:
     order: tuple[int, ...]
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as ``(*stack, out_features, in_features)``, a view that writes through."""
+        """The weight as ``(*stack, out_features, in_features)``. It is a view: writing to it writes to the weight."""
         return weight.permute(self.order)
 
     def original(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`matrix`, a view."""
+        """The inverse of :meth:`matrix`: a view with the dimensions in the weight's own order."""
         return matrix.permute(tuple(self.order.index(dimension) for dimension in range(len(self.order))))
 
     def layout(self, num_blocks: int) -> BlockLayout:
-        """The layout that cuts each matrix into ``num_blocks``."""
+        """The layout of ``num_blocks`` diagonal blocks in each matrix.
+
+        Raises:
+            ValueError: ``num_blocks`` does not fit.
+        """
         return BlockLayout(self.in_features, self.out_features, num_blocks, self.stack)
 
 
 def module_weight(module: nn.Module) -> Weight:
-    """How the weight of a module is read that DiaBlo adapts as a module.
+    """How a module's weight is read where the module is adapted as a whole.
 
     Raises:
-        TypeError: the module cannot be adapted; the message is the reason, to be put after the module's name.
+        TypeError: the module cannot be adapted. The message is the reason; the caller puts the module's name before it.
     """
     if is_quantized(module):
         if isinstance(module, nn.Embedding):
@@ -71,13 +77,15 @@ def module_weight(module: nn.Module) -> Weight:
 
 
 def parameter_weight(module: nn.Module, name: str) -> Weight:
-    """How a parameter is read that DiaBlo adapts by itself, whatever its module does with it.
+    """How a parameter is read where it is adapted by itself, whatever its module does with it.
 
-    A matrix is ``(out, in)`` and the experts of a mixture are ``(experts, out, in)``; transformers marks the modules
-    that hold ``(experts, in, out)``. Which way round it is read changes no value: the same entries are trained.
+    A parameter of two dimensions is ``(out, in)``. One of three dimensions holds experts and is ``(experts, out, in)``,
+    or ``(experts, in, out)`` in modules that transformers marks so. Reading inputs as outputs changes no result: the
+    same entries of the weight are trained.
 
     Raises:
-        TypeError: the parameter cannot be adapted; the message is the reason, to be put after the parameter's name.
+        TypeError: the parameter cannot be adapted. The message is the reason; the caller puts the parameter's name
+            before it.
     """
     parameter = module._parameters[name]
     assert parameter is not None
@@ -96,7 +104,7 @@ def parameter_weight(module: nn.Module, name: str) -> Weight:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a linear layer, which may be quantized; None for everything else."""
+    """``(in_features, out_features)`` of a linear layer, also of a quantized one; None for every other module."""
     if not isinstance(module, (nn.Linear, Conv1D)) and not is_quantized(module):
         return None
     try:
@@ -107,23 +115,24 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a quantization library holds the weight of a layer, whose sizes are known all the same."""
+    """Whether a module is a layer whose weight is held by a quantization library."""
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")) and not isinstance(
         module, nn.Embedding
     ):
         return False
     weight: Any = getattr(module, "weight", None)
-    # Such layers are often subclasses of nn.Linear, and keep integers, a tensor class of their own, or other names.
+    # Such layers are often subclasses of nn.Linear. Their weight has integers, or a tensor class of the library, or
+    # another name.
     return not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight)
 
 
 def is_distributed(tensor: torch.Tensor | None) -> bool:
-    """Whether several processes have parts of a tensor, as torch's ``DTensor`` says."""
+    """Whether a tensor is torch's ``DTensor``, which several processes hold together."""
     return hasattr(tensor, "device_mesh")
 
 
 class Owners:
-    """Which modules of a model share a weight, also where one module has several places in the model.
+    """Which modules of a model share a weight. A module that has several places in the model counts once for each.
 
     Args:
         model: the model.
@@ -136,7 +145,7 @@ class Owners:
         for name, module in model.named_modules(remove_duplicate=False):
             modules[name] = module
             parent, _, own = name.rpartition(".")
-            # A module that is reached through a parent with two names has one place in it all the same.
+            # A module can have several names because its parent has. It still has only one place in that parent.
             place = (id(modules[parent]), own)
             if place not in places:
                 places.add(place)
@@ -145,18 +154,19 @@ class Owners:
                         self._names.setdefault(_identity(weight), []).append(name.removesuffix(".base_layer"))
 
     def of(self, weight: torch.Tensor | None) -> list[str]:
-        """The names of the modules that have the weight."""
+        """The names of all modules that have this weight; an empty list for None."""
         return [] if weight is None else self._names.get(_identity(weight), [])
 
 
 def _identity(weight: torch.Tensor) -> int:
-    """What two parameters have in common that share their values."""
-    # The tensor classes of quantization libraries have no memory of their own, and nothing on the meta device has.
+    """A number that two parameters have in common where they share their values."""
+    # A plain parameter is identified by its memory. Tensor classes of quantization libraries and tensors on the meta
+    # device have no memory of their own.
     return weight.data_ptr() if type(weight) is nn.Parameter and not weight.is_meta else id(weight)
 
 
 def _is_packed(weight: torch.Tensor) -> bool:
-    """Whether a weight is of a class that a quantization library defines: its values are not laid out as its shape."""
+    """Whether a quantization library defines the weight's class. Its values are then not laid out as its shape says."""
     return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(
         "torch.ao"
     )

@@ -1,7 +1,8 @@
-"""Triton kernels for what a training step does with blocks beside the products of the model itself.
+"""Triton kernels for the work that the blocks add to a training step.
 
-One writes the blocks of all layers onto the diagonals of their weights in one launch. The other is the gradient of the
-blocks. Everything else is left to torch. Import the package through :func:`diablo.ops.backend.kernels_for`.
+One kernel adds the blocks of all layers to the diagonals of their weights in one launch; its counterpart restores the
+base values. Another kernel computes the gradient of the blocks. Everything else is left to torch. Import this package
+through :func:`diablo.ops.backend.kernels_for`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,6 @@ __all__ = ["INTERPRETED", "DiagonalTable", "outer_product", "try_out"]
 
 
 def try_out(device: torch.device) -> None:
-    """Compile a small kernel for ``device`` and launch it; whatever Triton raises where it cannot is raised."""
+    """Compile a small kernel for ``device`` and launch it. Where Triton cannot, its own error is raised."""
     tokens = torch.zeros(16, 16, device=device)
     outer_product(tokens, tokens, BlockLayout(16, 16, 1), torch.float32)

@@ -1,4 +1,4 @@
-"""The gradient of the blocks, which reads the inputs and the outputs' gradient once, in the parameter's dtype."""
+"""The kernel for the gradient of the blocks: it reads inputs and gradients once, and writes the parameter's dtype."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from diablo.layout import Layout, Tile
 from diablo.ops.kernels.shared import INTERPRETED, OPTIONS, TILE, TRITON_TYPES, on, rounded
 from diablo.ops.tile_product import tile_product
 
-# Programs that fill a large GPU: two for each of the 132 multiprocessors of an H100, or a little less. A constant and
-# not the number of the GPU at hand, so that the sums of one shape are split alike everywhere.
+# Programs that fill a large GPU: a little less than two for each of the 132 multiprocessors of an H100. It is a
+# constant and does not depend on the GPU at hand, so that the sums of one shape are split alike on every GPU.
 PROGRAMS = 256
-# Fewer tokens than this are not worth the partial sums that a split of them writes and reads again.
+# Each split writes a partial sum that is read again later. A split of fewer tokens than this does not pay for that.
 TOKENS_OF_SPLIT = 256
-# Blocks wider than this in both directions are limited by arithmetic and not by memory: vendors' products are faster.
+# For blocks wider than this in both directions, arithmetic and not memory is the limit: the vendors' products are
+# faster there.
 WIDEST = 256
-# Bytes of x and grad_y that one step of the loop over tokens holds, several times over, in shared memory.
+# Bytes of x and grad_y that one step of the loop over tokens may take. Shared memory holds several steps at a time.
 STEP_BYTES = 20480
 
-# Loads that are under way while a step is computed: what an AMD GPU has of shared memory takes one.
+# Steps whose data shared memory holds at a time, so that loads run ahead of the products. An AMD GPU has less shared
+# memory: one load runs ahead there.
 STAGES = 2 if torch.version.hip else 4
 
 
 def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
-    """The diagonal blocks of ``x^T grad_y``, the same to the bit whenever it is called with the same values.
+    """The diagonal blocks of ``x^T grad_y``. The same values give the same result to the bit in every call.
 
-    Sums are formed in fp32 and rounded to ``dtype`` once. Left to torch are fp64, which is summed in fp64, and blocks
-    of more than 256 features in both directions, which are rounded to the dtype of ``x`` in between.
+    Sums are formed in fp32 and rounded to ``dtype`` once. Two cases are left to torch: fp64, which torch sums in fp64,
+    and blocks of more than 256 features in both directions, which torch rounds to the dtype of ``x`` in between.
 
     Args:
-        x: ``(tokens, in_features)``, of any strides; copied where the last is not 1.
-        grad_y: ``(tokens, out_features)``, of the dtype of ``x``, likewise.
+        x: ``(tokens, in_features)``, of any strides; copied where its last stride is not 1.
+        grad_y: ``(tokens, out_features)``, of the dtype of ``x``; copied likewise.
         layout: the geometry.
         dtype: dtype of the result.
 
@@ -46,14 +48,14 @@ def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: 
     tiles = layout.tiles
     covered = sum(tile.count * tile.block_in * tile.block_out for tile in tiles)
     if x.shape[0] == 0 or covered < math.prod(layout.blocks_shape):
-        # Entries outside the matrix are in no tile: they keep the zero.
+        # Entries outside the matrix are in no tile: they stay zero.
         grad_blocks = x.new_zeros(layout.blocks_shape, dtype=dtype)
     else:
         grad_blocks = x.new_empty(layout.blocks_shape, dtype=dtype)
     if x.shape[0] == 0:
         return grad_blocks
     ours = x.dtype == grad_y.dtype and x.dtype != torch.float64 and {x.dtype, dtype} <= TRITON_TYPES.keys()
-    # A subclass (a fake or a distributed tensor) has no memory of its own.
+    # A subclass of torch.Tensor, such as a fake or a distributed tensor, need not have memory of its own.
     ours = ours and type(x) is torch.Tensor and type(grad_y) is torch.Tensor
     for tile in tiles:
         target = tile.of_blocks(grad_blocks)
@@ -65,15 +67,18 @@ def outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: 
 
 
 class Plan(NamedTuple):
-    """How the gradient of a run of blocks is divided among programs.
+    """How the gradient of the blocks of one :class:`~diablo.layout.Tile` is divided among programs.
+
+    Each program computes one rectangle of the result, summed over one split of the tokens. Triton calls such a
+    rectangle a tile, and so do the names of some variables in this file.
 
     Attributes:
-        group: neighbouring blocks that share a tile, a divisor of their number.
-        rows: rows of a tile, along the input.
-        columns: columns of a tile, along the output.
+        group: number of neighbouring blocks that share a rectangle; it divides the number of blocks.
+        rows: rows of a rectangle, along the input.
+        columns: columns of a rectangle, along the output.
         step: tokens that the loop takes at a time.
         tokens: tokens of a split, a multiple of ``step``.
-        splits: in how many the tokens are split.
+        splits: number of splits of the tokens.
         warps: warps of a program.
     """
 
@@ -90,12 +95,13 @@ class Plan(NamedTuple):
 def planned(tokens: int, count: int, block_in: int, block_out: int, bytes_each: int) -> Plan:
     """A division of the work that depends on nothing but shapes.
 
-    It is not found by timing candidates: another choice in another run would add in another order, and a run could not
-    be repeated to the bit.
+    The division is not found by timing candidates. Such timings could choose differently in another run: the sums would
+    then be formed in another order, and a run could not be repeated to the bit.
 
-    The product is limited by memory, so each input should be read once: a tile has the whole block where that fits the
-    registers. Blocks that are smaller than the smallest product of the matrix units share a tile with their neighbours,
-    of which the diagonal is kept. Where the tiles are too few to fill the GPU the tokens are split.
+    The product is limited by memory, so each input should be read once: a rectangle has the whole block where that fits
+    into the registers. Blocks that are smaller than the smallest product of the matrix units share a rectangle with
+    their neighbours, and only the diagonal of the rectangle's product is kept. Where the rectangles are too few to fill
+    the GPU, the tokens are split.
 
     Args:
         tokens: number of tokens, at least 1.
@@ -106,7 +112,7 @@ def planned(tokens: int, count: int, block_in: int, block_out: int, bytes_each: 
     """
     group = _grouped(count, block_in, block_out)
     rows, columns = (min(256, max(16, triton.next_power_of_2(group * size))) for size in (block_in, block_out))
-    # fp32 has no exact product on matrix units: the ordinary units' take more registers.
+    # The matrix units have no exact product of fp32. The ordinary units' product takes more registers.
     largest = 64 * 256 if bytes_each == 2 else 64 * 64
     while rows * columns > largest:
         rows, columns = (rows, columns // 2) if columns > rows else (rows // 2, columns)
@@ -126,10 +132,11 @@ def planned(tokens: int, count: int, block_in: int, block_out: int, bytes_each: 
 
 
 def _grouped(count: int, block_in: int, block_out: int) -> int:
-    """How many neighbours share a tile of at most 64 x 64.
+    """How many neighbouring blocks share a rectangle of at most 64 x 64.
 
-    Loads of 4 bytes and more can be issued ahead of the product; narrower ones cannot. So runs of features that start
-    at multiples of 8 are best, then those at multiples of 4, and so on; among equals the larger tile is.
+    Loads of 4 bytes and more can be issued ahead of the product; narrower ones cannot. So the best groups are those
+    whose features start at multiples of 8, then those at multiples of 4, and so on. Among equally good groups the
+    largest is taken.
     """
     most = max(1, 64 // max(block_in, block_out))
     return max(
@@ -139,7 +146,7 @@ def _grouped(count: int, block_in: int, block_out: int) -> int:
 
 
 def _launch(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile, target: torch.Tensor) -> None:
-    """Write one run's product into ``target``, ``(count, block_in, block_out)``, whose last stride is 1."""
+    """Write the product of one tile into ``target``, ``(count, block_in, block_out)``, whose last stride is 1."""
     tokens, (count, block_in, block_out) = x.shape[0], target.shape
     plan = planned(tokens, count, block_in, block_out, x.element_size())
     tiles = triton.cdiv(plan.group * block_in, plan.rows) * triton.cdiv(plan.group * block_out, plan.columns)
@@ -211,14 +218,14 @@ def _outer_product(
     step: tl.constexpr,
     widened: tl.constexpr,
 ) -> None:
-    """One tile of a group of blocks, summed over one split of the tokens.
+    """One rectangle of the product of a group of blocks, summed over one split of the tokens.
 
-    The blocks' sizes are known to the compiler: from them it sees how many features it can load at once, and it need
-    hold no addresses of the result in registers.
+    The sizes of the blocks are constants for the compiler. So it sees how many features it can load at once, and it
+    does not need registers for the addresses of the result.
     """
     tiles_down: tl.constexpr = (group * block_in + rows - 1) // rows
     tiles_across: tl.constexpr = (group * block_out + columns - 1) // columns
-    # The tiles of a block come one after the other: they read the same features, which are still in the cache.
+    # The rectangles of a group come one after the other: they read the same features, which are still in the cache.
     first = tl.program_id(0) // (tiles_down * tiles_across)
     tile = tl.program_id(0) % (tiles_down * tiles_across)
     row = (tile // tiles_across) * rows + tl.arange(0, rows)
@@ -230,7 +237,7 @@ def _outer_product(
     start = split * tokens_of_split
     stop = tl.minimum(tokens, start + tokens_of_split)
     token = tl.arange(0, step)
-    # Rows of long batches are more than 2^31 entries from the first.
+    # In a long batch, a row can lie more than 2^31 entries from the first one.
     at = (start + token).to(tl.int64)[:, None]
     inputs = x + at * x_stride + (first * (group * block_in) + row)[None, :]
     outputs = grad_y + at * grad_stride + (first * (group * block_out) + column)[None, :]
@@ -254,7 +261,7 @@ def _outer_product(
     if group == 1:
         offsets = row[:, None] * row_stride + column[None, :]
     else:
-        # Products of one block's inputs with another's outputs are left out.
+        # Products of one block's inputs with another block's outputs are not part of the result.
         of_row = row // block_in
         inside = inside & (of_row[:, None] == (column // block_out)[None, :])
         down = of_row.to(tl.int64) * block_stride + (row % block_in) * row_stride
@@ -275,7 +282,7 @@ def _add_partial(
     splits_tile: tl.constexpr,
     width: tl.constexpr,
 ) -> None:
-    """The sum of the splits' products, in an order that depends on nothing but their number."""
+    """The sum of the splits' products, in an order that depends only on the number of splits."""
     entry = tl.program_id(0) * width + tl.arange(0, width)
     split = tl.arange(0, splits_tile)
     inside = (split < splits)[:, None] & (entry < size)[None, :]

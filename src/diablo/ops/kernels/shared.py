@@ -1,4 +1,4 @@
-"""What both kernels need: torch's dtypes in Triton, options, rounding, and the device that a launch goes to."""
+"""What all kernels need: torch's dtypes in Triton, options, rounding, and the device that a launch goes to."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ TRITON_TYPES = {
     torch.float64: tl.float64,
 }
 
-# Triton 3.9 warns where it is not said whether it may fuse products with sums, and 3.10 does not do so by itself.
+# Whether the compiler may fuse products with sums. Triton 3.9 warns where this is not given, and Triton 3.10 does not
+# fuse by default.
 OPTIONS = {"enable_fp_fusion": True}
 
 
 TILE = 2048
-"""Entries of a program's tile where its work is to read and write."""
+"""Entries that one program handles in a kernel that only reads and writes: a tile, in Triton's sense of the word."""
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """A context that makes ``device`` the current one: Triton launches there, wherever the tensors are."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -32,9 +33,10 @@ def on(device: torch.device) -> AbstractContextManager[None]:
 
 @triton.jit
 def rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """fp32 or fp64 values in ``dtype``, to the nearest, ties to even, as torch rounds them."""
+    """fp32 or fp64 values in ``dtype``, rounded as torch rounds: to the nearest, ties to even."""
     if dtype == tl.bfloat16:
-        # Written out because Triton's interpreter cuts the digits off: so what is tested there is what a GPU does.
+        # Triton's interpreter cuts the digits off instead of rounding. The rounding is written out here, so that tests
+        # in the interpreter test what a GPU does.
         bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
         upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         upper = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, upper)  # not a number

@@ -1,4 +1,4 @@
-"""One launch that writes the blocks of all layers onto the diagonals of their weights, and one that restores them."""
+"""One launch that adds the blocks of all layers to the diagonals of their weights, and one that restores these."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import triton.language as tl
 
 from diablo.ops.kernels.shared import OPTIONS, TILE, TRITON_TYPES, on, rounded
 
-# A row of the table: three addresses, three sizes, three times three strides, and which tensors lie crosswise.
+# A row of the table has 16 numbers: the addresses of weight, blocks and saved; three sizes; three strides for each of
+# the three tensors; and flags that say which tensors lie crosswise to the weight.
 ROW = tl.constexpr(16)
 BLOCKS_CROSSWISE = tl.constexpr(1)
 SAVED_CROSSWISE = tl.constexpr(2)
 
-# Warps that share a program's tile of 2,048 entries: each thread has 8, whose addresses in three tensors still leave
-# registers for two programs on a multiprocessor.
+# Warps that share a program's 2,048 entries (TILE). Each thread then has 8 entries, and their addresses in three
+# tensors leave enough registers for two programs on a multiprocessor.
 WARPS = 8
 
 
 class DiagonalTable:
-    """The diagonals of many weights, written and restored in one launch for all of equal dtypes.
+    """The diagonals of many weights, written and restored in one launch for each pair of dtypes.
 
     The constructor puts addresses, sizes and strides into tensors on the device. ``write`` and ``restore`` only launch
-    kernels: they allocate and copy nothing, so that a CUDA graph can record them. The table keeps the tensors alive; it
-    does not notice where a module is given other ones later, so whoever does that makes a new table. Autograd is not
-    told of what is written.
+    kernels: they allocate and copy nothing, so that a CUDA graph can record them. The table keeps its tensors alive. It
+    does not notice where a module is given other tensors later; whoever does that needs a new table. Autograd does not
+    notice the writes.
 
     ``write`` adds in fp32, or in fp64 where the weight or the blocks are fp64, and rounds once to the weight's dtype.
 
@@ -35,8 +36,8 @@ class DiagonalTable:
         weights: views into the weights, each ``(*stack, count, block_in, block_out)`` of 3 to 5 dimensions and of any
             strides; fp16, bf16, fp32 or fp64. No two may overlap.
         blocks: what is added, of the same shapes; any of these dtypes and any strides.
-        saved: where the base values go, of the same shapes and of the weights' dtypes; any strides. Those that have a
-            stride of 1 where the weights have it are fastest.
+        saved: where the base values go, of the same shapes and of the weights' dtypes; any strides. It is fastest where
+            the strides are 1 in the same dimensions as those of the weights.
 
     Raises:
         ValueError: the lists differ in length, a shape does not fit or has too few or many dimensions, or not all
@@ -63,9 +64,10 @@ class DiagonalTable:
         ]
 
     def write(self) -> None:
-        """Save the weights' values, then make them the sum of these and the blocks.
+        """Save the weights' values, then add the blocks to them.
 
-        Twice without :meth:`restore` in between saves the first sum: the base values are lost.
+        Call :meth:`restore` before the next :meth:`write`: otherwise the second call saves the sum of the first one,
+        and the base values are lost.
         """
         for group in self._groups:
             with on(group.table.device):
@@ -97,11 +99,14 @@ class DiagonalTable:
 
 
 class _Group(NamedTuple):
-    """The rows of a table that one launch takes.
+    """The rows of a table that one launch handles: those of one dtype of weights and one dtype of blocks.
 
     Attributes:
         table: int64, ``(rows, 16)``, on the device.
-        programs: int32, ``(programs, 2)``, on the device: for each program its row and which tile of the row.
+        programs: int32, ``(programs, 2)``, on the device: for each program its row, and which part of the row it has.
+        weight_dtype: dtype of the weights and of the saved values.
+        blocks_dtype: dtype of the blocks.
+        fast_tile: entries of a program's part along the fast dimension.
     """
 
     table: torch.Tensor
@@ -120,7 +125,8 @@ class _Group(NamedTuple):
     ) -> _Group:
         table = torch.tensor(entries, dtype=torch.int64)
         count, slow, fast = table[:, 3:6].unbind(1)
-        # 64 entries of 16 bits are the 128 bytes that a warp loads at once; of narrower blocks there are more rows.
+        # 64 entries of 16 bits are the 128 bytes that a warp loads at once. Where the blocks are narrower, a program
+        # takes more rows instead.
         fast_tile = min(64, max(16, triton.next_power_of_2(int(fast.max()))))
         tiles = _ceil_div(count * slow, TILE // fast_tile) * _ceil_div(fast, fast_tile)
         row = torch.repeat_interleave(torch.arange(len(entries)), tiles)
@@ -144,7 +150,10 @@ def _check_row(weight: torch.Tensor, blocks: torch.Tensor, saved: torch.Tensor) 
 
 
 def _unstacked(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Equally shaped tensors as sets of three dimensions each, without empty ones."""
+    """Tensors of one shape, taken apart along their leading dimensions into tensors of three dimensions.
+
+    Empty tensors give nothing.
+    """
     if tensors[0].numel() == 0:
         return
     if tensors[0].dim() == 3:
@@ -155,7 +164,11 @@ def _unstacked(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _described(weight: torch.Tensor, blocks: torch.Tensor, saved: torch.Tensor) -> list[int]:
-    """A row of the table. Its last size and stride are those along which the weight's entries lie close together."""
+    """A row of the table.
+
+    Its last size and stride are those of the fast dimension: the one along which the weight's entries lie close
+    together in memory.
+    """
     tensors = [weight, blocks, saved]
     if _is_crosswise(weight):
         tensors = [tensor.transpose(1, 2) for tensor in tensors]
@@ -165,7 +178,7 @@ def _described(weight: torch.Tensor, blocks: torch.Tensor, saved: torch.Tensor) 
 
 
 def _is_crosswise(blocks: torch.Tensor) -> bool:
-    """Whether the entries of ``(count, slow, fast)`` lie closer together along the second dimension."""
+    """Whether the entries of a ``(count, slow, fast)`` tensor lie closer together along its second dimension."""
     _, slow, fast = blocks.shape
     return slow > 1 and (fast == 1 or blocks.stride(1) < blocks.stride(2))
 
@@ -214,9 +227,10 @@ def _restore(
 
 @triton.jit
 def _place(table: tl.tensor, programs: tl.tensor, slow_tile: tl.constexpr, fast_tile: tl.constexpr) -> tl.tensor:
-    """The program's row of the table and its tile there: indices along each dimension, and which are inside.
+    """The program's row of the table and its entries: indices along each dimension, and which of them are inside.
 
-    The tile runs along the blocks and their slow dimension as if these were one, so that small blocks fill it.
+    A program goes through the blocks and their slow dimension as if these were one dimension, so that small blocks fill
+    its entries too.
     """
     program = programs + tl.program_id(0).to(tl.int64) * 2
     entry = table + tl.load(program).to(tl.int64) * ROW
@@ -241,8 +255,10 @@ def _read(
     in_fast: tl.tensor,
     crosswise: tl.tensor,
 ) -> tl.tensor:
-    """A ``(slow, fast)`` tile. Threads are put along a tile's last dimension, so a tensor that lies crosswise is read
-    as its transpose.
+    """The program's entries of a tensor, ``(slow, fast)``.
+
+    Triton puts neighbouring threads along the last dimension. So a tensor that lies crosswise is read as its transpose,
+    and then turned.
     """
     down, across = _offsets(strides, block, inner, fast)
     if crosswise != 0:
@@ -275,6 +291,6 @@ def _store(
 
 @triton.jit
 def _offsets(strides: tl.tensor, block: tl.tensor, inner: tl.tensor, fast: tl.tensor) -> tl.tensor:
-    """int64 offsets along both dimensions of a tile."""
+    """int64 offsets of the program's entries along both dimensions."""
     down = block.to(tl.int64) * tl.load(strides) + inner.to(tl.int64) * tl.load(strides + 1)
     return down, fast.to(tl.int64) * tl.load(strides + 2)

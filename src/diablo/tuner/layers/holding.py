@@ -1,4 +1,4 @@
-"""Layers whose blocks can stand in their weights while a pass runs."""
+"""Layers that can have their blocks in their weights while a pass runs."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from diablo.tuner.layers.offloading import offloading_hook
 from diablo.tuner.passes import LAYERS, Member, Watched
 from diablo.tuner.weights import Weight
 
-# The numbers of the layers that have ever seen a weight.
+# For each weight the numbers of the layers that have found that they can write blocks into it. No weight is kept alive.
 _HOLDERS: Any = WeakIdKeyDictionary()
 
 
 class HoldingLayer(DiabloLayer):
-    """A layer that has the blocks of its active adapters in its weights while a pass runs, where it can.
+    """A layer that, where possible, has the blocks of its active adapters in its weights while a pass runs.
 
-    Adapters that are not trained stand beside the weights, which several threads can then share.
+    Adapters that are not trained stand beside the weights: several threads can then use the weights at once.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
-        weights: how each adapted weight of it is read, by the weight's name in the module.
+        weights: how each of its adapted weights is read, by the weight's name in the module.
     """
 
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__(base_layer, weights)
         self._can_hold = False
-        # The weights when they were looked at: wrappers that shard or tie them make others.
+        # The weights as `settle` found them. Wrappers that shard or tie weights replace them later.
         self._seen: dict[str, ReferenceType[torch.Tensor]] = {}
 
     @abstractmethod
     def obstacle(self) -> str | None:
-        """Why the blocks have to stand beside the weights as these are now; None where they can be written into them.
+        """Why the blocks have to stand beside the weights in their present state; None where they can be in them.
 
-        Whether other modules share a weight is not looked at.
+        This does not check whether other modules share a weight.
         """
 
     def settle(self, is_shared: bool) -> None:
-        """Find out whether blocks can be written into the weights as they are now.
+        """Find out whether blocks can be written into the weights in their present state.
 
         Args:
-            is_shared: whether another module of the model has one of them too.
+            is_shared: whether another module of the model shares one of the weights.
         """
         self._can_hold = not is_shared and self.obstacle() is None
         self._seen = {}
@@ -61,15 +61,19 @@ class HoldingLayer(DiabloLayer):
                     other.passes.forget()
 
     def _others(self, weight: torch.Tensor) -> list[Member]:
-        """Layers of other models that would write blocks into a weight."""
+        """Layers of other adapted models that can write blocks into the same weight."""
         layers = (LAYERS.get(number) for number in _HOLDERS.get(weight, ()))
         return [layer for layer in layers if layer is not None and layer.passes is not self.passes]
 
     def part(self, names: tuple[str, ...]) -> tuple[Any, bool]:
-        """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights.
+        """Prepare the layer for a pass with these adapters.
+
+        Returns:
+            Its part: the object with which the layer computes in the pass, or None where it calls its base layer. And
+            whether the blocks stand in its weights during the pass.
 
         Raises:
-            RuntimeError: they have to stand there, by ``in_place=True``, and cannot.
+            RuntimeError: ``in_place=True`` demands that the blocks stand in the weights, and they cannot.
         """
         obstacle = self._obstacle_now()
         holds = self._holds(names, obstacle)
@@ -77,7 +81,7 @@ class HoldingLayer(DiabloLayer):
 
     @abstractmethod
     def _part(self, names: tuple[str, ...], is_beside: bool) -> Any:
-        """What the layer computes with where it reads the weights itself; None where it calls its base layer."""
+        """The layer's part in a pass, where it reads the weights itself; None where it calls its base layer."""
 
     def _holds(self, names: tuple[str, ...], obstacle: str | None) -> bool:
         names = self._not_merged(names)
@@ -111,15 +115,16 @@ class HoldingLayer(DiabloLayer):
         return None
 
     def _merged_obstacle(self) -> str | None:
-        # Unmerging would take the blocks of the pass for a part of the base, and the pass those of the merge.
+        # A merge and a pass in one weight would each take the other's blocks for base values.
         if not self.merged_adapters:
             return None
         return f"{', '.join(self.merged_adapters)} is merged into the weight until unmerge_adapter() is called"
 
     def watched(self, names: tuple[str, ...]) -> Watched:
-        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+        """What the layer's part in a pass with these adapters depends on, besides the choice of adapters."""
         parameters = self.base_layer._parameters
-        # Those that are offloaded are others in every forward. That they are is an attribute of the module.
+        # Weights that accelerate offloads are other tensors in every forward, so they are not watched. Whether they are
+        # offloaded is watched: accelerate puts a `forward` among the attributes of the base layer.
         is_offloaded = offloading_hook(self.base_layer) is not None
         own = [(parameters, name) for name in (*self.weights, "bias") if name in parameters and not is_offloaded]
         modules: dict[str, Any] = self._modules
@@ -128,11 +133,11 @@ class HoldingLayer(DiabloLayer):
         return Watched(places, self._hooks(), [vars(self.base_layer)])
 
     def _hooks(self) -> list[Mapping[int, Any]]:
-        """The base layer's hooks, which would not be called."""
+        """The hooks of the base layer. They are not called where the layer reads the weights itself."""
         return hooks_of(self.base_layer)
 
     def _let_go(self) -> None:
-        """Drop all references to the weights: torch does not move a DTensor that others refer to, be it weakly."""
+        """Drop all references to the weights: torch does not move a DTensor to which there is even a weak reference."""
         for seen in self._seen.values():
             if (weight := seen()) is not None:
                 _HOLDERS[weight].discard(self.number)
@@ -147,7 +152,7 @@ class HoldingLayer(DiabloLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # References that are not held cannot be pickled.
+        # Weak references cannot be pickled.
         return super().__getstate__() | {"_seen": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where blocks can be written into the weight while training, and the same under ``torch.compile``."""
+"""Where blocks can stand in a weight during a pass, and how such a layer computes under ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _FORWARDS = (nn.Linear.forward, Conv1D.forward)
 def module_obstacle(module: nn.Module) -> str | None:
     """Why blocks have to stand beside the weight of a module; None where they can be written into it.
 
-    They can where the module computes the plain product with a weight of its own that nothing else rewrites or shards.
+    They can be where the module computes the plain product, with a weight that is its own and that nothing else
+    rewrites or shards.
     """
     if is_quantized(module):
         return "the weight is quantized"
@@ -63,8 +64,8 @@ def hooks_of(module: nn.Module) -> list[Mapping[int, Any]]:
     return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
-# A recorded CUDA graph would replay the operator as it ran when it was recorded: where a pass around it had written the
-# blocks, without writing them.
+# A CUDA graph replays what an operator did when the graph was recorded. If a pass around the operator had written the
+# blocks at that time, the replay would not write them.
 _TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 
 
@@ -82,23 +83,23 @@ def compiled_linear(
 ) -> torch.Tensor:
     """The product of a layer that has its blocks in its weight, as one operator that the compiler does not look into.
 
-    The weight is no argument of it: the operator finds it through the layer, writes the blocks into it and reads it. A
-    compiled graph therefore keeps no weight for its backward, which another forward would overwrite, and each call is
-    by itself a function of its arguments.
+    The weight is not an argument. The operator finds it through the layer, writes the blocks into it and reads it. So a
+    compiled graph does not keep the weight for its backward, where another forward would have changed it. And each call
+    is by itself a function of its arguments.
 
     Args:
         x: ``(..., in_features)``, of the dtype of the product.
         bias: ``(out_features,)`` or None.
-        blocks: those of the adapters, in the order of their names; the graph's way of knowing what the result hangs on.
+        blocks: the adapters' blocks, in the order of their names. They tell the graph what the result depends on.
         number: the layer's number in ``LAYERS``.
-        adapter_names: the adapters whose blocks these are, joined by dots, which no name has.
+        adapter_names: names of the adapters, joined by dots. No name has a dot in it.
         num_blocks: N of each adapter.
-        in_features: the length of the input.
-        out_features: the length of the output.
+        in_features: length of the input.
+        out_features: length of the output.
         lower: the dtype that autocast asks for, or None.
 
     Returns:
-        ``(..., out_features)``.
+        ``(..., out_features)`` in the dtype of ``x``.
     """
     with _weight(number, adapter_names) as weight:
         return product(x, weight, bias, lower)

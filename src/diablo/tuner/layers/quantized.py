@@ -21,13 +21,13 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
 
     Args:
         module: the layer.
-        model: the whole model, which torchao's settings are read from.
+        model: the whole model. torchao's settings are read from it.
 
     Returns:
         A ``peft.utils.quantization_utils.QuantizationBackend``; None where the layer is not quantized.
 
     Raises:
-        TypeError: the layer is quantized in a way that PEFT does not know; the message is the reason.
+        TypeError: the layer is quantized in a way that PEFT does not know. The message is the reason.
     """
     if not is_quantized(module):
         return None
@@ -47,8 +47,8 @@ def quantization_backend(module: nn.Module, model: nn.Module) -> Any | None:
 def keep_backward(model: nn.Module) -> None:
     """Keep bitsandbytes and gptqmodel from rearranging 4-bit weights in the first evaluation, as they do on CPUs.
 
-    The rearranged weight has no backward and cannot be dequantized, neither of which is an error there: training or
-    merging after an evaluation would silently be wrong, and what is offered for the way back is not exact.
+    A rearranged weight has no backward and cannot be dequantized, and these libraries raise no error for either. So
+    training or merging after an evaluation would silently be wrong. The libraries' own way back is not exact.
     """
     module: Any
     for module in model.modules():
@@ -59,10 +59,14 @@ def keep_backward(model: nn.Module) -> None:
 
 
 def check_backward(model: nn.Module, doing: str) -> None:
-    """Refuse to train or merge over weights that were rearranged before the adapter was added.
+    """Refuse to train or merge where 4-bit weights were rearranged before the adapter was added.
+
+    Args:
+        model: the model, or one layer of it.
+        doing: the action that is refused, as the start of the message.
 
     Raises:
-        RuntimeError: some are; see :func:`keep_backward`.
+        RuntimeError: a weight was rearranged; see :func:`keep_backward`.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -78,20 +82,20 @@ def check_backward(model: nn.Module, doing: str) -> None:
 
 
 def _chooses_kernel_once(module: nn.Module) -> bool:
-    """Whether a layer is one of gptqmodel's whose first call decides for good whether it can be trained through."""
+    """Whether a layer belongs to gptqmodel, and its first call decides for good whether it will have a backward."""
     return hasattr(module, "linear_mode") and hasattr(module, "dequantize_weight")
 
 
 class DiabloQuantizedLinear(DiabloLinear):
     """A quantized linear layer with DiaBlo adapters.
 
-    Merging dequantizes the weight, adds the blocks and quantizes again, which rounds the whole weight anew. The layer
-    as it was is kept meanwhile, so that unmerging is exact.
+    Merging dequantizes the weight, adds the blocks and quantizes the sum, which rounds the whole weight again. The
+    unmerged base layer is kept meanwhile, so that unmerging is exact.
 
     Args:
         base_layer: the quantized layer.
         adapter_name: name of its first adapter.
-        layout: geometry of that adapter's blocks.
+        layout: layout of that adapter's blocks.
         config: that adapter's settings.
         backend: PEFT's access to the weight, from :func:`quantization_backend`.
     """
@@ -101,7 +105,8 @@ class DiabloQuantizedLinear(DiabloLinear):
     ) -> None:
         super().__init__(base_layer, adapter_name, layout, config)
         self.quantization_backend: Any = backend
-        # Outside of the modules that torch sees: its parameters are no part of the model while adapters are merged.
+        # The unmerged layer is in a list, where torch does not see it: while adapters are merged, its parameters are
+        # not part of the model.
         self._unmerged: list[nn.Module] = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -113,6 +118,7 @@ class DiabloQuantizedLinear(DiabloLinear):
 
         Raises:
             ValueError: the library cannot quantize again, or ``safe_merge`` found a value that is not finite.
+            RuntimeError: the weight was rearranged before; see :func:`keep_backward`.
         """
         if not self.quantization_backend.supports_merge:
             raise ValueError(
@@ -122,7 +128,7 @@ class DiabloQuantizedLinear(DiabloLinear):
         super().merge(safe_merge, adapter_names)
 
     def _result(self, result: torch.Tensor) -> torch.Tensor:
-        # Some libraries return a view made by a function of theirs, into which autograd lets nobody write.
+        # Some libraries return a view that a function of theirs has made. Autograd allows no writing into such a view.
         return result.clone()
 
     def _dequantized(self) -> torch.Tensor:
@@ -153,7 +159,7 @@ class DiabloQuantizedLinear(DiabloLinear):
         merged, (self.base_layer,) = self.base_layer, self._unmerged
         here, there = (next(layer.parameters()).device for layer in (self.base_layer, merged))
         if here != there:
-            # The model was moved while this layer was no part of it.
+            # The model was moved while this layer was not part of it.
             self.base_layer.to(there)
         self._unmerged, self.merged_adapters = [], []
 

@@ -1,9 +1,9 @@
 """Linear layers that transformers has cut over several processes (tensor parallelism), adapted where they are cut.
 
-A column-parallel layer has some of the outputs, and so the blocks that write them; a row-parallel one has some of the
-inputs, and adds the product of its blocks to the partial sum that is reduced anyway. Nothing is sent that the frozen
-layer would not send. The blocks of all processes together are one parameter, a ``DTensor``, so that the gradient norm
-is the one of the whole model.
+In a column-parallel layer each process has some of the outputs, and the blocks that write them. In a row-parallel layer
+each process has some of the inputs, and the blocks that read them. It adds their product to its partial sum, which the
+frozen layer reduces anyway. So nothing is sent that the frozen layer would not send. The blocks of all processes
+together are one parameter, a ``DTensor``, so that the gradient norm is that of the whole model.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Slices:
     """How a linear layer is cut over processes.
 
     Attributes:
-        style: transformers' style of the layer, which moves inputs and outputs between processes.
-        mesh: the processes.
-        along_inputs: whether each process has some of the inputs, and not of the outputs.
+        style: transformers' tensor-parallel style of the layer, which moves inputs and outputs between processes.
+        mesh: the processes, as a ``DeviceMesh`` of one dimension.
+        along_inputs: True where each process has some of the inputs, False where it has some of the outputs.
     """
 
     style: Any
@@ -40,9 +40,10 @@ class Slices:
     along_inputs: bool
 
     def parts(self, layout: BlockLayout) -> list[LayoutPart]:
-        """What each process has of the blocks, in the order of the mesh."""
+        """The layout of each process's slice, in the order of the mesh."""
         size, count = layout.in_features if self.along_inputs else layout.out_features, self.mesh.size()
-        # As torch shards a dimension: all have as many but the last, and those that come after the end.
+        # Torch shards a dimension in this way: all slices have the same length, but the last ones can be shorter or
+        # empty.
         length = -(-size // count)
         edges = [min(rank * length, size) for rank in range(count + 1)]
         return layout.cut(list(pairwise(edges)), self.along_inputs)
@@ -52,20 +53,20 @@ def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
     """How a module of a model is cut over processes; None where it is whole.
 
     Args:
-        model: the model, which transformers has loaded with a ``DistributedConfig``.
-        name: the module's name in it.
-        module: the module, which a tuner layer may have taken the place of.
+        model: the model. transformers has cut modules of it where it was loaded with a ``DistributedConfig``.
+        name: the module's name in the model.
+        module: the module itself. A tuner layer may have its place in the model already.
 
     Raises:
-        TypeError: it is cut in a way in which it cannot be adapted; the message is the reason, to be put after the
-            module's name.
+        TypeError: the module cannot be adapted, because of how it is cut. The message is the reason; the caller puts
+            the module's name before it.
     """
     weight = module._parameters.get("weight")
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     in_parallel = (getattr(model, "_tp_size", None) or 1) > 1
     chosen = plan.get(_with_wildcards(name)) if in_parallel else None
     if chosen == "replicate":
-        # Of this style every process has the whole, and nothing is moved.
+        # In this style every process has the whole layer, and nothing is moved.
         return None
     if not is_distributed(weight):
         if chosen is not None:
@@ -93,19 +94,21 @@ def slice_obstacle(module: nn.Module) -> str | None:
 
 
 def _with_wildcards(name: str) -> str:
-    """The name as transformers' plans have it, with a star for the layer's number."""
+    """The name as transformers' plans write it, with a star in place of each number."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def check_saved_modules(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to train copies of modules that are cut over processes: transformers would go on calling the originals.
+    """Refuse ``modules_to_save`` that are cut over processes.
+
+    PEFT trains copies of such modules, and transformers would go on calling the originals.
 
     Args:
         model: the model.
-        names: ``modules_to_save``.
+        names: the names in ``modules_to_save``.
 
     Raises:
-        ValueError: one of them is cut.
+        ValueError: one of these modules is cut.
     """
     for name, module in model.named_modules():
         is_named = name in names or name.rpartition(".")[2] in names
@@ -117,23 +120,23 @@ def check_saved_modules(model: nn.Module, names: Sequence[str]) -> None:
 
 
 class DiabloParallelLinear(DiabloLinear):
-    """A linear layer of which each process has a slice, with the slice's part of the blocks.
+    """A linear layer that is cut over processes. Each process has a slice of the weight and of the blocks.
 
-    What is saved, and loaded, is the blocks of the whole matrix: every process has to call ``save_pretrained``, with
-    ``is_main_process`` for the one that writes.
+    Files have the blocks of the whole matrix. So every process has to call ``save_pretrained``, with
+    ``is_main_process=True`` on the one that writes.
 
     Args:
         base_layer: the layer to adapt, frozen by PEFT.
         adapter_name: name of its first adapter.
-        layout: geometry of that adapter's blocks in the whole matrix.
+        layout: layout of that adapter's blocks in the whole matrix.
         config: that adapter's settings.
-        slices: how it is cut.
+        slices: how the layer is cut.
     """
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig, slices: Slices
     ) -> None:
-        # First: the parent's constructor adds the adapter, which is cut as these say.
+        # This comes first: the parent's constructor adds the adapter, and `update_layer` needs the slices.
         self.slices = slices
         super().__init__(base_layer, adapter_name, layout, config)
         self._register_state_dict_hook(_gather_blocks)
@@ -145,17 +148,25 @@ class DiabloParallelLinear(DiabloLinear):
         config: DiabloConfig,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, given the layout of the whole matrix, or replace one of the same name."""
+        """Add an adapter, or replace one of the same name.
+
+        Args:
+            adapter_name: name of the adapter.
+            layouts: layouts of its blocks in the whole matrices, by the name of the weight.
+            config: its settings.
+            inference_mode: whether the adapter starts frozen.
+        """
         rank = self.slices.mesh.get_local_rank()
         parts = {name: self.slices.parts(layout)[rank] for name, layout in layouts.items()}
         super().update_layer(adapter_name, parts, config, inference_mode)
 
     def settle(self, is_shared: bool) -> None:
-        """Make the blocks one parameter with those of the other processes, and find out where they can be written."""
+        """Join the blocks of all processes to one parameter, and find out whether they can stand in the weight."""
         for name, blocks in self.diablo_blocks.items():
             if not is_distributed(blocks):
                 whole = nn.Parameter(self._distributed(blocks.detach()), blocks.requires_grad)
-                # Not registered: accelerate's registration of empty parameters cannot copy this class.
+                # The parameter is put into the table directly: where accelerate makes empty parameters, it replaces the
+                # registration by one that cannot copy a DTensor.
                 self.diablo_blocks._parameters[name] = whole
         super().settle(is_shared)
 
@@ -165,10 +176,10 @@ class DiabloParallelLinear(DiabloLinear):
 
     @torch.compiler.disable
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base layer's output, with the blocks of the active adapters; it runs outside of compiled graphs.
+        """The base layer's output, with the blocks of the active adapters. It runs outside of compiled graphs.
 
         Raises:
-            RuntimeError: hooks are registered on the base layer, which would not be called.
+            RuntimeError: hooks are registered on the base layer. They would not be called.
         """
         if has_hooks(self.base_layer):
             raise RuntimeError(
@@ -190,11 +201,11 @@ class DiabloParallelLinear(DiabloLinear):
     def _on_slice(
         self, x: torch.Tensor, compute: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
     ) -> torch.Tensor:
-        """Compute with this process's slice, between what the style does with the input and with the output.
+        """Compute with this process's slice. The style prepares the input before, and the output afterwards.
 
         Args:
             x: the layer's input, as the model gives it.
-            compute: takes the slice's input and bias.
+            compute: computes the slice's output from the slice's input and bias.
         """
         from torch.distributed.tensor import DTensor, Partial
 
@@ -202,31 +213,34 @@ class DiabloParallelLinear(DiabloLinear):
         base_layer: Any = self.base_layer
         (x,), _ = style.transform_inputs_pre_forward(base_layer, (x,), {}, mesh)
         if isinstance(x, DTensor):
-            # Each process computes the gradient of a whole input from some of the outputs: a part of a sum.
+            # Where the outputs are cut, each process has the gradient of the whole input from some of the outputs only.
+            # Such gradients are parts of a sum.
             x = x.to_local(grad_placements=None if along_inputs else [Partial()])
         bias = base_layer.bias
         y: Any = compute(x, None if bias is None or along_inputs else bias.to_local())
         if along_inputs and bias is not None and y.requires_grad:
-            # The style would leave it out here, since it takes the product of a DTensor to have it already.
+            # With gradients, the style adds no bias: it expects that the product of DTensors has added it. So it is
+            # added here.
             y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
             y = y.redistribute(placements=[style.output_layouts]) + bias.to(y.dtype)
         return style.transform_output_post_forward(base_layer, y, mesh)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: load the adapter into the whole model to convert it."""
+        """False: to convert an adapter, load it into a model that is not cut over processes."""
         return False
 
     def _dropped(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         dropout: Any = self.diablo_dropout[adapter_name]
         if not self.slices.along_inputs or not isinstance(dropout, nn.Dropout) or not dropout.training:
             return super()._dropped(x, adapter_name)
-        # Drawn for the whole input, on each process: their generators stay equal, and the mask is that of one process.
+        # Each process draws the mask for the whole input. So the processes' random generators stay equal, and the mask
+        # is the same as in one process.
         part = self.diablo_layout[adapter_name]
         mask = dropout(x.new_ones(*x.shape[:-1], part.whole.in_features))
         return x * mask[..., slice(*part.inputs)]
 
     def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        # All processes merge, or none.
+        # Either all processes merge or none does.
         finite = torch.tensor(super()._are_finite(weights), dtype=torch.int, device=self._weight("weight").device)
         distributed.all_reduce(finite, distributed.ReduceOp.MIN, group=self.slices.mesh.get_group())
         return bool(finite)
@@ -257,9 +271,9 @@ class DiabloParallelLinear(DiabloLinear):
                 continue
             if is_distributed(given):
                 if given.shape == self.diablo_blocks[name].shape:
-                    # PEFT and torch have cut it, as they cut everything: along the blocks.
+                    # PEFT and torch have cut the blocks of all processes along their first dimension already.
                     continue
-                # PEFT takes a whole for a slice where the two are of one shape.
+                # PEFT takes a whole parameter for a slice where both have the same shape.
                 is_whole = tuple(given.shape) == part.whole.blocks_shape
                 given = given.full_tensor() if is_whole else given.to_local()
             if tuple(given.shape) == part.whole.blocks_shape:
@@ -268,11 +282,11 @@ class DiabloParallelLinear(DiabloLinear):
 
 
 def check_whole(model: nn.Module, what: str) -> None:
-    """Refuse a model some of whose adapted layers are cut over processes.
+    """Refuse a model that has adapted layers which are cut over processes.
 
     Args:
         model: the model.
-        what: what cannot be done with it, as the start of the message.
+        what: the action that is refused, as the start of the message.
 
     Raises:
         ValueError: a layer is cut.
@@ -286,7 +300,7 @@ def check_whole(model: nn.Module, what: str) -> None:
 
 
 def _gather_blocks(layer: DiabloParallelLinear, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Put the blocks of the whole matrix in the place of this process's."""
+    """In a state dict, replace this process's blocks by those of the whole matrix."""
     for name, part in layer.diablo_layout.items():
         key = f"{prefix}diablo_blocks.{name}"
         blocks: Any = state_dict.get(key)
