@@ -22,12 +22,18 @@ from diablo.tuner.weights import Weight, is_distributed
 
 _NUMBERS = itertools.count()
 
+# torch's functions would take the adapted layer for the parametrized one, and change what it does not have.
+_NOT_SHOWN = frozenset({"parametrizations"})
+
 
 class DiabloLayer(nn.Module, BaseTunerLayer):
     """A module whose weights have DiaBlo adapters.
 
     This class holds what an adapter is, how it is merged, and that each forward is part of a pass. A subclass says how
     its module computes with the blocks.
+
+    The public attributes that the module has when it is adapted, such as the ``stride`` of a convolution, are read and
+    set through this layer, where it has none of that name itself.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -46,6 +52,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
     other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout", "diablo_in_place")
 
+    # Names of the base layer's attributes that are read and set through this one; none before the constructor has run.
+    _shown: frozenset[str] = frozenset()
+
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -59,6 +68,19 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.diagonals = Diagonals()
         self.passes = Passes()
         self._take_number()
+        # Those that it has now: libraries that prepare every module (hooks, counters) mean each by itself.
+        public = {name for name in dir(base_layer) if not name.startswith("_")}
+        self._shown = frozenset(public.difference(dir(self), _NOT_SHOWN))
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not found otherwise, torch's parameters and modules among it.
+        return getattr(self.base_layer, name) if name in self._shown else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._shown:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _take_number(self) -> None:
         self.number = next(_NUMBERS)
