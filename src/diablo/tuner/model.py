@@ -16,6 +16,7 @@ from torch import nn
 from diablo.layout import BlockLayout
 from diablo.tuner.combining import check_combination, combined_config, write_sum
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.given import name_before_compiling, targets_given
 from diablo.tuner.layers import DiabloLayer, DiabloParameters, adapt_module
 from diablo.tuner.layers.holding import HoldingLayer
 from diablo.tuner.layers.quantized import check_backward, keep_backward
@@ -64,7 +65,8 @@ class DiabloModel(BaseTuner):
                 f"bias={peft_config.bias!r} needs PEFT 0.21 or newer, which saves the trained biases; PEFT "
                 f"{peft.__version__} would leave them out of the file. Upgrade PEFT, or set bias='none'."
             )
-        if peft_config.target_modules is None:
+        # A state dict, where there is one, names them all.
+        if peft_config.target_modules is None and self._state_dict is None:
             peft_config.target_modules = default_target_modules(self.model, model_config.get("model_type"))
         return peft_config
 
@@ -72,10 +74,15 @@ class DiabloModel(BaseTuner):
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
         check_saved_modules(model, peft_config.modules_to_save or ())
         ranges = self._new_layer_ranges(peft_config)
-        targets = resolve_targets(with_replicated_layers(model, peft_config) if ranges else model, peft_config)
+        whole = with_replicated_layers(model, peft_config) if ranges else model
+        if self._state_dict is None:
+            targets = resolve_targets(whole, peft_config)
+        else:
+            targets = targets_given(whole, peft_config, self._state_dict)
         self._targets: dict[str, dict[str, BlockLayout]] = {}
         for target in targets:
-            self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
+            layouts = self._targets.setdefault(name_before_compiling(target.module), {})
+            layouts[target.parameter or "weight"] = target.layout
         self._check_not_both_kinds(targets)
         self._check_in_place(targets, peft_config)
         # For the model card, which the configuration writes. A packed weight does not tell how many values it holds.
@@ -108,15 +115,17 @@ class DiabloModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        **_: Any,
     ) -> None:
-        layouts = self._targets[current_key]
+        # PEFT gives the name without it where a state dict names the targets.
+        name = name_before_compiling(current_key)
+        layouts = self._targets[name]
         if isinstance(target, DiabloLayer):
             target.update_layer(adapter_name, layouts, peft_config, inference_mode=peft_config.inference_mode)
             return
         new_module = (
             DiabloParameters(target, adapter_name, layouts, peft_config)
-            if optional_kwargs.get("parameters")
+            if name in self._with_parameters
             else adapt_module(self.model, current_key, target, adapter_name, layouts["weight"], peft_config)
         )
         if adapter_name not in self.active_adapters:
@@ -130,9 +139,29 @@ class DiabloModel(BaseTuner):
         super().train(mode)
         return self
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's layers into the model; arguments and result are those of PEFT's ``BaseTuner``."""
-        super().inject_adapter(*args, **kwargs)
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put an adapter's layers into the model; arguments are those of PEFT's ``BaseTuner``.
+
+        Where a ``state_dict`` is given, its keys say what is adapted and the shapes of its blocks say N.
+        """
+        self._state_dict = state_dict
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._state_dict = None
+        if state_dict is not None and self._with_parameters:
+            # Not before: PEFT does not allow them beside a state dict.
+            config: Any = self.peft_config[adapter_name]
+            config.target_parameters = sorted(
+                f"{module}.{name}" for module in self._with_parameters for name in self._targets[module]
+            )
         connect(self.model)
         owners = Owners(self.model)
         for layer in self._layers().values():
@@ -163,7 +192,7 @@ class DiabloModel(BaseTuner):
             parent, module, target_name = _get_submodules(model, module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(
-                    peft_config, adapter_name, module, target_name, parent, current_key=module_name, parameters=True
+                    peft_config, adapter_name, module, target_name, parent, current_key=module_name
                 )
             names += [f"{module_name}.{name}" for name in layouts]
         # PEFT before 0.21 does not take the names from what is returned.
@@ -179,12 +208,13 @@ class DiabloModel(BaseTuner):
 
     def _check_not_both_kinds(self, targets: list[Target]) -> None:
         """Refuse what is adapted as a module and by its parameters, in this adapter or another one."""
-        self._with_parameters = {target.module for target in targets if target.parameter is not None}
+        by_themselves = [target for target in targets if target.parameter is not None]
+        self._with_parameters = {name_before_compiling(target.module) for target in by_themselves}
         layers = self._layers()
         for target in targets:
             layer = layers.get(target.module)
             by_parameters = target.parameter is not None
-            if (target.parameter is None and target.module in self._with_parameters) or (
+            if (not by_parameters and name_before_compiling(target.module) in self._with_parameters) or (
                 layer is not None and isinstance(layer, DiabloParameters) != by_parameters
             ):
                 raise ValueError(
