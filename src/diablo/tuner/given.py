@@ -13,14 +13,12 @@ from typing import Any
 from torch import nn
 
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.outside import base_layer_of, check_not_held, listed, modules_outside_adapters
 from diablo.tuner.targets import (
     Target,
     adaptable_parameters,
-    base_layer_of,
     fit_targets,
     linear_kinds,
-    listed,
-    modules_outside_adapters,
     num_blocks_of,
     unused_patterns,
 )
@@ -55,6 +53,8 @@ def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[st
             "allow: leave them out, since the keys of the state_dict name them, or leave out the state_dict."
         )
     given = _by_module(state_dict)
+    asked_by = "the blocks of the state_dict"
+    check_not_held(model, given, asked_by)
     candidates: dict[str, str | None] = {}
     shapes: dict[str, Shape] = {}
     for name, module in modules_outside_adapters(model):
@@ -69,7 +69,7 @@ def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[st
             f"The state_dict has keys for {listed(given, 3)}, which match no module of {type(model).__name__}; its "
             f"linear layers are {listed(linear_kinds(model))}, by whose full names the keys have to start."
         )
-    targets = fit_targets(model, config, list(candidates.items()), "the blocks of the state_dict", shapes)
+    targets = fit_targets(model, config, list(candidates.items()), asked_by, shapes)
     # Other keys are those of biases and of modules that are saved whole.
     if strays := [name for name, own in given.items() if any(shape is not None for shape in own.values())]:
         _warn(f"has blocks for {listed(strays, 3)}, which match no module of {type(model).__name__}: they are left out")

@@ -22,6 +22,7 @@ from diablo.tuner.layers.holding import HoldingLayer
 from diablo.tuner.layers.quantized import check_backward, keep_backward
 from diablo.tuner.layers.tensor_parallel import check_saved_modules
 from diablo.tuner.openers import adapted_layers, connect, disconnect
+from diablo.tuner.outside import listed
 from diablo.tuner.passes import left
 from diablo.tuner.rows import BASE, names_for_rows
 from diablo.tuner.targets import (
@@ -73,6 +74,7 @@ class DiabloModel(BaseTuner):
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
         check_saved_modules(model, peft_config.modules_to_save or ())
+        self._check_saved_modules_have_no_blocks(peft_config)
         ranges = self._new_layer_ranges(peft_config)
         whole = with_replicated_layers(model, peft_config) if ranges else model
         if self._state_dict is None:
@@ -93,6 +95,15 @@ class DiabloModel(BaseTuner):
         if ranges:
             replicate_layers(model, ranges)
         keep_backward(model)
+
+    def _check_saved_modules_have_no_blocks(self, peft_config: DiabloConfig) -> None:
+        """Refuse to train a layer whole that another adapter adapts: PEFT does so when this one is in the model."""
+        saved = tuple(peft_config.modules_to_save or ())
+        if names := [name for name in self._layers() if name.endswith(saved)]:
+            raise ValueError(
+                f"modules_to_save has {listed(names)}, which another adapter of the model adapts by blocks: adapt it "
+                "here too as one of the target_modules, or put this adapter on a model without the other one."
+            )
 
     def _new_layer_ranges(self, peft_config: DiabloConfig) -> list[tuple[int, int]] | None:
         """The layers that the model has to be made of anew; None where it is as the adapter needs it."""

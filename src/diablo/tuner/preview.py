@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.outside import base_layer_of, modules_outside_adapters
 from diablo.tuner.targets import (
     Target,
-    base_layer_of,
     default_target_modules,
-    modules_outside_adapters,
     other_parameters,
     resolve_targets,
     target_obstacle,
@@ -107,6 +107,8 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
     skipped = []
     for name, module in modules_outside_adapters(model):
         base_layer: Any = base_layer_of(module)
+        if isinstance(base_layer, AuxiliaryTrainingWrapper):
+            base_layer = base_layer.original_module
         weight = base_layer._parameters.get("weight")
         own = f"{name}.weight" in names or f"{name}.weight" in by_themselves
         if name not in names and not own and weight is not None and weight.dim() > 1:
@@ -121,12 +123,18 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
 
 
 def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:
-    for settings in (("exclude_modules",), ("layers_to_transform", "layers_pattern")):
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "trained whole by another adapter"
+    reasons = {
+        "exclude_modules": "left out by exclude_modules",
+        "modules_to_save": "trained whole by modules_to_save",
+        "layers_to_transform": "left out by layers_to_transform",
+    }
+    for setting, reason in reasons.items():
         without = copy.copy(config)
-        for setting in settings:
-            setattr(without, setting, None)
+        setattr(without, setting, None)
         if check_target_module_exists(without, name):
-            return f"left out by {settings[0]}"
+            return reason
     try:
         module_weight(base_layer_of(module))
     except TypeError:

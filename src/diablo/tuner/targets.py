@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
     clone_module,
@@ -25,6 +24,7 @@ from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.in_place import module_obstacle, parameter_obstacle
 from diablo.tuner.layers.quantized import quantization_backend
 from diablo.tuner.layers.tensor_parallel import slice_obstacle, slices_of
+from diablo.tuner.outside import base_layer_of, check_not_held, held_modules, listed, modules_outside_adapters
 from diablo.tuner.weights import (
     SUPPORTED,
     Owners,
@@ -104,7 +104,14 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
         TypeError: a target is of a kind that cannot be adapted.
         ValueError: nothing matches, a pattern is never used, or ``num_blocks`` does not fit; all faults in one message.
     """
+    held = held_modules(model)
+    asked_for = config.target_modules
     _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is not asked_for:
+        # The expression was "all-linear", and is a set of names now.
+        config.target_modules = set(config.target_modules or ()) - held.keys()
+    matched = (name for name in held if any(_matches(config, name, model.get_submodule(name))))
+    check_not_held(model, matched, _targets_in_words(config))
     targets = fit_targets(model, config, _candidates(model, config), _targets_in_words(config))
     if not targets:
         raise ValueError(
@@ -231,24 +238,6 @@ def with_replicated_layers(model: nn.Module, config: DiabloConfig) -> nn.Module:
     return copied
 
 
-def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The named modules of a model, without the insides of the tuner layers that it may already have."""
-    found: list[tuple[str, nn.Module]] = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-        found.append((name, module))
-    return found
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """The layer under a module's adapters, or the module itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def other_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """What only ``target_parameters`` can adapt: full name, module and own name of each parameter."""
     return [
@@ -260,19 +249,20 @@ def other_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def _candidates(model: nn.Module, config: DiabloConfig) -> list[tuple[str, str | None]]:
     """The modules and parameters that the names in ``config`` match: full name, and a parameter's own name."""
-    names: list[tuple[str, str | None]] = []
-    parameters = copy.copy(config)
-    # PEFT's matching of modules, filters included, serves for parameters as well.
-    parameters.target_modules = set(config.target_parameters or ())
-    for name, module in modules_outside_adapters(model):
-        if check_target_module_exists(config, name):
-            names.append((name, None))
-        if config.target_parameters:
-            for parameter, value in base_layer_of(module)._parameters.items():
-                full_name = f"{name}.{parameter}"
-                if value is not None and check_target_module_exists(parameters, full_name):
-                    names.append((full_name, parameter))
-    return names
+    return [match for name, module in modules_outside_adapters(model) for match in _matches(config, name, module)]
+
+
+def _matches(config: DiabloConfig, name: str, module: nn.Module) -> Iterator[tuple[str, str | None]]:
+    if check_target_module_exists(config, name):
+        yield name, None
+    if config.target_parameters:
+        # PEFT's matching of modules, filters included, serves for parameters as well.
+        parameters = copy.copy(config)
+        parameters.target_modules = set(config.target_parameters)
+        for parameter, value in base_layer_of(module)._parameters.items():
+            full_name = f"{name}.{parameter}"
+            if value is not None and check_target_module_exists(parameters, full_name):
+                yield full_name, parameter
 
 
 def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight:
@@ -337,8 +327,13 @@ def _as_given(target_modules: Any) -> Any:
 
 def _after_filters(config: DiabloConfig) -> str:
     given = [
-        f"{name}={_as_given(getattr(config, name))!r}"
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        f"{name}={_as_given(getattr(config, name))!r}{effect}"
+        for name, effect in (
+            ("exclude_modules", ""),
+            ("layers_to_transform", ""),
+            ("layers_pattern", ""),
+            ("modules_to_save", ", which are trained whole"),
+        )
         if getattr(config, name) is not None
     ]
     return f" with {', '.join(given)}" if given else ""
@@ -346,13 +341,6 @@ def _after_filters(config: DiabloConfig) -> str:
 
 def _and_like(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
-
-
-def listed(items: Any, most: int = 8) -> str:
-    """Names for a message; of many the first ones, and how many more there are."""
-    names = [str(item) for item in items]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
 
 
 def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owners: Owners) -> str | None:
