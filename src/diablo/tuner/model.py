@@ -32,7 +32,7 @@ from diablo.tuner.targets import (
     target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.weights import Owners, is_quantized
+from diablo.tuner.weights import Owners, is_quantized, recomputed
 
 
 class DiabloModel(BaseTuner):
@@ -211,8 +211,9 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloLayer):
+        if isinstance(child, DiabloLayer) or recomputed(child):
             # PEFT hands the weight of an unloaded layer on; experts and some quantized layers have none of that name.
+            # And it looks at the weight of a new one, which some norms compute from another state then.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -307,11 +308,20 @@ class DiabloModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
+        """Refuse to merge where it would be lost, or change another module's output.
+
+        Raises:
+            ValueError: a weight is computed anew in each forward, or another module shares it.
+        """
         super()._check_merge_allowed()
         owners = Owners(self.model)
         for name, layer in self._layers().items():
             base_layer = layer.get_base_layer()
+            if (how := recomputed(base_layer)) is not None:
+                raise ValueError(
+                    f"{name} has no weight to merge into, since {how.by} computes it anew in each forward: use the "
+                    f"adapter unmerged, or call {how.undo} first, where layer is the model's module of that name."
+                )
             sharing = max((owners.of(base_layer._parameters.get(own)) for own in layer.weights), key=len)
             if len(sharing) > 1:
                 raise ValueError(

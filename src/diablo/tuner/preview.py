@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from diablo.tuner.targets import (
     target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.weights import Owners, module_weight
+from diablo.tuner.weights import Owners, module_weight, recomputed
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
         base_layer: Any = base_layer_of(module)
         if isinstance(base_layer, AuxiliaryTrainingWrapper):
             base_layer = base_layer.original_module
-        weight = base_layer._parameters.get("weight")
+        shape = _shape(base_layer)
         own = f"{name}.weight" in names or f"{name}.weight" in by_themselves
-        if name not in names and not own and weight is not None and weight.dim() > 1:
-            skipped.append(Skipped(name, type(base_layer).__name__, tuple(weight.shape), _reason(config, name, module)))
+        if name not in names and not own and len(shape) > 1:
+            skipped.append(Skipped(name, type(base_layer).__name__, shape, _reason(config, name, module)))
     for name, (module, parameter) in by_themselves.items():
         if name not in names:
             value = module.get_parameter(parameter)
@@ -120,6 +121,16 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
     owners = Owners(model)
     obstacles = {target.name: target_obstacle(model, target, config, owners) for target in targets}
     return TargetPreview(targets, skipped, obstacles)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a module's weight, which is not computed for it; empty where it has none."""
+    if (weight := module._parameters.get("weight")) is not None:
+        return tuple(weight.shape)
+    if recomputed(module):
+        with suppress(TypeError):
+            return module_weight(module).shape
+    return ()
 
 
 def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:

@@ -18,7 +18,7 @@ from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
-from diablo.tuner.weights import Weight, is_distributed
+from diablo.tuner.weights import Weight, is_distributed, recomputed
 
 _NUMBERS = itertools.count()
 
@@ -217,6 +217,13 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
+        if recomputed(base_layer) is None:
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        # Some norms change when their weight is read, and what was computed before the model was moved lies elsewhere.
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
+
     def _rows(self, adapter_names: list[str] | None) -> list[str] | None:
         """The adapters of the rows, where each has its own and adapters are switched on; what is merged goes if not."""
         if not self._disable_adapters:
@@ -300,7 +307,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         deltas = {}
         layouts = self.layouts_of(adapter_name)
         for name, blocks in self._values_of(adapter_name).items():
-            delta = torch.zeros(self._weight(name).shape, dtype=blocks.dtype, device=blocks.device)
+            # Not the weight's own shape: a quantized one has another, and one that is computed is computed for it.
+            sizes = *self.weights[name].stack, layouts[name].out_features, layouts[name].in_features
+            delta = torch.zeros(sizes, dtype=blocks.dtype, device=blocks.device)
             write_to_diagonal(delta, blocks.detach(), layouts[name])
             deltas[name] = self.weights[name].original(delta)
         return deltas
@@ -323,7 +332,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self, name: str) -> torch.Tensor:
         """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
-        parameter: Any = self.get_base_layer()._parameters[name]
+        base_layer: Any = self.get_base_layer()
+        if (how := recomputed(base_layer, name)) is not None:
+            raise RuntimeError(
+                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, which merged "
+                f"blocks would not outlast: use the adapter unmerged, or call {how.undo} first."
+            )
+        # torch makes a weight that is computed no longer a buffer, where it is frozen.
+        parameter = base_layer._parameters.get(name, base_layer._buffers.get(name))
         return self.weights[name].matrix(self._stored(parameter))
 
     def _stored(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from diablo.ops.adapted_linear import product, product_back
 from diablo.ops.linear import outer_product
 from diablo.ops.tile_product import as_rows
 from diablo.tuner.passes import LAYERS
-from diablo.tuner.weights import is_quantized
+from diablo.tuner.weights import is_quantized, recomputed
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
@@ -27,6 +27,9 @@ def module_obstacle(module: nn.Module) -> str | None:
     """
     if is_quantized(module):
         return "the weight is quantized"
+    for name in ("weight", "bias"):
+        if (how := recomputed(module, name)) is not None:
+            return f"{how.by} computes the {name} anew in each forward"
     if not isinstance(module, (nn.Linear, Conv1D)):
         return f"a {type(module).__name__} is no linear layer"
     if type(module).forward not in _FORWARDS or "forward" in module.__dict__:
