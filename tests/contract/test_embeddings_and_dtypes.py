@@ -38,6 +38,19 @@ def test_an_adapter_loads_onto_a_base_of_another_dtype(dtype, autocast, tmp_path
     assert (exact - output(llama())).norm() > 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_blocks_that_are_cast_are_trained_only_where_they_were(dtype, tmp_path):
+    def trained(model: nn.Module, adapter_name: str = "default") -> set[bool]:
+        return {layer.diablo_blocks[adapter_name].requires_grad for layer in tuner_layers(model).values()}
+
+    model = get_peft_model(llama().to(dtype), DiabloConfig(**CONFIG))
+    model.add_adapter("inactive", DiabloConfig(**CONFIG))
+    assert (trained(model), trained(model, "inactive")) == ({True}, {False})
+    model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=False)
+    assert trained(PeftModel.from_pretrained(llama().to(dtype), tmp_path)) == {False}
+    assert trained(PeftModel.from_pretrained(llama().to(dtype), tmp_path, is_trainable=True)) == {True}
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [

@@ -180,6 +180,17 @@ class DiabloModel(BaseTuner):
                 parameters = layer.get_base_layer()._parameters
                 layer.settle(is_shared=any(len(owners.of(parameters.get(name))) > 1 for name in layer.weights))
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT 0.21 makes new parameters of those that it casts, which are trained, whatever the old ones were.
+        trained = [
+            [blocks.requires_grad for blocks in layer.blocks_of(adapter_name).values()]
+            for layer in self._layers().values()
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, were in zip(self._layers().values(), trained, strict=True):
+            for blocks, was in zip(layer.blocks_of(adapter_name).values(), were, strict=True):
+                blocks.requires_grad_(was)
+
     def _check_in_place(self, targets: list[Target], config: DiabloConfig) -> None:
         """Refuse ``in_place=True`` where it is impossible, before anything is changed."""
         if config.in_place is not True:
