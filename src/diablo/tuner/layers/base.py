@@ -20,9 +20,12 @@ from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
 from diablo.tuner.layers.offloading import offloading_hook, take_back
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
-from diablo.tuner.weights import Weight, is_distributed
+from diablo.tuner.weights import Weight, is_distributed, recomputed
 
 _NUMBERS = itertools.count()
+
+# torch's functions would take the adapted layer for the parametrized one, and change what it does not have.
+_NOT_SHOWN = frozenset({"parametrizations"})
 
 
 class DiabloLayer(nn.Module, BaseTunerLayer):
@@ -30,6 +33,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     This class holds what an adapter is, how it is merged, and that each forward is part of a pass. A subclass says how
     its module computes with the blocks.
+
+    The public attributes that the module has when it is adapted, such as the ``stride`` of a convolution, are read and
+    set through this layer, where it has none of that name itself.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -48,6 +54,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
     other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout", "diablo_in_place")
 
+    # Names of the base layer's attributes that are read and set through this one; none before the constructor has run.
+    _shown: frozenset[str] = frozenset()
+
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -61,6 +70,19 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.diagonals = Diagonals()
         self.passes = Passes()
         self._take_number()
+        # Those that it has now: libraries that prepare every module (hooks, counters) mean each by itself.
+        public = {name for name in dir(base_layer) if not name.startswith("_")}
+        self._shown = frozenset(public.difference(dir(self), _NOT_SHOWN))
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not found otherwise, torch's parameters and modules among it.
+        return getattr(self.base_layer, name) if name in self._shown else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._shown:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _take_number(self) -> None:
         self.number = next(_NUMBERS)
@@ -228,6 +250,13 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
+        if recomputed(base_layer) is None:
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        # Some norms change when their weight is read, and what was computed before the model was moved lies elsewhere.
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
+
     def _rows(self, adapter_names: list[str] | None) -> list[str] | None:
         """The adapters of the rows, where each has its own and adapters are switched on; what is merged goes if not."""
         if not self._disable_adapters:
@@ -311,7 +340,9 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         deltas = {}
         layouts = self.layouts_of(adapter_name)
         for name, blocks in self._values_of(adapter_name).items():
-            delta = torch.zeros(self._weight(name).shape, dtype=blocks.dtype, device=blocks.device)
+            # Not the weight's own shape: a quantized one has another, and one that is computed is computed for it.
+            sizes = *self.weights[name].stack, layouts[name].out_features, layouts[name].in_features
+            delta = torch.zeros(sizes, dtype=blocks.dtype, device=blocks.device)
             write_to_diagonal(delta, blocks.detach(), layouts[name])
             deltas[name] = self.weights[name].original(delta)
         return deltas
@@ -334,7 +365,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self, name: str) -> torch.Tensor:
         """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
-        parameter: Any = self.get_base_layer()._parameters[name]
+        base_layer: Any = self.get_base_layer()
+        if (how := recomputed(base_layer, name)) is not None:
+            raise RuntimeError(
+                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, which merged "
+                f"blocks would not outlast: use the adapter unmerged, or call {how.undo} first."
+            )
+        # torch makes a weight that is computed no longer a buffer, where it is frozen.
+        parameter = base_layer._parameters.get(name, base_layer._buffers.get(name))
         return self.weights[name].matrix(self._stored(parameter))
 
     def _stored(self, parameter: torch.Tensor) -> torch.Tensor:
