@@ -433,7 +433,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def _weights_at_hand(self) -> AbstractContextManager[Any]:
         """Where accelerate offloads the weights, they are fetched, and what they are then is what it keeps."""
         base_layer = self.get_base_layer()
-        is_away = any(base_layer._parameters[name].is_meta for name in self.weights)  # type: ignore[union-attr]
+        is_away = any(own is not None and own.is_meta for own in base_layer._parameters.values())
         return onload_layer(self) if is_away and offloading_hook(base_layer) else nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
