@@ -59,6 +59,11 @@ def complete_task(incomplete: str) -> list[str]:
     return _starting(incomplete, dict.fromkeys(allowed("task") + allowed("evaluation", "tasks")))
 
 
+def complete_trained_tasks(incomplete: str) -> list[str]:
+    """Names of tasks that can be trained on, separated by commas."""
+    return _next_of_list(incomplete, allowed("task"))
+
+
 def complete_scored_tasks(incomplete: str) -> list[str]:
     """Names of tasks that can be scored, separated by commas."""
     return _next_of_list(incomplete, allowed("evaluation", "tasks"))

@@ -45,7 +45,7 @@ def in_bash(line: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "some", "none"),
     [
-        ("diablo ", {"train", "to-lora", "import"}, {"quickstart"}),
+        ("diablo ", {"train", "init", "to-lora", "import"}, {"quickstart"}),
         ("diablo to", {"to-lora"}, {"train"}),
         ("diablo train --", {"--dry-run", "--resume"}, {"--methods"}),
         ("diablo train ", {"quickstart", "paper/gsm8k-llama2-7b", "mine.yaml", "folder/"}, {"rows.jsonl", ".hidden/"}),
@@ -57,6 +57,7 @@ def in_bash(line: str, folder: Path) -> list[str]:
         ("diablo compare quickstart --methods diablo,d", {"diablo,dora"}, {"diablo,diablo", "diablo,lora"}),
         ("diablo evaluate run --task gsm8k,", {"gsm8k,boolq", "gsm8k,aqua"}, {"gsm8k,gsm8k", "gsm8k,math10k"}),
         ("diablo tasks mat", {"math", "math10k"}, {"gsm8k"}),
+        ("diablo init --task m", {"mawps", "math10k"}, {"math"}),
     ],
 )
 def test_what_is_offered(tmp_path, line, some, none):
