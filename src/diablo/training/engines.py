@@ -97,8 +97,8 @@ class FullyShardedDataParallel(Engine):
         """Check that there is something to shard over."""
         if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
             raise UserError(
-                "accelerate was launched with FSDP, with which it shards over two or more GPUs, and would silently do "
-                "without here: launch it without."
+                "accelerate was launched with FSDP, with which it shards over two or more GPUs only; here it would "
+                "shard nothing and not say so: launch it without FSDP."
             )
 
     def kept(self, model: nn.Module) -> int:
@@ -271,8 +271,8 @@ def check_shardable(plan: Plan) -> None:
         )
     if plan.recipe.training.gradient_checkpointing == "selective" and _is_zero_3():
         raise UserError(
-            "training.gradient_checkpointing: found selective under ZeRO-3, which takes the weights apart between a "
-            "forward and its recomputation, as only full can do with: set full, or launch with zero_stage 2."
+            "training.gradient_checkpointing: found selective under ZeRO-3, which shards the weights again between a "
+            "forward and its recomputation, and allows full alone: set full, or launch with zero_stage 2."
         )
     if plan.device.type == "cpu" and plan.dtype != torch.float32:
         raise UserError(

@@ -87,8 +87,8 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
             reason = self._obstacle_now() or "no adapter of it is trained"
             raise RuntimeError(
                 f"A graph was compiled with the blocks of {', '.join(adapter_names)} in the weight of a "
-                f"{type(self.base_layer).__name__}, where they cannot be any longer: {reason}. Compile anew after "
-                "torch.compiler.reset()."
+                f"{type(self.base_layer).__name__}, and they can no longer be written there: {reason}. Call "
+                "torch.compiler.reset() and compile again."
             )
         with Pass(self.passes, plan):
             yield plan.parts[self.number].weight
