@@ -79,7 +79,9 @@ def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[st
 
 
 def _by_module(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Shape | None]]:
-    """The shapes of blocks by the module's name and the last part of the key, which is a parameter's name if it is any.
+    """The shapes of blocks, by the module's name and the last part of the key.
+
+    The last part is a parameter's name if blocks of a parameter are meant.
 
     Names of modules are read as PEFT reads them.
     """
