@@ -142,8 +142,9 @@ class HumanEval(RecordTask):
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of the probability that at least one of k samples is right (Chen et al., 2021, equation 1).
 
-    The estimate is ``1 - C(n - c, k) / C(n, k)``. It is computed as one minus the product of ``1 - k / i`` for i from n
-    - c + 1 to n. This makes no large numbers on the way. Where fewer than k samples are wrong, one factor is zero.
+    The estimate is ``1 - C(n - c, k) / C(n, k)``. It is computed as one minus the product of ``1 - k / i`` for i from
+    ``n - c + 1`` to ``n``. This makes no large numbers on the way. Where fewer than k samples are wrong, one factor is
+    zero.
 
     Args:
         n: how many samples there are.
