@@ -164,8 +164,8 @@ def _check_base(adapter: Path, name: str, found: str | None, other_base: bool) -
     if is_same is False and not other_base:
         raise UserError(
             f"The adapter {str(adapter)!r} was trained on {config.base_model_name_or_path}, whose weights differ "
-            f"at its targets from those of {name!r}: merged, they would not do what was trained. Give the model "
-            "that it was trained on with --base, or --other-base to merge all the same."
+            f"at its targets from those of {name!r}: the merged model would not compute what was trained. Give the "
+            "model that it was trained on with --base, or --other-base to merge all the same."
         )
     return is_same
 

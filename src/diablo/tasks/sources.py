@@ -136,8 +136,8 @@ def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:
     name = source.own_place(split)
     if source.hub is None:
         raise UserError(
-            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin}, lay it out so or as it "
-            f"is published, and give the folder {_HOW_TO_GIVE_A_FOLDER}."
+            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin}, put it into a folder by "
+            f"this name or as it is published, and give the folder {_HOW_TO_GIVE_A_FOLDER}."
         )
     try:
         from datasets import load_dataset

@@ -262,8 +262,8 @@ def check_shardable(plan: Plan) -> None:
     method, quantization = plan.recipe.method.name, plan.recipe.quantization
     if method in ("full", "pissa"):
         raise UserError(
-            f"method.name: found {method}, which changes the weights themselves, and of a sharded model only what "
-            f"is beside them is saved: choose another method, or {without}."
+            f"method.name: found {method}, which changes the weights themselves, and of a sharded model only adapters "
+            f"are saved: choose another method, or {without}."
         )
     if quantization is not None or stored_quantization(load_config(plan.model_name)):
         raise UserError(

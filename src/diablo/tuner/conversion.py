@@ -75,7 +75,8 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
     layers = _layers(model, adapter_name)
     if config.bias != "none":
         raise ValueError(
-            f"The adapter {adapter_name!r} has trained biases (bias={config.bias!r}), which LoRA's has not."
+            f"The adapter {adapter_name!r} has trained biases (bias={config.bias!r}), which cannot be converted: "
+            "merge the adapter instead."
         )
     tensors, ranks, errors = {}, {}, {}
     lost = kept = 0.0

@@ -112,8 +112,8 @@ def _swap(
     current: Any = peft_model.peft_config[adapter_name]
     if _ranges(config) != _ranges(current):
         raise ValueError(
-            f"The saved adapter is for layer_replication={config.layer_replication!r} and the model has "
-            f"{current.layer_replication!r}: adapters can be swapped that are of the same layers."
+            f"The saved adapter has layer_replication={config.layer_replication!r} and the model has "
+            f"{current.layer_replication!r}: swap adapters of the same layer_replication."
         )
     targets = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     targets = {_plain(key): value for key, value in targets.items()}

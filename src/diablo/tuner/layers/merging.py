@@ -131,8 +131,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         base_layer: Any = self.get_base_layer()
         if (how := recomputed(base_layer, name)) is not None:
             raise RuntimeError(
-                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, which merged "
-                f"blocks would not outlast: use the adapter unmerged, or call {how.undo} first."
+                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, so that "
+                f"merged blocks would be lost: use the adapter unmerged, or call {how.undo} first."
             )
         # When a computed weight is made plain again, torch leaves a buffer where the weight is frozen.
         parameter = base_layer._parameters.get(name, base_layer._buffers.get(name))

@@ -182,7 +182,7 @@ class _Readers(TorchFunctionMode):
     def _reach(self) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Second derivatives cannot be had through parameters that are adapted in place, such as fused experts: "
+                "Second derivatives cannot be computed through parameters with blocks in them, such as fused experts: "
                 "set in_place=False."
             )
         self._current.reach()
