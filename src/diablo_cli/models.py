@@ -82,6 +82,11 @@ def merge(
             f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal, to the "
             "bit."
         )
+    for name, shared in report.untied.items():
+        out.print(
+            f"Untied {escape(name)} from {escape(shared)}, which share a weight in the base model: the adapter changes "
+            "it for one of them alone. The merged model has both, and its config says tie_word_embeddings: false."
+        )
     if report.logits is not None:
         difference, largest = report.logits
         out.print(
