@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(tiny_model, settings, match):
 def test_the_learning_rate_grows_with_the_number_of_blocks(num_blocks, rate):
     # Most of SmolLM2-135M's layers have 576 inputs: 144, 36, 9 and 3 rows a block.
     kinds = [TargetKind("up_proj", 4, (576, 1536), "", 0), TargetKind("down_proj", 1, (1536, 576), "", 0)]
-    assert Sizes(num_blocks, kinds, 0, 0, []).learning_rate == rate
+    assert Sizes("DiaBlo", num_blocks, kinds, 0, 0, torch.bfloat16, []).learning_rate == rate
 
 
 def test_what_is_counted_is_let_go_of():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -40,7 +40,9 @@ from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
-from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
+
+if TYPE_CHECKING:
+    from diablo.training.trainer import CompletionTrainer, Losses
 
 
 @dataclass
@@ -90,6 +92,9 @@ def train(
     with processes.main_first():
         plan = make_plan(recipe)
     _check_processes(processes, plan, checkpoint)
+    # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
+    from diablo.training.trainer import Losses, make_trainer
+
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
 
