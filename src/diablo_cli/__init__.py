@@ -27,6 +27,8 @@ def main() -> None:
     # Where quantization libraries are installed, PEFT imports them, and they report kernels for other machines.
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # DeepSpeed sets the level of its log itself, and writes to standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,13 +73,18 @@ def quiet() -> None:
     """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo."""
     import warnings
 
+    import huggingface_hub.utils.logging
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    # What they advise about their own settings, which a recipe's user does not have.
+    for library in ("peft", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch", "torchao"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with contextlib.suppress(ImportError):
-        # gptqmodel's log, which opens with a banner.
+    # gptqmodel's log opens with an empty line, and then has a banner.
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
         from logbar import LogBar
 
         LogBar.shared().setLevel("ERROR")

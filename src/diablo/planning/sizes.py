@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.models.checkpointing import Checkpointing, selective_contexts
+from diablo.models.checkpointing import Checkpointing, enable_checkpointing, selective_contexts
 from diablo.models.loading import (
     choose_device,
     choose_dtype,
@@ -328,7 +328,7 @@ def _kept_on_meta(model: Any, batch_size: int, length: int, checkpointing: str) 
         finally:
             counts.append(made.alive())
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    enable_checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
     with _Made() as made:
         loss = _loss_on_meta(model, batch_size, length)
         counts.append(made.alive())

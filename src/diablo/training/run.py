@@ -20,6 +20,7 @@ from diablo.data.batching import collate
 from diablo.errors import Interrupted, UserError
 from diablo.merging import merge_adapter
 from diablo.models.adapters import save_adapter, save_start
+from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
@@ -159,14 +160,14 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], plan.encoder.tokenizer.pad_token_id)
-    checkpointing = plan.recipe.training.gradient_checkpointing != "none"
+    options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    if options is not None:
+        enable_checkpointing(model, options)
     moved = {name: values.to(model.device) for name, values in probe.items()}
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
-        preflight.check_gradients(model, moved, checkpointing=checkpointing)
+        preflight.check_gradients(model, moved, checkpointing=options is not None)
 
 
 @contextmanager
