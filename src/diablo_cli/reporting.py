@@ -82,12 +82,15 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         model: what the user called the model.
         batch: the batch that the memory is for, in words.
     """
-    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    if sizes.targets:
+        out.print(kinds_table(sizes.targets, f"{sizes.method} on {model}"))
     out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})")
-    out.print(
-        f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in one "
-        "of thousands\n"
-    )
+    if sizes.learning_rate is not None:
+        out.print(
+            f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in "
+            "one of thousands"
+        )
+    out.print()
     table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")
     table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
     for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):

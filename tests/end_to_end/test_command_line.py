@@ -343,6 +343,43 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
     assert "--budget: found 'much'" in error
 
 
+def test_plan_takes_a_recipe_and_shows_its_own_method_at_its_own_batch(diablo, tiny_model, tmp_path):
+    own = [f"model={tiny_model}", "training.batch_size=3", "training.max_length=40", "precision=fp32"]
+    status, out, _ = diablo("plan", "quickstart", *own, "method.num_blocks=4")
+    assert status == 0
+    assert "4 blocks of 8 x 8" in out
+    assert "at 3 x 40 tokens (training.max_length) in float32" in out
+    for method in ("DiaBlo, N = 4", "LoRA, r =", "full fine-tuning"):
+        assert method in out
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"task: mawps\nmodel: {tiny_model}\noutput: out\nmethod: {{name: dora, r: 2}}\n")
+    status, out, _ = diablo("plan", recipe, "training.max_length=16")
+    assert status == 0
+    assert "rank 2" in out
+    assert "DoRA, r = 2" in out
+    assert "DiaBlo" not in out
+    status, out, _ = diablo("plan", recipe, "training.max_length=16", "method=full")
+    assert status == 0
+    assert "full fine-tuning" in out
+
+
+def test_the_output_layer_is_trained_and_merged(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["method.target_modules=[lm_head]", "merge=true", "evaluation.before=false", "evaluation.after=false"]
+    status, _, error = diablo(*quickstart_on(tiny_model, run, *options))
+    assert status == 0, error
+    assert blocks_of(run)["base_model.model.lm_head.diablo_blocks"].any()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).lm_head.weight
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(run / "merged").lm_head.weight, base)
+
+
+def test_a_run_that_is_shorter_than_logging_steps_has_its_last_loss(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["training.logging_steps=3", "evaluation.before=false", "evaluation.after=false"]
+    assert diablo(*quickstart_on(tiny_model, run, *options))[0] == 0
+    assert [step for step, _ in json.loads((run / "run.json").read_text())["training"]["loss"]] == [3, 4]
+
+
 def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_path):
     records = [
         {

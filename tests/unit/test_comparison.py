@@ -108,7 +108,7 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
 )
 def test_a_fault_is_found_before_anything_is_read(tmp_path, options, changes, parts):
     with pytest.raises(UserError) as caught:
-        plan_comparison(recipe_on(Path("no/such/model"), tmp_path / "run", **changes), **options)
+        plan_comparison(recipe_on(Path("no/model"), tmp_path / "run", **changes), **options)
     assert len(str(caught.value).splitlines()) == 1
     for part in parts:
         assert part in str(caught.value)

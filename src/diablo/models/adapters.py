@@ -311,6 +311,20 @@ def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str |
     return conversion
 
 
+def check_new_folder(folder: Path, what: str) -> None:
+    """Check that a folder can be made, or is empty.
+
+    Args:
+        folder: the folder.
+        what: what is to be written there, for the message.
+
+    Raises:
+        UserError: the folder has files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+
+
 @contextmanager
 def new_folder(folder: Path, what: str) -> Iterator[Path]:
     """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
@@ -322,8 +336,7 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
     Raises:
         UserError: the folder has files, or is a file.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+    check_new_folder(folder, what)
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -11,9 +11,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from diablo.data.rows import FORMATS
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.models.checkpointing import Checkpointing
+from diablo.models.names import check_name
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.section import Section, TaskNames
 
@@ -21,9 +23,9 @@ from diablo.recipes.section import Section, TaskNames
 class Data(Section):
     """The user's own files or folder of datasets, and how rows are read."""
 
-    train: Path | None = Field(None, description="a .jsonl, .json or .parquet file: the rows to train on")
+    train: Path | None = Field(None, description=f"a file that ends in {', '.join(FORMATS)}: the rows to train on")
     eval: Path | None = Field(
-        None, description="a .jsonl, .json or .parquet file: held-out rows, whose loss is measured"
+        None, description=f"a file that ends in {', '.join(FORMATS)}: held-out rows, whose loss is measured"
     )
     folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
     on_malformed: Literal["error", "skip"] = Field(
@@ -159,6 +161,14 @@ class Recipe(Section):
         return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
 
     @model_validator(mode="after")
+    def _name_of_model(self) -> Recipe:
+        try:
+            check_name(self.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
@@ -169,6 +179,8 @@ class Recipe(Section):
             path: Path | None = getattr(self.data, key)
             if path is not None and not path.is_file():
                 raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
+            if path is not None and not path.name.endswith(FORMATS):
+                raise ValueError(f"data.{key}: found {str(path)!r}; allowed: a file that ends in {', '.join(FORMATS)}.")
         general = self.evaluation.general
         if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
             raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
