@@ -48,7 +48,11 @@ def compare(
     recipe: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped recipe, with DiaBlo as method.")],
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names of methods, separated by commas; all of them if not given.")
+        str | None,
+        typer.Option(
+            help="Names of methods, separated by commas, and peft:TYPE:KEY for any type of PEFT whose KEY is solved "
+            "for, such as peft:GRALORA:r; all that have names of their own if not given."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
     lrs: Annotated[

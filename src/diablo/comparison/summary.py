@@ -135,7 +135,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"Every method was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
         f"{seeds[0]}, and the rate of the lowest loss on {data['validation_rows']} validation rows (cut from the "
         f"training rows with seed {data['validation_seed']}, never trained or tested on) was taken for all seeds.",
-        f"{record['budget']:,} trained parameters are DiaBlo's; the others have the rank that comes closest. Full "
+        f"{record['budget']:,} trained parameters are DiaBlo's; the others have the size that comes closest. Full "
         "fine-tuning trains all weights. PiSSA's file holds twice its trained parameters: the difference to its start.",
         "Forgetting is the rise of the loss on general text; training time and peak memory leave out scoring.",
     ]

@@ -83,7 +83,8 @@ class Sizes:
         N, which makes blocks smaller, therefore takes a larger rate; ``docs/experiments/choice-of-n.md`` has it from
         32 steps of SmolLM2-135M.
         """
-        rows = [BlockLayout(*kind.shape, self.num_blocks).block_in for kind in self.targets for _ in range(kind.count)]
+        shapes = shapes_of(self.targets).items()
+        rows = [BlockLayout(*shape, self.num_blocks).block_in for shape, count in shapes for _ in range(count)]
         return float(f"{0.1 / statistics.median(rows):.0e}")
 
 
@@ -155,13 +156,11 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     """The smallest N that trains at most a share of the model's parameters."""
     model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    shapes = [
-        (kind.shape, kind.count)
-        for kind in target_kinds(apply_method(model, DiabloMethod(num_blocks=1, target_modules=target_modules)))
-    ]
-    most = min(min(shape) for shape, _ in shapes)
+    whole = DiabloMethod(num_blocks=1, target_modules=target_modules)
+    shapes = shapes_of(target_kinds(apply_method(model, whole)))
+    most = min(map(min, shapes))
     for number in range(1, most + 1):
-        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes)
+        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes.items())
         if blocks <= budget * total:
             return number
     raise UserError(

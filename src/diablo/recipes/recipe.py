@@ -98,7 +98,8 @@ class Recipe(Section):
     data: Data = Field(default=Data(), description="a section")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
-        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
+        default=DiabloMethod(),
+        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
     )
     training: Training = Field(default=Training(), description="a section")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section")
