@@ -37,7 +37,7 @@ def print_plan(out: Console, plan: Plan) -> None:
 
     recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
     if plan.targets:
-        out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
+        out.print(kinds_table(plan.targets, f"{recipe.method.title} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
     out.print(f"held-out rows       {len(plan.held_out):,}")
@@ -168,7 +168,7 @@ def kinds_table(kinds: list[TargetKind], title: str) -> Table:
     """What a method adapts, by kind."""
     table = Table("module", "count", "shape", "adapter", "parameters", title=title)
     for kind in kinds:
-        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+        shape = f"{kind.shape[0]} -> {kind.shape[1]}" if kind.shape else "-"
         table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
     return table
 

@@ -61,7 +61,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names of methods, separated by commas; all of them if not given.", autocompletion=complete_methods
+            help="Names of methods, separated by commas, and peft:TYPE:KEY for any type of PEFT whose KEY is solved "
+            "for, such as peft:GRALORA:r; all that have names of their own if not given.",
+            autocompletion=complete_methods,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from peft import PeftType
 from rich.console import Console
 
 from diablo.data.encoding import EncodedRow
@@ -31,6 +32,7 @@ from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
+from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import recipe_of_run
 from diablo.scoring.generation import held_out_loss
@@ -103,6 +105,7 @@ def merge_adapter(
             weights would not be finite, or ``into`` does not fit the base.
     """
     name = resolve_model(base or base_model_of(adapter))
+    check_merges(PeftType(read_adapter_config(adapter).peft_type).value, f"The adapter {str(adapter)!r}")
     on_the_fly = recipe_of_run(adapter).get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)

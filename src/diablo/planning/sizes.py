@@ -30,7 +30,7 @@ from diablo.models.loading import (
 )
 from diablo.planning.plan import check_quantized
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
-from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.recipe import Recipe
 from diablo.tuner import DiabloLayer
 
@@ -102,7 +102,8 @@ class Sizes:
         """
         if self.num_blocks is None:
             return None
-        rows = [BlockLayout(*kind.shape, self.num_blocks).block_in for kind in self.targets for _ in range(kind.count)]
+        shapes = shapes_of(self.targets).items()
+        rows = [BlockLayout(*shape, self.num_blocks).block_in for shape, count in shapes for _ in range(count)]
         return float(f"{0.1 / statistics.median(rows):.0e}")
 
 
@@ -213,7 +214,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         UserError: there is no such model, or the method does not fit it.
     """
     config = load_config(resolve_model(recipe.model))
-    check_quantized(recipe, config, [recipe.method.name])
+    check_quantized(recipe, config, [recipe.method])
     return sizes_of(
         config,
         recipe.method,
@@ -231,6 +232,8 @@ def in_words(method: AnyMethod) -> str:
         return "full fine-tuning"
     if isinstance(method, DiabloMethod):
         return f"DiaBlo, N = {method.num_blocks}"
+    if isinstance(method, PeftMethod):
+        return method.type
     return f"{_TITLES[method.name]}, r = {method.r}"
 
 
@@ -243,13 +246,11 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     """The smallest N that trains at most a share of the model's parameters."""
     model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    shapes = [
-        (kind.shape, kind.count)
-        for kind in target_kinds(apply_method(model, DiabloMethod(num_blocks=1, target_modules=target_modules)))
-    ]
-    most = min(min(shape) for shape, _ in shapes)
+    whole = DiabloMethod(num_blocks=1, target_modules=target_modules)
+    shapes = shapes_of(target_kinds(apply_method(model, whole)))
+    most = min(map(min, shapes))
     for number in range(1, most + 1):
-        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes)
+        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes.items())
         if blocks <= budget * total:
             return number
     raise UserError(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.methods import METHODS
 from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
-from diablo.recipes.section import Section
+from diablo.recipes.section import EXPLAINED, Section
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -103,8 +103,8 @@ _SECTIONS: dict[int | str, type[Section]] = {"data": Data, "training": Training,
 
 
 def _explain(fault: Any) -> str:
-    """One line about one of pydantic's findings."""
-    if not fault["loc"]:
+    """What one of pydantic's findings says to the user: one line, or several from a check that finds several."""
+    if not fault["loc"] or fault["type"] == EXPLAINED:
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
     key, last = ".".join(path), path[-1]

@@ -125,7 +125,8 @@ class Recipe(Section):
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
-        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
+        default=DiabloMethod(),
+        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
     )
     training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")

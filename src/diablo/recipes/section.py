@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from diablo.errors import UserError
 
 
 def _names_or_expression(value: Any) -> Any:
@@ -39,3 +44,16 @@ class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+EXPLAINED = "explained"
+"""The type of a finding of pydantic's whose message is one for the user, key and all."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Let pydantic report an error for the user in its own words."""
+    try:
+        yield
+    except UserError as error:
+        raise PydanticCustomError(EXPLAINED, "{words}", {"words": str(error)}) from None
