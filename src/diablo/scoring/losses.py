@@ -14,7 +14,9 @@ _CHUNK = 1024
 """Supervised tokens whose logits are in fp32 at a time."""
 
 
-def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def summed_completion_loss(
+    model: Any, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of the supervised tokens, summed.
 
     Nothing of it makes the host wait for the device.
@@ -22,17 +24,18 @@ def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> tor
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
         batch: what :func:`diablo.data.batching.collate` makes.
+        label_smoothing: the share of a token's target that is spread evenly over the vocabulary, from 0 to below 1.
 
     Returns:
         A scalar in fp32, in nats.
     """
     logits, targets = _supervised_logits(model, batch)
     if len(targets) <= _CHUNK:
-        return _summed(logits, targets)
+        return _summed(logits, targets, label_smoothing)
     # In fp32 the logits would take several times the memory that they have: they are cast a part at a time, and again
     # in the backward.
     parts = zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
-    losses = [checkpoint(_summed, *part, use_reentrant=False) for part in parts]
+    losses = [checkpoint(_summed, *part, label_smoothing, use_reentrant=False) for part in parts]
     return torch.stack(losses).sum()
 
 
@@ -57,8 +60,8 @@ def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) ->
     return before, log_probabilities[last]
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def _summed(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
