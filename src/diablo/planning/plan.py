@@ -29,6 +29,8 @@ from diablo.models.loading import (
     stored_quantization,
 )
 from diablo.planning import preflight
+from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
+from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.recipes.applying import TargetKind, apply_method, target_kinds
 from diablo.recipes.methods import AdapterMethod, AnyMethod
 from diablo.recipes.recipe import Recipe
@@ -58,7 +60,9 @@ class Plan:
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
         sampler: the order of training.
-        steps: optimizer steps of the run.
+        steps: optimizer steps of the run, where held-out losses do not end it before.
+        optimizer: the optimizer.
+        schedule: the schedule of its learning rate.
         device: where it runs.
         dtype: dtype of the frozen weights.
     """
@@ -79,6 +83,8 @@ class Plan:
     parameters: tuple[int, int]
     sampler: LengthGroupedSampler
     steps: int
+    optimizer: OptimizerChoice
+    schedule: ScheduleChoice
     device: torch.device
     dtype: torch.dtype
 
@@ -115,12 +121,16 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
+    optimizer = choose_optimizer(recipe.training, device)
     scored = _scored(recipe)
     rows = _rows(recipe, [task for task, _ in scored])
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
     check_quantized(recipe, config, [recipe.method.name])
-    targets, parameters = adapt_on_meta(recipe.method, config)
+    _check_smoothing(recipe, config)
+    adapted = _adapted_on_meta(recipe.method, config)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    group_members(trained, recipe.training.optimizer.groups)
     encoder = RowEncoder(load_tokenizer(model_name), chat=recipe.chat, stop_token_ids=stop_token_ids(config))
     train, too_long = _encode(recipe, encoder, rows.train)
     held_out, _ = _encode(recipe, encoder, rows.held_out)
@@ -150,10 +160,12 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         tested=rows.tested,
         validation=rows.validation,
         general=encode_general_text(general, encoder.tokenizer, training.max_length) if general else [],
-        targets=targets,
-        parameters=parameters,
+        targets=target_kinds(adapted),
+        parameters=count_parameters(adapted),
         sampler=sampler,
         steps=steps,
+        optimizer=optimizer,
+        schedule=choose_schedule(training, steps),
         device=device,
         dtype=dtype,
     )
@@ -175,6 +187,18 @@ def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[
         raise UserError(
             f"method: {', '.join(refused)} would have to change weights that {how} quantizes; take another method, or "
             "a model that is not quantized."
+        )
+
+
+def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Labels are smoothed in our own loss, which is not that of a mixture whose router is balanced."""
+    text = config.get_text_config()
+    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+    if recipe.training.label_smoothing and is_balanced:
+        raise UserError(
+            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
+            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
+            "the model's config."
         )
 
 
@@ -249,7 +273,12 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     Raises:
         UserError: the method does not fit the model.
     """
+    adapted = _adapted_on_meta(method, config)
+    return target_kinds(adapted), count_parameters(adapted)
+
+
+def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> Any:
     adapted = apply_method(meta_model(config), method)
     chosen = isinstance(method, AdapterMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
-    return target_kinds(adapted), count_parameters(adapted)
+    return adapted
