@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from diablo.recipes.training import Training
+from diablo.records.results import kept_loss
+
 if TYPE_CHECKING:
     from diablo.comparison import Comparison
     from diablo.models.inspection import Inspection
@@ -61,6 +64,8 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
     out.print(f"effective batch     {plan.effective_batch} rows")
     out.print(f"steps               {plan.steps}")
+    for line in _optimization(plan.recipe.training):
+        out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
@@ -71,6 +76,32 @@ def print_plan(out: Console, plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
+
+
+def _optimization(training: Training) -> list[str]:
+    """What of the optimisation is not as it is by default, in lines of a plan."""
+    default = Training()
+    lines = []
+    if training.optimizer != default.optimizer:
+        chosen = training.optimizer
+        told = {"betas": chosen.betas, "epsilon": chosen.epsilon, **chosen.options}
+        parts = [chosen.name, *(f"{name} {value}" for name, value in told.items() if value is not None)]
+        for group in chosen.groups:
+            own = {"learning rate": group.learning_rate, "weight decay": group.weight_decay}
+            listed = " and ".join(f"{name} {value:g}" for name, value in own.items() if value is not None)
+            parts.append(f"{', '.join(group.modules)} with {listed}")
+        lines.append(f"optimizer           {'; '.join(parts)}")
+    floor = training.min_learning_rate
+    if training.schedule != default.schedule or floor is not None or training.schedule_options:
+        told = {**training.schedule_options, **({} if floor is None else {"down to": f"{floor:g}"})}
+        lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
+    if training.ema is not None:
+        lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
+    if training.keep == "best":
+        lines.append("kept                what has the best held-out loss")
+    if training.early_stopping_patience is not None:
+        lines.append(f"early stopping      patience of {training.early_stopping_patience} held-out losses")
+    return lines
 
 
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
@@ -185,12 +216,7 @@ def print_result(out: Console, result: RunResult) -> None:
                 what = f"{task} {metric} {when}"
                 out.print(f"{what:<32} {value:6.1%}  ({score.right} of {len(score.answers)})")
     training, data, parameters = record["training"], record["data"], record["parameters"]
-    if training["held_out_loss"]:
-        losses = [loss for _, loss in training["held_out_loss"]]
-        out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
-    if record["general_loss"]:
-        before, after = record["general_loss"]["before"], record["general_loss"]["after"]
-        out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")
+    _print_losses(out, record)
     out.print(
         f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
         f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "
@@ -216,6 +242,20 @@ def print_result(out: Console, result: RunResult) -> None:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
         out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+
+
+def _print_losses(out: Console, record: dict[str, Any]) -> None:
+    training = record["training"]
+    if training["held_out_loss"]:
+        before, after = training["held_out_loss"][0][1], kept_loss(training)
+        out.print(f"held-out loss    {before:.3f} -> {after:.3f} per token")
+    if training["stopped_early"]:
+        out.print(f"stopped early    after step {training['steps']}: the held-out loss did not become better")
+    if training["kept_step"] != training["steps"]:
+        out.print(f"kept             step {training['kept_step']}, of the best held-out loss")
+    if record["general_loss"]:
+        before, after = record["general_loss"]["before"], record["general_loss"]["after"]
+        out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")
 
 
 def print_examples(out: Console, scores: dict[str, Score], count: int) -> None:

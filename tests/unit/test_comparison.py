@@ -165,6 +165,18 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
         ({"rates": [math.inf]}, {}, ["--lrs: found inf"]),
         ({"rates": [1e-3, 1e-3]}, {}, ["--lrs: found 0.001, 0.001", "different"]),
         ({}, {"method": "lora"}, ["method: found lora", "method=diablo"]),
+        ({}, {"training": {"keep": "best", "eval_steps": 1}}, ["training.keep", "by the rows that a run is judged by"]),
+        ({}, {"training": {"early_stopping_patience": 1, "eval_steps": 1}}, ["training.early_stopping_patience=null"]),
+        (
+            {},
+            {"training": {"schedule": "cosine", "min_learning_rate": 1e-5}},
+            ["training.min_learning_rate: it does not move with the learning rates"],
+        ),
+        (
+            {},
+            {"training": {"optimizer": {"groups": [{"modules": ["mlp"], "weight_decay": 1}]}}},
+            ["training.optimizer.groups: it does not move"],
+        ),
         ({}, {"task": "math10k"}, ["nothing to score", "data.eval", "evaluation.tasks"]),
     ],
 )
@@ -279,6 +291,7 @@ def figures_of(score: float, loss: float, seconds: float = 10.0) -> dict[str, An
         "scores": {"after": {"mawps": {"headline": "accuracy", "accuracy": score, "right": 1, "total": 2}}},
         "training": {
             "held_out_loss": [[0, 9.0], [3, loss]],
+            "kept_step": 3,
             "tokens_per_second": 100.0,
             "peak_memory_bytes": 5_000_000,
         },

@@ -16,6 +16,7 @@ from diablo.planning.plan import check_quantized, make_plan
 from diablo.recipes.applying import shapes_of
 from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.recipe import Recipe
+from diablo.recipes.training import Training
 
 DEFAULT_METHODS = tuple(OFFERED)
 DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
@@ -187,8 +188,24 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[f
             f"method: found {recipe.method.name}; a comparison takes a recipe of diablo, whose num_blocks sets how "
             "many parameters every method trains. Set method=diablo."
         )
+    _check_training(recipe.training)
     if not recipe.scored and recipe.data.eval is None:
         raise UserError(
             "There is nothing to score the methods by: give held-out rows as data.eval, or evaluation.tasks, or a task "
             "that has a test split."
         )
+
+
+def _check_training(training: Training) -> None:
+    """What would be unfair to some method, or would not move with the rates of the sweep."""
+    if training.depends_on_held_out:
+        raise UserError(
+            "training.keep, training.early_stopping_patience: in a comparison they would choose by the rows that a run "
+            "is judged by; set training.keep=last and training.early_stopping_patience=null."
+        )
+    for key, given in (
+        ("min_learning_rate", training.min_learning_rate),
+        ("optimizer.groups", training.optimizer.groups),
+    ):
+        if given:
+            raise UserError(f"training.{key}: it does not move with the learning rates of a comparison; leave it out.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.sweep import Sweep
-from diablo.records.results import write_json
+from diablo.records.results import kept_loss, write_json
 
 HEADERS = (
     "method",
@@ -58,7 +58,7 @@ def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> di
     scores = {task: score[score["headline"]] for task, score in record["scores"].get("after", {}).items()}
     return described | {
         "trained_parameters": record["parameters"]["trainable"],
-        f"{run.stage}_loss": training["held_out_loss"][-1][1] if training["held_out_loss"] else None,
+        f"{run.stage}_loss": kept_loss(training),
         "score": statistics.fmean(scores.values()) if scores else None,
         "scores": scores,
         "training_seconds": record["timings"]["train_seconds"],

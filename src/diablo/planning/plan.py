@@ -31,6 +31,8 @@ from diablo.models.loading import (
     stored_quantization,
 )
 from diablo.planning import preflight
+from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
+from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_precision
@@ -61,7 +63,9 @@ class Plan:
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
         sampler: the order of training.
-        steps: optimizer steps of the run.
+        steps: optimizer steps of the run, where held-out losses do not end it before.
+        optimizer: the optimizer.
+        schedule: the schedule of its learning rate.
         device: where it runs.
         dtype: dtype of the frozen weights.
     """
@@ -82,6 +86,8 @@ class Plan:
     parameters: tuple[int, int]
     sampler: LengthGroupedSampler
     steps: int
+    optimizer: OptimizerChoice
+    schedule: ScheduleChoice
     device: torch.device
     dtype: torch.dtype
 
@@ -126,6 +132,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     dtype = choose_dtype(recipe.precision, device)
     scored = _scored(recipe)
     rows = _rows(recipe, [task for task, _ in scored])
+    optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
     check_quantized(recipe, config, [recipe.method])
@@ -133,7 +140,10 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         check_precision(recipe.method.type, dtype)
         if recipe.merge:
             check_merges(recipe.method.type, "merge: found true")
-    targets, parameters = adapt_on_meta(recipe.method, config)
+    _check_smoothing(recipe, config)
+    adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    group_members(trained, recipe.training.optimizer.groups)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
         load_tokenizer(model_name),
@@ -174,6 +184,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         parameters=parameters,
         sampler=sampler,
         steps=steps,
+        optimizer=optimizer,
+        schedule=choose_schedule(training, steps),
         device=device,
         dtype=dtype,
     )
@@ -195,6 +207,18 @@ def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[
         raise UserError(
             f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
             "method, or a model that is not quantized."
+        )
+
+
+def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Labels are smoothed in our own loss, which is not that of a mixture whose router is balanced."""
+    text = config.get_text_config()
+    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+    if recipe.training.label_smoothing and is_balanced:
+        raise UserError(
+            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
+            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
+            "the model's config."
         )
 
 
@@ -284,6 +308,10 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     Raises:
         UserError: the method does not fit the model.
     """
+    return _adapted_on_meta(method, config)[1:]
+
+
+def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, list[TargetKind], tuple[int, int]]:
     model = meta_model(config)
     total = count_parameters(model)[1]
     try:
@@ -298,4 +326,4 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
         parameters = trained, total + trained
     chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
-    return kinds, parameters
+    return adapted, kinds, parameters

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from diablo.data.rows import FORMATS
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
-from diablo.models.checkpointing import Checkpointing
 from diablo.models.names import check_name
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.section import Section, TaskNames
+from diablo.recipes.training import Training
 
 
 class Data(Section):
@@ -42,45 +42,6 @@ class Data(Section):
     validation_seed: int = Field(0, ge=0, description="an integer of at least 0: chooses the validation rows")
     held_out: Literal["test", "validation"] = Field(
         "test", description="test or validation: the rows that the held-out loss is of"
-    )
-
-
-class Training(Section):
-    """The optimisation."""
-
-    learning_rate: float = Field(
-        5e-4, gt=0, allow_inf_nan=False, description="a number above 0: the highest of the schedule"
-    )
-    epochs: float = Field(
-        1, gt=0, allow_inf_nan=False, description="a number above 0: how often all rows are trained on"
-    )
-    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1: steps in all; it overrides epochs")
-    batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
-    gradient_accumulation: int = Field(
-        1, ge=1, description="an integer of at least 1: batches whose gradients are added up for a step"
-    )
-    max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="linear, cosine or constant: how the learning rate falls after the warm-up"
-    )
-    warmup_steps: int = Field(
-        0, ge=0, description="an integer of at least 0: first steps, in which the learning rate rises from 0"
-    )
-    weight_decay: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="a number of at least 0: how strongly AdamW pulls weights to 0"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0: gradients with a larger norm are clipped")
-    gradient_checkpointing: Checkpointing = Field(
-        "none", description="none, selective or full: what is computed again in the backward in place of being kept"
-    )
-    eval_steps: int | None = Field(
-        None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
-    )
-    save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
-    save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
-    logging_steps: int = Field(5, ge=1, description="an integer of at least 1: the loss is shown every so many steps")
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
     )
 
 
@@ -217,4 +178,5 @@ class Recipe(Section):
             raise ValueError("data.held_out: found validation; say how many rows with data.validation_rows.")
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
+        self.training.check()
         return self

@@ -84,6 +84,11 @@ def recipe_of_run(model: str | Path) -> dict[str, Any]:
     return {}
 
 
+def kept_loss(training: Mapping[str, Any]) -> float | None:
+    """The held-out loss of what a run has kept, given ``training`` of its record; None where it has none."""
+    return dict(training["held_out_loss"]).get(training["kept_step"])
+
+
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the settings whose values have changed. A setting inside a section is named ``section.key``."""
     changed = []

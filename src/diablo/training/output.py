@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -16,10 +16,8 @@ from diablo.planning.plan import Plan
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, plot_losses, write_json
 from diablo.training import saving
+from diablo.training.measuring import Losses
 from diablo.training.processes import Processes
-
-if TYPE_CHECKING:
-    from diablo.training.trainer import Losses
 
 
 def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
@@ -54,6 +52,8 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
     free |= {"batch_size", "gradient_accumulation"}
     # What an error of the run may have advised, and changes nothing of what is learned.
     free |= {"gradient_checkpointing", "on_nonfinite"}
+    if recipe.training.depends_on_held_out:
+        free -= {"eval_steps"}
     names = changed_settings(started, recipe.model_dump(mode="json"))
     changed = [name for name in names if not free & set(name.split("."))]
     # What is scored says which rows are left out of training.

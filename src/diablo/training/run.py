@@ -34,6 +34,7 @@ from diablo.scoring.generation import Score
 from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
+from diablo.training.measuring import Losses
 from diablo.training.output import check_effective_batch, check_output, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
@@ -88,12 +89,10 @@ def train(
     checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
     with processes.main_first():
         plan = make_plan(recipe)
-    spelling, tokens = plan.special_text
-    if spelling:
-        console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
+    _say_special_text(plan, console)
     _check_processes(processes, plan, checkpoint)
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
-    from diablo.training.trainer import Losses, make_trainer
+    from diablo.training.trainer import make_trainer
 
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
@@ -110,7 +109,8 @@ def train(
     def measure_before() -> None:
         if recipe.evaluation.before:
             result.before = _score(model, plan, console, "before", write=processes.is_main)
-        losses.measure(model, plan, 0)
+        losses.measure_general(model, plan)
+        losses.measure_held_out(model, plan, 0)
 
     if not processes.engine.shards:
         measure_before()
@@ -122,7 +122,8 @@ def train(
     meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
-    losses.measure(model, plan, trainer.state.global_step)
+    kept_step = trainer.held_out.settle(model, trainer.state.global_step)
+    losses.measure_general(model, plan)
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
     trained = processes.engine.trained(model)
@@ -135,11 +136,18 @@ def train(
         if recipe.merge and not is_full:
             result.merged = recipe.output / "merged"
             merge_adapter(result.adapter, result.merged)
-        result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer)
+        result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
         with saving.writing(recipe.output):
             close_output(recipe, result.record, losses)
     processes.wait()
     return result
+
+
+def _say_special_text(plan: Plan, console: Console) -> None:
+    spelling, tokens = plan.special_text
+    if spelling:
+        mode = plan.recipe.data.special_text
+        console.print(f"data: {describe_special_text(spelling, tokens, mode)}", markup=False)
 
 
 def _load(plan: Plan, engine: Engine) -> Any:
@@ -242,6 +250,7 @@ def _record(
     timings: dict[str, float],
     training_peak: int,
     trainer: CompletionTrainer,
+    kept_step: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
     tokens, supervised = plan.tokens
@@ -266,7 +275,11 @@ def _record(
             "padding_share": meter.padding_share,
         },
         "training": {
+            "optimizer": plan.optimizer.describe(),
+            "schedule": plan.schedule.describe(),
             "steps": trainer.state.global_step,
+            "stopped_early": trainer.state.global_step < plan.steps,
+            "kept_step": kept_step,
             "processes": trainer.accelerator.num_processes,
             "engine": trainer.accelerator.distributed_type.value,
             "parameters_kept": trainer.parameters_kept,
