@@ -40,6 +40,8 @@ def print_plan(out: Console, plan: Plan) -> None:
         out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
+    for line in plan.conversations:
+        out.print(f"conversations       {line}")
     out.print(f"held-out rows       {len(plan.held_out):,}")
     if plan.validation:
         out.print(f"validation rows     {plan.validation:,} kept out of training")

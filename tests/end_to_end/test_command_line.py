@@ -201,7 +201,7 @@ def own_data(folder: Path, model: Path, *rows: object, chat: bool) -> list[str]:
 def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = model / "chat_template.jinja"
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}"
+    refusing = "{% if messages[0]['content'] == 'be brief' %}{{ raise_exception('Not so, please') }}{% endif %}"
     template.write_text(refusing + template.read_text())
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "first"}]
     refused = {"messages": [{"role": "system", "content": "be brief"}, *turns]}
@@ -213,12 +213,12 @@ def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model
     own_data(tmp_path, model, *rows[:2], rows[3], chat=True)
     status, _, err = diablo(*arguments)
     assert status == 2
-    assert "2 of 3 training rows cannot be used. Rows 2 and 3: the chat template refuses it and says 'No system" in err
+    assert "2 of 3 training rows cannot be used. Rows 2 and 3: the chat template refuses it and says 'Not so" in err
     own_data(tmp_path, model, *rows, chat=True)
     status, out, _ = diablo(*arguments, "data.on_malformed=skip")
     assert status == 0
     assert "left out row 3: completion is a number, not text" in out
-    assert "left out rows 2 and 4: the chat template refuses it and says 'No system, please'" in out
+    assert "left out rows 2 and 4: the chat template refuses it and says 'Not so, please'" in out
     assert "training rows       1:" in out
 
 
