@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from diablo.data.encoding import EncodedRow
+from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
 from diablo.merging.shards import Update, base_digest_of, find_updates, merge_shards
@@ -25,8 +25,8 @@ from diablo.models.adapters import (
     read_adapter_config,
     stored_dtype,
 )
-from diablo.models.loading import load_config, load_model, resolve_model, stored_quantization
-from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
+from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
+from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
@@ -74,6 +74,7 @@ def merge_adapter(
     into: str | None = None,
     calibration: Callable[[Any], torch.Tensor] | None = None,
     other_base: bool = False,
+    trained_as: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
@@ -92,6 +93,7 @@ def merge_adapter(
             sum again as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
         other_base: merge also where the base has other weights than the one that the adapter was trained on.
+        trained_as: the recipe of the run; as it is recorded with the adapter where None.
         console: where progress is written; standard error where None.
 
     Raises:
@@ -99,7 +101,8 @@ def merge_adapter(
             weights would not be finite, or ``into`` does not fit the base.
     """
     name = resolve_model(base or base_model_of(adapter))
-    on_the_fly = recipe_of_run(adapter).get("quantization")
+    trained_as = recipe_of_run(adapter) if trained_as is None else trained_as
+    on_the_fly = trained_as.get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
@@ -108,6 +111,7 @@ def merge_adapter(
         is_same = _check_base(adapter, name, base_digest_of(source, updates), other_base)
         with new_folder(folder, "merged model") as target:
             verified = merge_shards(adapter, source, updates, target, dtype, console)
+            _write_ends(target, trained_as)
         dtype = dtype or stored_dtype(name)
         logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
         return MergeReport(folder, dtype, is_same, logits, verified)
@@ -137,6 +141,7 @@ def merge_adapter(
             merged = load_model(str(target), dtype)
         else:
             _save(merged, tokenizer, target)
+        _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer)
     return MergeReport(
         folder,
@@ -146,6 +151,15 @@ def merge_adapter(
         losses=(loss, merged_loss) if into else None,
         measured_on=measured_on,
     )
+
+
+def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
+    """Write into the merged model of a run the chat template that it was trained with, and what ends its answers."""
+    if not trained_as:
+        return
+    tokenizer = load_tokenizer(str(folder), trained_as.get("chat_template"))
+    tokenizer.save_pretrained(folder)
+    write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
 
 
 def _plain_updates(adapter: Path, name: str) -> tuple[StoredWeights, dict[str, Update]] | None:

@@ -24,6 +24,7 @@ from diablo.models.loading import (
     choose_dtype,
     count_parameters,
     load_config,
+    load_generation_config,
     load_tokenizer,
     meta_model,
     resolve_model,
@@ -147,10 +148,10 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     targets, parameters = adapt_on_meta(recipe.method, config)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
-        load_tokenizer(model_name),
+        load_tokenizer(model_name, recipe.chat_template),
         chat=recipe.chat,
         special_text=special_text,
-        stop_token_ids=stop_token_ids(config),
+        stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
     )
     faults = list(rows.faults)
     train, too_long = _encode(recipe, encoder, rows.train, "training", faults)

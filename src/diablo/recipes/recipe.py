@@ -15,7 +15,7 @@ from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.models.checkpointing import Checkpointing
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import Section, TaskNames
+from diablo.recipes.section import ChatTemplateText, Section, TaskNames
 
 
 class Data(Section):
@@ -101,6 +101,9 @@ class Recipe(Section):
     )
     data: Data = Field(default=Data(), description="a section")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
+    chat_template: ChatTemplateText = Field(
+        None, description="a file of Jinja or the Jinja itself, in place of the tokenizer's chat template"
+    )
     method: Method = Field(
         default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
     )
@@ -149,6 +152,8 @@ class Recipe(Section):
         general = self.evaluation.general
         if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
             raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
+        if self.chat_template is not None and not self.chat:
+            raise ValueError("chat_template: found one with chat: false, which has no use for it; set chat to true.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
         return self
