@@ -444,11 +444,6 @@ def test_the_plan_says_how_many_rows_conversations_became_and_why(diablo, tiny_m
     assert status == 0
     out = " ".join(out.split())
     assert "training rows 3:" in out
-    assert (
-        "conversations 1 became 2 rows, so that each answer has the context that generation gives it: the chat template "
-        "rewrites earlier turns" in out
-    )
-    assert (
-        "conversations 1 have the system's text before the first question: the chat template refuses it as a turn"
-        in out
-    )
+    assert "conversations 1 became 2 rows, so that each answer has the context that generation gives it: the" in out
+    assert "the chat template rewrites earlier turns" in out
+    assert "conversations 1 have the system's text before the first question: the chat template refuses it" in out

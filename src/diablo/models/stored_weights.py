@@ -156,8 +156,9 @@ def write_settings(folder: Path, stored: StoredWeights, dtype: torch.dtype | Non
 
 def write_stop_tokens(folder: Path, stops: Collection[int]) -> None:
     """Name tokens that stop generation in a stored model's generation config, behind those that it names already."""
-    generation = load_generation_config(str(folder)) or GenerationConfig()
-    known = stop_token_ids(load_config(str(folder)), generation)
+    config = load_config(str(folder))
+    generation = load_generation_config(str(folder)) or GenerationConfig.from_model_config(config)
+    known = stop_token_ids(config, generation)
     generation.eos_token_id = [*known, *sorted(set(stops) - set(known))]
     generation.save_pretrained(folder)
 
