@@ -254,6 +254,7 @@ def chat(
     quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=use_template)
     if use_template is None and not recipe_of_run(model):
-        encoder = RowEncoder(encoder.tokenizer, chat=bool(encoder.tokenizer.chat_template))
+        has_template = bool(encoder.tokenizer.chat_template)
+        encoder = RowEncoder(encoder.tokenizer, chat=has_template, stop_token_ids=encoder.stop_token_ids)
     conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     conversation.run(lambda: read_line(out))

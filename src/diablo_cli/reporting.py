@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,30 +34,14 @@ _CITATION = re.compile(r" \([^()]*\b\d{4}\)")
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
-    from diablo.data.faults import by_reason, name_rows
-    from diablo.data.special_text import describe_special_text
     from diablo.models.loading import stored_quantization
 
-    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
+    recipe, (trainable, total) = plan.recipe, plan.parameters
     if plan.targets:
         out.print(kinds_table(plan.targets, f"{recipe.method.title} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
-    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
-    out.print(f"held-out rows       {len(plan.held_out):,}")
-    if plan.validation:
-        out.print(f"validation rows     {plan.validation:,} kept out of training")
-    if plan.general:
-        out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
-    for rows, fault in by_reason(plan.faults):
-        out.print(f"malformed, left out {rows}: {fault.reason}", markup=False)
-    if plan.too_long:
-        out.print(f"too long, left out  {name_rows(plan.too_long)}")
-    if plan.tested:
-        out.print(f"tested rows         {plan.tested} left out of training")
-    if plan.special_text[0]:
-        out.print(
-            f"special text        {describe_special_text(*plan.special_text, recipe.data.special_text)}", markup=False
-        )
+    for line in _data(plan):
+        out.print(line, markup=False)
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")
@@ -76,6 +60,30 @@ def print_plan(out: Console, plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    """What rows there are, what they are for and which are left out, in lines of a plan."""
+    from diablo.data.faults import by_reason, name_rows
+    from diablo.data.special_text import describe_special_text
+
+    tokens, supervised = plan.tokens
+    yield f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+    for line in plan.conversations:
+        yield f"conversations       {line}"
+    yield f"held-out rows       {len(plan.held_out):,}"
+    if plan.validation:
+        yield f"validation rows     {plan.validation:,} kept out of training"
+    if plan.general:
+        yield f"general text        {len(plan.general):,} rows, whose loss is measured before and after"
+    for rows, fault in by_reason(plan.faults):
+        yield f"malformed, left out {rows}: {fault.reason}"
+    if plan.too_long:
+        yield f"too long, left out  {name_rows(plan.too_long)}"
+    if plan.tested:
+        yield f"tested rows         {plan.tested} left out of training"
+    if plan.special_text[0]:
+        yield f"special text        {describe_special_text(*plan.special_text, plan.recipe.data.special_text)}"
 
 
 def _optimization(training: Training) -> list[str]:

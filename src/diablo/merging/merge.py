@@ -14,7 +14,7 @@ import torch
 from peft import PeftType
 from rich.console import Console
 
-from diablo.data.encoding import EncodedRow
+from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
 from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_shards
@@ -27,8 +27,8 @@ from diablo.models.adapters import (
     read_adapter_config,
     stored_dtype,
 )
-from diablo.models.loading import load_config, load_model, resolve_model, stored_quantization
-from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
+from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
+from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
@@ -80,6 +80,7 @@ def merge_adapter(
     into: str | None = None,
     calibration: Callable[[Any], torch.Tensor] | None = None,
     other_base: bool = False,
+    trained_as: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
@@ -98,6 +99,7 @@ def merge_adapter(
             sum again as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
         other_base: merge also where the base has other weights than the one that the adapter was trained on.
+        trained_as: the recipe of the run; as it is recorded with the adapter where None.
         console: where progress is written; standard error where None.
 
     Raises:
@@ -106,7 +108,8 @@ def merge_adapter(
     """
     name = resolve_model(base or base_model_of(adapter))
     check_merges(PeftType(read_adapter_config(adapter).peft_type).value, f"The adapter {str(adapter)!r}")
-    on_the_fly = recipe_of_run(adapter).get("quantization")
+    trained_as = recipe_of_run(adapter) if trained_as is None else trained_as
+    on_the_fly = trained_as.get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
@@ -115,6 +118,7 @@ def merge_adapter(
         is_same = _check_base(adapter, name, base_digest_of(source, changes), other_base)
         with new_folder(folder, "merged model") as target:
             verified = merge_shards(adapter, source, changes, target, dtype, console)
+            _write_ends(target, trained_as)
         dtype = dtype or stored_dtype(name)
         logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
         return MergeReport(folder, dtype, is_same, logits, verified, untied=changes.untied)
@@ -145,6 +149,7 @@ def merge_adapter(
             merged = load_model(str(target), dtype)
         else:
             _save(merged, tokenizer, target)
+        _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer)
     return MergeReport(
         folder,
@@ -155,6 +160,15 @@ def merge_adapter(
         measured_on=measured_on,
         untied=untied,
     )
+
+
+def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
+    """Write into the merged model of a run the chat template that it was trained with, and what ends its answers."""
+    if not trained_as:
+        return
+    tokenizer = load_tokenizer(str(folder), trained_as.get("chat_template"))
+    tokenizer.save_pretrained(folder)
+    write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
 
 
 def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from diablo.models.loading import (
     resolve_model,
     stop_token_ids,
 )
+from diablo.models.stored_weights import write_stop_tokens
 from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.card import write_model_card
@@ -60,6 +61,7 @@ def save_adapter(
     *,
     start: Path | None = None,
     trained: Mapping[str, torch.Tensor] | None = None,
+    stops: Collection[int] = (),
 ) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
@@ -73,6 +75,7 @@ def save_adapter(
         folder: where to write.
         start: what :func:`save_start` returned.
         trained: the trained parameters by name, where the model has them in parts; the model's own where None.
+        stops: tokens that stop generation, beside those that the model names; saved with a whole model.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -88,6 +91,7 @@ def save_adapter(
         else:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+            write_stop_tokens(target, stops)
         _replace(target, folder)
 
 
@@ -276,7 +280,9 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     chat = trained_as.get("chat", False) if chat is None else chat
     loaded = loaded if is_placed(loaded) else loaded.to(device)
     special_text = trained_as.get("data", {}).get("special_text", "keep")
-    stops = stop_token_ids(loaded.config)
+    if (chat_template := trained_as.get("chat_template")) is not None:
+        tokenizer.chat_template = chat_template
+    stops = stop_token_ids(loaded.config, loaded.generation_config)
     return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
 
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GPTQConfig,
     PretrainedConfig,
 )
@@ -46,8 +47,12 @@ def load_config(name: str) -> PretrainedConfig:
         raise UserError(_cannot_load(name, "config", error)) from None
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """The tokenizer, with a padding token (its end-of-text token where it has none of its own).
+
+    Args:
+        name: a folder or the id of a model on the hub.
+        chat_template: Jinja that takes the place of the tokenizer's own chat template.
 
     Raises:
         UserError: there is none.
@@ -58,13 +63,31 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(_cannot_load(name, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def stop_token_ids(config: PretrainedConfig) -> list[int]:
-    """The tokens that a model's config names as the end of a text or turn: none, one or several."""
-    ids: Any = config.get_text_config().eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """How a model generates, as its authors say; None where they say nothing that can be read."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def stop_token_ids(config: PretrainedConfig, generation: GenerationConfig | None) -> list[int]:
+    """The tokens that a model's configs name as the end of a text or turn, each once: none, one or several.
+
+    Args:
+        config: the model's config.
+        generation: its generation config, which may name more of them.
+    """
+    ids: list[int] = []
+    for settings in (config.get_text_config(), generation):
+        named: Any = getattr(settings, "eos_token_id", None)
+        ids += [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys(ids))
 
 
 def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantization: str | None = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig
 
 from diablo.errors import UserError
-from diablo.models.loading import load_config, load_tokenizer, resolve_model
+from diablo.models.loading import (
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
 from diablo.records.results import write_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -153,6 +159,15 @@ def write_settings(
     load_tokenizer(stored.name).save_pretrained(folder)
     if (stored.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(stored.folder).save_pretrained(folder)
+
+
+def write_stop_tokens(folder: Path, stops: Collection[int]) -> None:
+    """Name tokens that stop generation in a stored model's generation config, behind those that it names already."""
+    config = load_config(str(folder))
+    generation = load_generation_config(str(folder)) or GenerationConfig.from_model_config(config)
+    known = stop_token_ids(config, generation)
+    generation.eos_token_id = [*known, *sorted(set(stops) - set(known))]
+    generation.save_pretrained(folder)
 
 
 def _open(path: Path) -> safe_open:

@@ -24,6 +24,7 @@ from diablo.models.loading import (
     choose_dtype,
     count_parameters,
     load_config,
+    load_generation_config,
     load_tokenizer,
     meta_model,
     resolve_model,
@@ -112,6 +113,22 @@ class Plan:
         spelled = [row.special_text for row in (*self.train, *self.held_out, *self.general) if row.special_text]
         return len(spelled), dict(Counter(token for tokens in spelled for token in tokens).most_common())
 
+    @property
+    def conversations(self) -> list[str]:
+        """What became of training conversations that could not be put as they are, a line for each reason."""
+        lines = []
+        for reason in dict.fromkeys(row.apart for row in self.train if row.apart):
+            parts = [row.number for row in self.train if row.apart == reason]
+            lines.append(
+                f"{len(set(parts)):,} became {len(parts):,} rows, so that each answer has the context that generation "
+                f"gives it: {reason}"
+            )
+        if joined := len({row.number for row in self.train if row.joined_system}):
+            lines.append(
+                f"{joined:,} have the system's text before the first question: the chat template refuses it as a turn"
+            )
+        return lines
+
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
         decode = self.encoder.tokenizer.decode
@@ -146,10 +163,10 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     group_members(trained, recipe.training.optimizer.groups)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
-        load_tokenizer(model_name),
+        load_tokenizer(model_name, recipe.chat_template),
         chat=recipe.chat,
         special_text=special_text,
-        stop_token_ids=stop_token_ids(config),
+        stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
     )
     faults = list(rows.faults)
     train, too_long = _encode(recipe, encoder, rows.train, "training", faults)
@@ -282,7 +299,7 @@ def _encode(
     faults: list[RowFault] = []
     for row in rows:
         try:
-            encoded.append(encoder.encode(row))
+            encoded += encoder.encode_all(row)
         except RowError as error:
             faults.append(error.fault)
     if faults and (recipe.data.on_malformed == "error" or not encoded):
@@ -292,7 +309,7 @@ def _encode(
         )
     left_out += faults
     kept = [row for row in encoded if len(row.input_ids) <= limit]
-    too_long = [row.number for row in encoded if len(row.input_ids) > limit]
+    too_long = list(dict.fromkeys(row.number for row in encoded if len(row.input_ids) > limit))
     if too_long and (recipe.data.on_long == "error" or not kept):
         longest = max(len(row.input_ids) for row in encoded)
         raise UserError(

@@ -16,7 +16,7 @@ from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import Section, TaskNames
+from diablo.recipes.section import ChatTemplateText, Section, TaskNames
 from diablo.recipes.training import Training
 
 
@@ -85,6 +85,9 @@ class Recipe(Section):
     )
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
+    chat_template: ChatTemplateText = Field(
+        None, description="a file of Jinja or the Jinja itself, in place of the tokenizer's chat template"
+    )
     method: Method = Field(
         default=DiabloMethod(),
         description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
@@ -146,6 +149,8 @@ class Recipe(Section):
         general = self.evaluation.general
         if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
             raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
+        if self.chat_template is not None and not self.chat:
+            raise ValueError("chat_template: found one with chat: false, which has no use for it; set chat to true.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
         return self

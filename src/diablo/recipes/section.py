@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -38,6 +39,19 @@ def _task_names(value: Any) -> Any:
 
 
 TaskNames = Annotated[Any, BeforeValidator(_task_names, json_schema_input_type=str | list[str] | None)]
+
+
+def _template_text(value: Any) -> Any:
+    """The template itself, so that a run keeps what it was trained with, whatever becomes of the file."""
+    if not isinstance(value, (str, Path)) or any(mark in str(value) for mark in ("{{", "{%", "{#")):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise ValueError("neither Jinja nor a text file") from None
+
+
+ChatTemplateText = Annotated[str | None, BeforeValidator(_template_text, json_schema_input_type=str | None)]
 
 
 class Section(BaseModel):

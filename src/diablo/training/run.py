@@ -129,13 +129,21 @@ def train(
     trained = processes.engine.trained(model)
     if processes.is_main:
         with saving.writing(recipe.output):
-            save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start, trained=trained)
+            save_adapter(
+                model,
+                plan.encoder.tokenizer,
+                result.adapter,
+                start=adapter_start,
+                trained=trained,
+                stops=plan.encoder.stop_token_ids,
+            )
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
     if processes.is_main:
         if recipe.merge and not is_full:
             result.merged = recipe.output / "merged"
-            merge_adapter(result.adapter, result.merged)
+            # The run is not recorded yet.
+            merge_adapter(result.adapter, result.merged, trained_as=recipe.model_dump(mode="json"))
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
         with saving.writing(recipe.output):
             close_output(recipe, result.record, losses)
