@@ -30,6 +30,7 @@ from diablo.planning.plan import Plan, make_plan
 from diablo.recipes.applying import apply_method
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.losses import summed_completion_loss
+from diablo.training.engines import check_shardable
 
 
 class Shard(str, Enum):
@@ -70,12 +71,14 @@ def train(model: Any, plan: Plan, shard: Shard) -> None:
     """Train as the recipe says."""
     training = plan.recipe.training
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    groups = [{"params": parameters, "weight_decay": training.weight_decay}]
+    optimizer = plan.optimizer.kind(groups, **plan.optimizer.arguments)
     schedule = get_scheduler(
-        training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        plan.schedule.name,
         optimizer,
         num_warmup_steps=training.warmup_steps,
         num_training_steps=plan.steps,
+        scheduler_specific_kwargs=dict(plan.schedule.options),
     )
     lowered = torch.autocast(plan.device.type, plan.dtype) if plan.dtype == torch.bfloat16 else contextlib.nullcontext()
     step = 0
@@ -83,7 +86,7 @@ def train(model: Any, plan: Plan, shard: Shard) -> None:
         for rows in plan.sampler.batches():
             batch, weight = share(plan, rows, shard)
             with lowered:
-                loss = summed_completion_loss(model, batch) * weight
+                loss = summed_completion_loss(model, batch, label_smoothing=training.label_smoothing) * weight
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
             optimizer.step()
@@ -126,6 +129,11 @@ def main(
     plan = make_plan(load_recipe(recipe, overrides or []), replicas=1 if shard is Shard.tensor else None)
     if plan.recipe.training.gradient_accumulation > 1:
         raise typer.BadParameter("gradient_accumulation must be 1: raise batch_size.")
+    check_shardable(plan)
+    if plan.recipe.training.depends_on_held_out or plan.recipe.training.neftune_noise_alpha:
+        raise typer.BadParameter(
+            "this loop has no held-out loss and no noise: leave out keep, early stopping, neftune."
+        )
     model = load(plan, shard)
     train(model, plan, shard)
     save(model, plan.recipe.output / "adapter")

@@ -6,13 +6,16 @@ import inspect
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from diablo.recipes.training import Training
+from diablo.records.results import kept_loss
 
 if TYPE_CHECKING:
     from diablo.comparison import Comparison
@@ -31,36 +34,22 @@ _CITATION = re.compile(r" \([^()]*\b\d{4}\)")
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
-    from diablo.data.faults import by_reason, name_rows
-    from diablo.data.special_text import describe_special_text
     from diablo.models.loading import stored_quantization
 
-    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
+    recipe, (trainable, total) = plan.recipe, plan.parameters
     if plan.targets:
-        out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
+        out.print(kinds_table(plan.targets, f"{recipe.method.title} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
-    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
-    out.print(f"held-out rows       {len(plan.held_out):,}")
-    if plan.validation:
-        out.print(f"validation rows     {plan.validation:,} kept out of training")
-    if plan.general:
-        out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
-    for rows, fault in by_reason(plan.faults):
-        out.print(f"malformed, left out {rows}: {fault.reason}", markup=False)
-    if plan.too_long:
-        out.print(f"too long, left out  {name_rows(plan.too_long)}")
-    if plan.tested:
-        out.print(f"tested rows         {plan.tested} left out of training")
-    if plan.special_text[0]:
-        out.print(
-            f"special text        {describe_special_text(*plan.special_text, recipe.data.special_text)}", markup=False
-        )
+    for line in _data(plan):
+        out.print(line, markup=False)
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
     out.print(f"effective batch     {plan.effective_batch} rows")
     out.print(f"steps               {plan.steps}")
+    for line in _optimization(plan.recipe.training):
+        out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
@@ -73,6 +62,56 @@ def print_plan(out: Console, plan: Plan) -> None:
         out.print("".join(parts) + "\n")
 
 
+def _data(plan: Plan) -> Iterator[str]:
+    """What rows there are, what they are for and which are left out, in lines of a plan."""
+    from diablo.data.faults import by_reason, name_rows
+    from diablo.data.special_text import describe_special_text
+
+    tokens, supervised = plan.tokens
+    yield f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+    for line in plan.conversations:
+        yield f"conversations       {line}"
+    yield f"held-out rows       {len(plan.held_out):,}"
+    if plan.validation:
+        yield f"validation rows     {plan.validation:,} kept out of training"
+    if plan.general:
+        yield f"general text        {len(plan.general):,} rows, whose loss is measured before and after"
+    for rows, fault in by_reason(plan.faults):
+        yield f"malformed, left out {rows}: {fault.reason}"
+    if plan.too_long:
+        yield f"too long, left out  {name_rows(plan.too_long)}"
+    if plan.tested:
+        yield f"tested rows         {plan.tested} left out of training"
+    if plan.special_text[0]:
+        yield f"special text        {describe_special_text(*plan.special_text, plan.recipe.data.special_text)}"
+
+
+def _optimization(training: Training) -> list[str]:
+    """What of the optimisation is not as it is by default, in lines of a plan."""
+    default = Training()
+    lines = []
+    if training.optimizer != default.optimizer:
+        chosen = training.optimizer
+        told = {"betas": chosen.betas, "epsilon": chosen.epsilon, **chosen.options}
+        parts = [chosen.name, *(f"{name} {value}" for name, value in told.items() if value is not None)]
+        for group in chosen.groups:
+            own = {"learning rate": group.learning_rate, "weight decay": group.weight_decay}
+            listed = " and ".join(f"{name} {value:g}" for name, value in own.items() if value is not None)
+            parts.append(f"{', '.join(group.modules)} with {listed}")
+        lines.append(f"optimizer           {'; '.join(parts)}")
+    floor = training.min_learning_rate
+    if training.schedule != default.schedule or floor is not None or training.schedule_options:
+        told = {**training.schedule_options, **({} if floor is None else {"down to": f"{floor:g}"})}
+        lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
+    if training.ema is not None:
+        lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
+    if training.keep == "best":
+        lines.append("kept                what has the best held-out loss")
+    if training.early_stopping_patience is not None:
+        lines.append(f"early stopping      patience of {training.early_stopping_patience} held-out losses")
+    return lines
+
+
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
     """What training a model would take.
 
@@ -82,12 +121,15 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         model: what the user called the model.
         batch: the batch that the memory is for, in words.
     """
-    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    if sizes.targets:
+        out.print(kinds_table(sizes.targets, f"{sizes.method} on {model}"))
     out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})")
-    out.print(
-        f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in one "
-        "of thousands\n"
-    )
+    if sizes.learning_rate is not None:
+        out.print(
+            f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in "
+            "one of thousands"
+        )
+    out.print()
     table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")
     table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
     for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
@@ -165,7 +207,7 @@ def kinds_table(kinds: list[TargetKind], title: str) -> Table:
     """What a method adapts, by kind."""
     table = Table("module", "count", "shape", "adapter", "parameters", title=title)
     for kind in kinds:
-        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+        shape = f"{kind.shape[0]} -> {kind.shape[1]}" if kind.shape else "-"
         table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
     return table
 
@@ -182,12 +224,7 @@ def print_result(out: Console, result: RunResult) -> None:
                 what = f"{task} {metric} {when}"
                 out.print(f"{what:<32} {value:6.1%}  ({score.right} of {len(score.answers)})")
     training, data, parameters = record["training"], record["data"], record["parameters"]
-    if training["held_out_loss"]:
-        losses = [loss for _, loss in training["held_out_loss"]]
-        out.print(f"held-out loss    {losses[0]:.3f} -> {losses[-1]:.3f} per token")
-    if record["general_loss"]:
-        before, after = record["general_loss"]["before"], record["general_loss"]["after"]
-        out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")
+    _print_losses(out, record)
     out.print(
         f"trained          {parameters['trainable']:,} parameters ({parameters['share']:.2%}) for {training['steps']} "
         f"steps in {record['timings']['train_seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s, "
@@ -213,6 +250,20 @@ def print_result(out: Console, result: RunResult) -> None:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
         out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+
+
+def _print_losses(out: Console, record: dict[str, Any]) -> None:
+    training = record["training"]
+    if training["held_out_loss"]:
+        before, after = training["held_out_loss"][0][1], kept_loss(training)
+        out.print(f"held-out loss    {before:.3f} -> {after:.3f} per token")
+    if training["stopped_early"]:
+        out.print(f"stopped early    after step {training['steps']}: the held-out loss did not become better")
+    if training["kept_step"] != training["steps"]:
+        out.print(f"kept             step {training['kept_step']}, of the best held-out loss")
+    if record["general_loss"]:
+        before, after = record["general_loss"]["before"], record["general_loss"]["after"]
+        out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")
 
 
 def print_examples(out: Console, scores: dict[str, Score], count: int) -> None:

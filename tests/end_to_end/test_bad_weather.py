@@ -53,13 +53,26 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_ends_with_the_same_adapter_to_the_bit(tiny_model, tmp_path, kills):
+KEEPING = (
+    "eval_steps: 2, keep: best, early_stopping_patience: 2, ema: 0.5, schedule: constant, "
+    "optimizer: {name: adamw_torch, groups: [{modules: [mlp], learning_rate: 0.1}]}"
+)
+
+
+@pytest.mark.parametrize(
+    ("kills", "settings"),
+    [
+        (8, "schedule: linear"),
+        pytest.param(30, "schedule: linear", marks=pytest.mark.slow),
+        pytest.param(30, KEEPING, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_ends_with_the_same_adapter_to_the_bit(tiny_model, tmp_path, kills, settings):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {tiny_model}\ntask: mawps\ndata: {{limit: 32}}\n"
         "method: {name: diablo, num_blocks: 4, dropout: 0.1}\n"
-        "training: {learning_rate: 1.0e-2, batch_size: 4, save_steps: 1}\nevaluation: {limit: 4}\n"
+        f"training: {{learning_rate: 1.0e-2, batch_size: 4, save_steps: 1, {settings}}}\nevaluation: {{limit: 4}}\n"
         f"precision: fp32\noutput: {tmp_path / 'run'}\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

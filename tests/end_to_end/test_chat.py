@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from diablo import DiabloConfig
 from diablo.data import RowEncoder, read_rows
@@ -232,6 +233,24 @@ def test_the_command_reads_piped_lines_and_ends_with_them(tiny_model: Path, mode
     assert "base model" in result.stdout
     # The tokenizer has a chat template, and no run says that it was not used.
     assert json.loads(path.read_text())["messages"][0] == {"role": "user", "content": "the dog"}
+
+
+def test_a_model_without_a_run_stops_where_its_configs_say(tiny_model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    tokenizer = load_tokenizer(str(base))
+    GenerationConfig(eos_token_id=list(range(len(tokenizer)))).save_pretrained(base)  # any token ends an answer
+    path = tmp_path / "talk.jsonl"
+    result = subprocess.run(
+        [sys.executable, "-m", "diablo_cli", "chat", str(base), "--max-new-tokens", "8"],
+        input=f"the dog\n/save {path}\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert result.returncode == 0, result.stderr
+    # One token, which has a part of a character.
+    assert len(json.loads(path.read_text())["messages"][1]["content"]) == 1
 
 
 def test_a_question_alone_that_is_too_long_is_an_error(encoder: RowEncoder) -> None:

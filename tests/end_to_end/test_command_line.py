@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo.data import Row
 from diablo.models import checkpointing
@@ -201,7 +201,7 @@ def own_data(folder: Path, model: Path, *rows: object, chat: bool) -> list[str]:
 def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = model / "chat_template.jinja"
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system, please') }}{% endif %}"
+    refusing = "{% if messages[0]['content'] == 'be brief' %}{{ raise_exception('Not so, please') }}{% endif %}"
     template.write_text(refusing + template.read_text())
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "first"}]
     refused = {"messages": [{"role": "system", "content": "be brief"}, *turns]}
@@ -213,12 +213,12 @@ def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model
     own_data(tmp_path, model, *rows[:2], rows[3], chat=True)
     status, _, err = diablo(*arguments)
     assert status == 2
-    assert "2 of 3 training rows cannot be used. Rows 2 and 3: the chat template refuses it and says 'No system" in err
+    assert "2 of 3 training rows cannot be used. Rows 2 and 3: the chat template refuses it and says 'Not so" in err
     own_data(tmp_path, model, *rows, chat=True)
     status, out, _ = diablo(*arguments, "data.on_malformed=skip")
     assert status == 0
     assert "left out row 3: completion is a number, not text" in out
-    assert "left out rows 2 and 4: the chat template refuses it and says 'No system, please'" in out
+    assert "left out rows 2 and 4: the chat template refuses it and says 'Not so, please'" in out
     assert "training rows       1:" in out
 
 
@@ -343,6 +343,43 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
     assert "--budget: found 'much'" in error
 
 
+def test_plan_takes_a_recipe_and_shows_its_own_method_at_its_own_batch(diablo, tiny_model, tmp_path):
+    own = [f"model={tiny_model}", "training.batch_size=3", "training.max_length=40", "precision=fp32"]
+    status, out, _ = diablo("plan", "quickstart", *own, "method.num_blocks=4")
+    assert status == 0
+    assert "4 blocks of 8 x 8" in out
+    assert "at 3 x 40 tokens (training.max_length) in float32" in out
+    for method in ("DiaBlo, N = 4", "LoRA, r =", "full fine-tuning"):
+        assert method in out
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"task: mawps\nmodel: {tiny_model}\noutput: out\nmethod: {{name: dora, r: 2}}\n")
+    status, out, _ = diablo("plan", recipe, "training.max_length=16")
+    assert status == 0
+    assert "rank 2" in out
+    assert "DoRA, r = 2" in out
+    assert "DiaBlo" not in out
+    status, out, _ = diablo("plan", recipe, "training.max_length=16", "method=full")
+    assert status == 0
+    assert "full fine-tuning" in out
+
+
+def test_the_output_layer_is_trained_and_merged(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["method.target_modules=[lm_head]", "merge=true", "evaluation.before=false", "evaluation.after=false"]
+    status, _, error = diablo(*quickstart_on(tiny_model, run, *options))
+    assert status == 0, error
+    assert blocks_of(run)["base_model.model.lm_head.diablo_blocks"].any()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).lm_head.weight
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(run / "merged").lm_head.weight, base)
+
+
+def test_a_run_that_is_shorter_than_logging_steps_has_its_last_loss(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["training.logging_steps=3", "evaluation.before=false", "evaluation.after=false"]
+    assert diablo(*quickstart_on(tiny_model, run, *options))[0] == 0
+    assert [step for step, _ in json.loads((run / "run.json").read_text())["training"]["loss"]] == [3, 4]
+
+
 def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_path):
     records = [
         {
@@ -373,3 +410,126 @@ def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_
     right = sum(line["right"] for line in lines)
     assert f"boolq: acc {right / 2:.1%}, acc_norm" in out
     assert f"({right} of 2)" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "file"),
+    [
+        ("{name: peft, type: gralora, r: 8}", "gralora_A 2 x 16 x 8", "gralora_A"),
+        ("{name: peft, type: SHIRA, r: 4}", "shira_weight 256", "shira_weight"),
+        ("{name: peft, type: PROMPT_TUNING, num_virtual_tokens: 4}", "4 x 32", "prompt_embeddings"),
+    ],
+)
+def test_a_type_of_peft_from_its_plan_to_an_answer(diablo, tiny_model, tmp_path, method, kind, file):
+    run = tmp_path / "run"
+    arguments = quickstart_on(tiny_model, run, "training.learning_rate=1e-2", "training.save_steps=2")
+    arguments = [*(each for each in arguments if not each.startswith("method.")), f"method={method}"]
+    status, out, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    assert kind in out
+    assert diablo(*arguments)[0] == 0
+    record = json.loads((run / "run.json").read_text())
+    losses = [loss for _, loss in record["training"]["held_out_loss"]]
+    assert losses[-1] < losses[0]
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(file in name for name in trained)
+
+    # From the checkpoint of half the steps on, the same adapter comes out.
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    assert diablo(*arguments, "--resume")[0] == 0
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+    status, out, _ = diablo("evaluate", run, "--limit", 6)
+    assert status == 0
+    assert f"({record['scores']['after']['mawps']['right']} of 6)" in out
+    assert diablo("generate", run, "Problem: 2 and 3 ?", "--max-new-tokens", 4)[0] == 0
+    status, _, error = diablo("merge", run, tmp_path / "merged")
+    if "PROMPT" in method:
+        assert status == 2
+        assert "PROMPT_TUNING cannot be merged into the model" in error
+    else:
+        assert status == 0
+
+
+def test_a_merge_that_a_type_of_peft_has_not_is_refused_before_training(diablo, tiny_model, tmp_path):
+    arguments = quickstart_on(tiny_model, tmp_path / "run", "merge=true", "method={name: peft, type: LILY}")
+    status, _, error = diablo(*(each for each in arguments if each != "method.num_blocks=4"))
+    assert status == 2
+    assert "merge: found true: LILY cannot be merged" in error
+    assert not (tmp_path / "run").exists()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def base_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A base model as many are: its end of text is not what a chat template ends turns with, and it has no template."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (model / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded.resize_token_embeddings(len(tokenizer))
+    loaded.save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize("method", ["diablo", "full"])
+def test_a_template_of_the_recipe_and_its_end_of_turn_go_wherever_the_model_goes(diablo, base_model, tmp_path, method):
+    template = tmp_path / "chatml.jinja"
+    template.write_text(CHATML)
+    arguments = own_data(tmp_path, base_model, {"prompt": "q", "completion": "yes"}, chat=True)
+    arguments += ["method.num_blocks=4"] if method == "diablo" else ["method=full"]
+    status, _, err = diablo(*arguments)
+    assert status == 2
+    assert "the model's tokenizer has no chat template: give one with chat_template" in err
+    arguments += [f"chat_template={template}", *(["merge=true"] if method == "diablo" else [])]
+    assert diablo(*arguments)[0] == 0
+    template.unlink()  # the run has it, whatever becomes of the file
+
+    run = tmp_path / "run"
+    _, encoder = load_for_generation(str(run))
+    ends = set(encoder.tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"]))
+    assert encoder.stop_token_ids == ends
+    asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder.tokenizer.decode(encoder.prompt(Row(1, "q", "?"))) == asked
+    written = [run / "merged", tmp_path / "again"] if method == "diablo" else [run / "model"]
+    if method == "diablo":
+        assert diablo("merge", run, written[1])[0] == 0
+    for folder in written:
+        assert set(GenerationConfig.from_pretrained(folder).eos_token_id) == ends
+        assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
+
+
+def test_a_model_without_a_run_stops_where_its_generation_config_says(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    GenerationConfig(eos_token_id=[1, 7]).save_pretrained(model)
+    _, encoder = load_for_generation(str(model))
+    assert encoder.stop_token_ids == {1, 7}
+
+
+def test_the_plan_says_how_many_rows_conversations_became_and_why(diablo, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    marking = template.read_text().replace(
+        "{{ message['content'] }}", "{{ message['content'] }}{{ '.' if not loop.last }}"
+    )
+    template.write_text(refusing + marking)
+    question, answer = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "first"}
+    system = {"role": "system", "content": "be brief"}
+    rows = [{"messages": [question, answer]}, {"messages": [system, question, answer, question, answer]}]
+    status, out, _ = diablo(*own_data(tmp_path, model, *rows, chat=True), "--dry-run")
+    assert status == 0
+    out = " ".join(out.split())
+    assert "training rows 3:" in out
+    assert "conversations 1 became 2 rows, so that each answer has the context that generation gives it: the" in out
+    assert "the chat template rewrites earlier turns" in out
+    assert "conversations 1 have the system's text before the first question: the chat template refuses it" in out

@@ -85,8 +85,7 @@ def test_chat_template_supervises_the_answer_up_to_the_stop(tokenizer: Any) -> N
     encoded = RowEncoder(tokenizer, chat=True).encode(Row(1, " one? ", " first "))
     assert parts(tokenizer, encoded) == [
         (False, "<s>user\none?</s>\n<s>assistant\n"),
-        (True, "first</s>"),
-        (False, "\n"),  # the template writes it; the model has stopped by then
+        (True, "first</s>"),  # the template writes a line break after it; the model has stopped by then
     ]
 
 
@@ -97,17 +96,23 @@ def test_every_assistant_turn_of_a_conversation_is_supervised(tokenizer: Any) ->
         (True, "first</s>"),
         (False, "\n<s>user\ntwo?</s>\n<s>assistant\n"),
         (True, "second</s>"),
-        (False, "\n"),
     ]
     # Training must see the text of the template, token by token as the model meets it in a chat.
-    assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(list(TALK.messages), tokenize=False)
+    whole = tokenizer.apply_chat_template(list(TALK.messages), tokenize=False)
+    assert tokenizer.decode(encoded.input_ids) + "\n" == whole
 
 
-def test_template_that_writes_no_stop_gets_one_on_the_last_turn(tokenizer: Any) -> None:
+def test_template_that_writes_no_stop_gets_one_after_each_answer(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    encoded = RowEncoder(tokenizer, chat=True).encode(TALK)
-    assert parts(tokenizer, encoded)[-1] == (True, "second\n</s>")
+    first, second = RowEncoder(tokenizer, chat=True).encode_all(TALK)
+    assert parts(tokenizer, first)[-1] == (True, "first\n</s>")
+    # What follows an answer in the conversation does not follow its stop token, which generation leaves out of it.
+    assert parts(tokenizer, second) == [
+        (False, "system: be brief\nuser: one?\nassistant: first\nuser: two?\nassistant: "),
+        (True, "second\n</s>"),
+    ]
+    assert first.apart == second.apart == "the chat template ends an answer with no token that stops generation"
 
 
 def test_further_stop_tokens_end_a_turn(tokenizer: Any) -> None:
@@ -115,7 +120,7 @@ def test_further_stop_tokens_end_a_turn(tokenizer: Any) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("</s>\n", "<pad>\n")
     encoder = RowEncoder(tokenizer, chat=True, stop_token_ids=[tokenizer.pad_token_id])
     assert encoder.stop_token_ids == {tokenizer.pad_token_id, tokenizer.eos_token_id}
-    assert parts(tokenizer, encoder.encode(Row(1, "one?", "first")))[1:] == [(True, "first<pad>"), (False, "\n")]
+    assert parts(tokenizer, encoder.encode(Row(1, "one?", "first")))[1:] == [(True, "first<pad>")]
 
 
 @pytest.mark.parametrize(("row", "chat"), [(PLAIN, False), (PLAIN, True), (TALK, True)])
@@ -150,7 +155,9 @@ def test_conversation_without_chat_is_refused(tokenizer: Any) -> None:
 
 def test_chat_without_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"chat: found true; .* no chat template: set chat to false"):
+    with pytest.raises(
+        UserError, match=r"chat: found true; .* no chat template: give one with chat_template .*, or set chat to false"
+    ):
         RowEncoder(tokenizer, chat=True)
 
 
@@ -160,25 +167,61 @@ def test_tokenizer_without_end_of_text_is_refused(tokenizer: Any) -> None:
         RowEncoder(tokenizer)
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+def test_each_answer_is_a_row_where_the_template_rewrites_earlier_turns(tokenizer: Any) -> None:
     # Templates of reasoning models drop what was thought in earlier turns; others keep the last question only.
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}</s>{% endif %}"
         "{% endfor %}"
     )
     encoder = RowEncoder(tokenizer, chat=True)
-    with pytest.raises(UserError, match="Row 4: the chat template rewrites earlier turns"):
-        encoder.encode(TALK)
-    encoder.encode(Row(1, "one?", "first"))  # one question and one answer are not touched by it
+    encoded = encoder.encode_all(TALK)
+    assert [parts(tokenizer, row) for row in encoded] == [
+        [(False, "be brief</s>one?</s>"), (True, "first</s>")],
+        [(False, "be brief</s>one?</s>two?</s>"), (True, "second</s>")],
+    ]
+    assert {row.number for row in encoded} == {4}
+    assert {row.apart for row in encoded} == {"the chat template rewrites earlier turns"}
+    assert encoder.encode(TALK) == encoded[-1]
+    (whole,) = encoder.encode_all(Row(1, "one?", "first"))  # one question and one answer are not touched by it
+    assert whole.apart == ""
 
 
-def test_template_that_refuses_a_conversation_names_the_row(tokenizer: Any) -> None:
-    # Gemma's and Mistral's templates raise for a system turn or for roles that do not alternate.
+def test_answers_that_are_not_to_be_trained_are_context(tokenizer: Any) -> None:
+    encoder = RowEncoder(tokenizer, chat=True)
+    first, untrained = TALK.messages[:3], TALK.messages[3:]
+    row = Row(4, messages=(*first[:2], first[2] | {"train": False}, *untrained))
+    assert parts(tokenizer, encoder.encode(row)) == [
+        (
+            False,
+            "<s>system\nbe brief</s>\n<s>user\none?</s>\n<s>assistant\nfirst</s>\n<s>user\ntwo?</s>\n<s>assistant\n",
+        ),
+        (True, "second</s>"),
+    ]
+    none = Row(4, messages=tuple(m | {"train": False} for m in TALK.messages))
+    with pytest.raises(UserError, match="Row 4: has no answer that is trained on; take train: false off a turn"):
+        encoder.encode(none)
+
+
+def test_a_system_text_that_the_template_refuses_is_put_before_the_first_question(tokenizer: Any) -> None:
+    # Gemma's template raises for a system turn.
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         + tokenizer.chat_template
     )
-    with pytest.raises(UserError, match=r"Row 4: .*System role not supported"):
+    encoder = RowEncoder(tokenizer, chat=True)
+    encoded = encoder.encode(TALK)
+    assert parts(tokenizer, encoded)[0] == (False, "<s>user\nbe brief\n\none?</s>\n<s>assistant\n")
+    assert encoded.joined_system
+    assert encoder.prompt(TALK) == encoded.input_ids[: len(encoder.prompt(TALK))]
+    assert not encoder.encode(Row(1, "one?", "first")).joined_system
+
+
+def test_template_that_refuses_a_conversation_names_the_row(tokenizer: Any) -> None:
+    # Mistral's templates raise for roles that do not alternate.
+    tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('Too long') }}{% endif %}" + tokenizer.chat_template
+    )
+    with pytest.raises(UserError, match=r"Row 4: .*Too long"):
         RowEncoder(tokenizer, chat=True).encode(TALK)
 
 
@@ -269,3 +312,44 @@ def test_little_padding_and_no_drift_of_length() -> None:
     batches = sampler.batches()[:50]
     halves = [sum(lengths[i] for batch in half for i in batch) for half in (batches[:25], batches[25:])]
     assert 0.5 < halves[0] / halves[1] < 2
+
+
+def sentence_pieces(tokenizer: Any, scheme: str) -> Any:
+    """A tokenizer that marks spaces and puts one before a text, as those made by SentencePiece do."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    bpe.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme=scheme), decoders.Fuse()])
+    alphabet = [*map(chr, range(32, 127)), "\n", "▁"]
+    words = ["one? two? first second user assistant system be brief"] * 3
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    bpe.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=160, special_tokens=special, initial_alphabet=alphabet)
+    )
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("colon", ["\n", ":", ": "])
+def test_no_space_gets_before_an_answer_that_the_template_does_not_write(
+    tokenizer: Any, scheme: str, colon: str
+) -> None:
+    template = tokenizer.chat_template.replace("\n{{ message['content'] }}", f"{colon}{{{{ message['content'] }}}}")
+    tokenizer = sentence_pieces(tokenizer, scheme)
+    tokenizer.chat_template = template.replace("assistant\n", f"assistant{colon}")
+    pieces = tokenizer.convert_ids_to_tokens
+    assert pieces(tokenizer("first", add_special_tokens=False).input_ids)[0].startswith("▁")  # this is what it does
+    rows = RowEncoder(tokenizer, chat=True).encode_all(TALK)
+    answers = "".join(pieces([label for row in rows for label in row.labels if label != IGNORED]))
+    assert answers == "first</s>second</s>"
+    whole = tokenizer.apply_chat_template(list(TALK.messages), tokenize=False)
+    if colon != ": ":  # there the answer's first token would have the space of the prompt in it
+        assert rows[0].input_ids == tokenizer(whole, add_special_tokens=False).input_ids[: len(rows[0].input_ids)]
+    prompt = tokenizer.apply_chat_template(list(TALK.messages[:-1]), tokenize=False, add_generation_prompt=True)
+    asked = tokenizer(prompt, add_special_tokens=False).input_ids
+    assert rows[-1].input_ids[: len(asked)] == asked

@@ -101,6 +101,37 @@ def test_soft_cap_matters_in_this_test(tiny_model: Path, batch: dict[str, torch.
         assert (summed_completion_loss(model, batch) - capped).abs() > 1
 
 
+@pytest.mark.parametrize("chunk", [1024, 3])
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_smoothed_labels_are_those_of_torch_in_float64(
+    tiny_model: Path, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, chunk: int, smoothing: float
+) -> None:
+    monkeypatch.setattr("diablo.scoring.losses._CHUNK", chunk)
+    model = adapted(tiny_model).eval()
+    loss = summed_completion_loss(model, batch, label_smoothing=smoothing)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    exact = adapted(tiny_model).eval().double()
+    logits = exact(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert logits.dtype == torch.float64
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gradients
+    for name, parameter in exact.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name].double(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert abs(summed_completion_loss(model, batch).item() - loss.item()) > 1e-3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_output_layer_sees_the_supervised_positions_only(
     name: str, tiny_model: Path, rows: list[EncodedRow], batch: dict[str, torch.Tensor]

@@ -14,8 +14,9 @@ import yaml
 
 from diablo.recipes.methods import METHODS
 from diablo.recipes.reading import shipped_recipes
-from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
+from diablo.recipes.recipe import Data, Evaluation, Recipe
 from diablo.recipes.schema import SCHEMA_FILE, recipe_schema, schema_text
+from diablo.recipes.training import Optimizer, ParameterGroup, Training
 from diablo.tasks import TASKS
 from diablo_cli import completion
 
@@ -45,7 +46,7 @@ def properties(schema: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_key_is_there_with_its_description():
     found = dict(properties(recipe_schema()))
-    sections = (Recipe, Data, Training, Evaluation, *METHODS.values())
+    sections = (Recipe, Data, Training, Optimizer, ParameterGroup, Evaluation, *METHODS.values())
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):
         assert schema.get("description"), key
@@ -72,7 +73,8 @@ def test_the_recipe_of_the_readme_is_valid():
 @pytest.mark.parametrize(
     "change",
     [
-        *({"method": name} for name in METHODS),
+        {"method": {"name": "peft", "type": "GRALORA", "r": 4}},
+        *({"method": name} for name in METHODS if name != "peft"),
         {"method": {}},
         {"method": {"num_blocks": 8, "block_pattern": {"v_proj": 4}}},
         {"method": {"name": "lora", "r": 4, "target_modules": "all-linear", "layers_to_transform": 1}},
@@ -134,6 +136,6 @@ def test_the_command_prints_the_file_and_writes_it(diablo, tmp_path):
 
 
 def test_names_to_complete_are_those_that_there_are():
-    assert completion.allowed("method") == list(METHODS)
+    assert completion.allowed("method") == [name for name in METHODS if name != "peft"]
     assert set(completion.complete_task("")) == set(TASKS)
     assert set(shipped_recipes()) <= set(completion.complete_recipe(""))

@@ -20,7 +20,7 @@ from diablo.comparison.summary import describe_run, summarize, write_comparison
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
-from diablo.records.results import changed_settings, write_json
+from diablo.records.results import changed_settings, kept_loss, write_json
 
 Runner = Callable[[Recipe], str | None]
 """Carries out a recipe. It returns why the run failed, or None where it did not fail."""
@@ -43,8 +43,7 @@ class Outcome:
     @property
     def held_out_loss(self) -> float | None:
         """The loss per token, in nats, on the rows that the run is judged by, after training; None without a record."""
-        losses = self.record.get("training", {}).get("held_out_loss")
-        return losses[-1][1] if losses else None
+        return kept_loss(self.record["training"]) if self.record else None
 
 
 def compare(comparison: Comparison, *, console: Console | None = None, runner: Runner | None = None) -> dict[str, Any]:
@@ -169,6 +168,6 @@ def _say(console: Console, run: Run, record: dict[str, Any], failure: str | None
     if failure is not None:
         console.print(f"failed  {what}: {escape(failure)}", highlight=False, soft_wrap=True)
         return
-    losses, seconds = record["training"]["held_out_loss"], record["timings"]["train_seconds"]
-    loss = f"{run.stage} loss {losses[-1][1]:.4f}, " if losses else ""
+    kept, seconds = kept_loss(record["training"]), record["timings"]["train_seconds"]
+    loss = "" if kept is None else f"{run.stage} loss {kept:.4f}, "
     console.print(f"done    {what}: {loss}trained in {seconds:.0f} s", highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.sweep import Sweep
-from diablo.records.results import write_json
+from diablo.records.results import kept_loss, write_json
 
 HEADERS = (
     "method",
@@ -58,7 +58,7 @@ def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> di
     scores = {task: score[score["headline"]] for task, score in record["scores"].get("after", {}).items()}
     return described | {
         "trained_parameters": record["parameters"]["trainable"],
-        f"{run.stage}_loss": training["held_out_loss"][-1][1] if training["held_out_loss"] else None,
+        f"{run.stage}_loss": kept_loss(training),
         "score": statistics.fmean(scores.values()) if scores else None,
         "scores": scores,
         "training_seconds": record["timings"]["train_seconds"],
@@ -149,7 +149,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
         "or tested on them.",
         f"DiaBlo trains {record['budget']:,} parameters. Full fine-tuning trains all weights. Every other method has "
-        "the rank at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
+        "the size at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
         "many values as PiSSA trains, since it holds the difference to PiSSA's start.",
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diablo.data.chat_template import ChatTemplate, Message
+from diablo.data.chat_template import ChatTemplate, Turn
+from diablo.data.conversation import Message, map_texts, map_values, texts_of
 from diablo.data.rows import Row
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError
@@ -17,19 +18,23 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row as the model sees it.
+    """A row as the model sees it, or one of several that a conversation makes.
 
     Attributes:
         number: where the row stands in its file.
         input_ids: the tokens.
         labels: the token itself where it is supervised, :data:`IGNORED` elsewhere; as long as ``input_ids``.
         special_text: the special tokens that the row's own text spells, each as often as it does.
+        apart: why answers of the conversation are trained in rows of their own, in words; empty where they are not.
+        joined_system: whether a system's text was put before the first question.
     """
 
     number: int
     input_ids: list[int]
     labels: list[int]
     special_text: tuple[str, ...] = ()
+    apart: str = ""
+    joined_system: bool = False
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -45,9 +50,10 @@ class EncodedRow:
 class RowEncoder:
     """Turns rows into tokens.
 
-    Prompt and completion are tokenized apart, so that the prompt's tokens are those that the model sees when it
-    generates, and every completion ends with a supervised stop token, so that the model learns to stop. Padding is told
-    apart by position, never by its id: a padding token that equals the end-of-text token does no harm.
+    A completion is trained in the context that generation gives it, token by token: the prompt's tokens are those that
+    the model sees when it generates, and the completion's follow. Every completion ends with a supervised stop token,
+    so that the model learns to stop. Padding is told apart by position, never by its id: a padding token that equals
+    the end-of-text token does no harm.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -55,6 +61,10 @@ class RowEncoder:
         special_text: what becomes of a row's text that spells a special token: ``"keep"`` makes it that token,
             ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
+
+    Attributes:
+        stop_token_ids: the tokens that stop generation: those, the end of text, and the token that the chat template
+            ends an answer with.
 
     Raises:
         UserError: the tokenizer has no end-of-text token, or ``chat`` is asked for and it has no chat template, or none
@@ -72,49 +82,78 @@ class RowEncoder:
         if tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-text token, so that the model could never learn to stop.")
         if chat and not tokenizer.chat_template:
-            raise UserError("chat: found true; the model's tokenizer has no chat template: set chat to false.")
+            raise UserError(
+                "chat: found true; the model's tokenizer has no chat template: give one with chat_template (a file of "
+                "Jinja, or the Jinja itself), or set chat to false."
+            )
         self.tokenizer = tokenizer
         self.chat = chat
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids])
-        self._template = ChatTemplate(tokenizer) if chat else None
         self._text = TextTokenizer(tokenizer, special_text)
+        self._template: ChatTemplate | None = None
+        if chat:
+            special = self._text.special_tokens
+            ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
+            stops = [token for token in special if ids[token] in self.stop_token_ids]
+            self._template = ChatTemplate(tokenizer, special_tokens=special, stops=stops)
+            if self._template.end_of_turn is not None:
+                self.stop_token_ids |= {ids[self._template.end_of_turn]}
 
-    def encode(self, row: Row) -> EncodedRow:
+    def encode_all(self, row: Row) -> list[EncodedRow]:
         """The tokens of a row and which of them are supervised.
 
+        A conversation is one row as long as each answer's context begins with what comes before it in the row. Where it
+        does not, as with templates that take the reasoning out of earlier answers, another row begins: with the
+        context that generation gives that answer.
+
         Raises:
-            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, leaves out some
-                of its text or rewrites earlier turns.
+            UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, or leaves out
+                some of its text.
         """
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for context, completion in self._turns(row):
-            input_ids += context + completion
-            labels += [IGNORED] * len(context) + self._supervise(completion)
-        return EncodedRow(row.number, input_ids, labels, self._text.spelled(self._texts(row)))
+        spelled = self._text.spelled(self._texts(row))
+        if self._template is None:
+            prompt, completion = self._prompt(row), self._completion(row)
+            labels = [IGNORED] * len(prompt) + self._supervise(completion)
+            return [EncodedRow(row.number, prompt + completion, labels, spelled)]
+        messages = row.as_messages()
+        joined_system = self._template.has_no_system and messages[0]["role"] == "system"
+        sequences, apart = self._sequences(self._template.turns(row.number, *self._guarded(row)))
+        return [
+            EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system)
+            for index, (ids, labels) in enumerate(sequences)
+        ]
+
+    def encode(self, row: Row) -> EncodedRow:
+        """The tokens of a row, those of its last answer where it makes several; see :meth:`encode_all`."""
+        return self.encode_all(row)[-1]
 
     def prompt(self, row: Row) -> list[int]:
         """The tokens before the row's last completion: what generation starts from.
 
         Raises:
-            UserError: as :meth:`encode`, but that earlier turns may be rewritten.
+            UserError: as :meth:`encode_all`.
         """
         if self._template is None:
             return self._prompt(row)
-        pieces = self._template.prompt(row.number, self._guarded(row)[:-1])
-        return [token for piece in pieces for token in self._text.ids(piece)]
+        messages, tools = self._guarded(row)
+        return self._text.ids(self._template.prompt(row.number, messages[:-1], tools))
 
-    def _turns(self, row: Row) -> list[tuple[list[int], list[int]]]:
-        """Pairs of context and completion, the last completion with a stop token at its end."""
-        if self._template is not None:
-            texts = self._template.turns(row.number, self._guarded(row))
-            turns = [(self._text.ids(context), self._text.ids(answer)) for context, answer in texts]
-        else:
-            turns = [(self._prompt(row), self._text.ids(self._text.guard(row.completion)))]
-        context, completion = turns[-1]
-        if not self._ends_with_stop(completion):
-            turns[-1] = (context, [*completion, self.tokenizer.eos_token_id])
-        return turns
+    def _sequences(self, turns: Sequence[Turn]) -> tuple[list[tuple[list[int], list[int]]], str]:
+        """Tokens and labels of the rows that answers make, and why they are more than one, if they are."""
+        sequences: list[tuple[list[int], list[int]]] = []
+        apart = ""
+        for index, turn in enumerate(turns):
+            context = self._text.ids(turn.context)
+            ids, labels = sequences[-1] if sequences else ([], [])
+            if not sequences or context[: len(ids)] != ids:
+                apart = apart or (_why_apart(turns[index - 1], turn) if index else "")
+                ids, labels = [], []
+                sequences.append((ids, labels))
+            completion = self._text.continuation(turn.context, turn.answer)
+            completion += [] if turn.ends else [self.tokenizer.eos_token_id]
+            labels += [IGNORED] * (len(context) - len(ids)) + completion
+            ids += context[len(ids) :] + completion
+        return sequences, apart
 
     def _prompt(self, row: Row) -> list[int]:
         """The tokens of a prompt that is put without a chat template."""
@@ -126,12 +165,20 @@ class RowEncoder:
             prompt.pop()
         return prompt
 
-    def _guarded(self, row: Row) -> list[Message]:
-        return [turn | {"content": self._text.guard(turn["content"])} for turn in row.as_messages()]
+    def _completion(self, row: Row) -> list[int]:
+        """The tokens of a completion without a chat template, with a stop token unless it brings one."""
+        completion = self._text.continuation(self._text.guard(row.prompt), self._text.guard(row.completion))
+        return completion if self._ends_with_stop(completion) else [*completion, self.tokenizer.eos_token_id]
+
+    def _guarded(self, row: Row) -> tuple[list[Message], list[dict[str, Any]]]:
+        messages = [map_texts(message, self._text.guard) for message in row.as_messages()]
+        return messages, [map_values(tool, self._text.guard) for tool in row.tools]
 
     def _texts(self, row: Row) -> list[str]:
         """The texts of a row that are trained on or come before."""
-        return [turn["content"] for turn in row.as_messages()] if self.chat else [row.prompt, row.completion]
+        if not self.chat:
+            return [row.prompt, row.completion]
+        return [text for message in row.as_messages() for text in texts_of(message)]
 
     def _ends_with_stop(self, completion: list[int]) -> bool:
         """Whether no text follows a completion's last stop token: a text may spell one anywhere."""
@@ -139,10 +186,20 @@ class RowEncoder:
         return end > 0 and not self.tokenizer.decode(completion[end:], skip_special_tokens=True).strip()
 
     def _supervise(self, completion: list[int]) -> list[int]:
-        """Labels of a completion: up to its stop token; what a template writes after that, the model never does."""
-        end = self._after_last_stop(completion) or len(completion)
+        """Labels of a completion: up to its last stop token, since the model writes nothing after that."""
+        end = self._after_last_stop(completion)
         return completion[:end] + [IGNORED] * (len(completion) - end)
 
     def _after_last_stop(self, completion: list[int]) -> int:
         """The index behind a completion's last stop token; 0 where it has none."""
         return max((index + 1 for index, token in enumerate(completion) if token in self.stop_token_ids), default=0)
+
+
+def _why_apart(turn: Turn, following: Turn) -> str:
+    if not following.context.startswith(turn.context + turn.answer):
+        return "the chat template rewrites earlier turns"
+    return (
+        "the tokens of an answer run together with what follows it"
+        if turn.ends
+        else "the chat template ends an answer with no token that stops generation"
+    )

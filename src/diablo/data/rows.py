@@ -36,15 +36,17 @@ class Row:
         completion: text that is trained on; empty where ``messages`` is given.
         messages: a conversation whose assistant turns are trained on.
         user: what the user says where the prompt is put as a conversation, if that is not the prompt itself.
+        tools: the tools that a conversation offers, as JSON schemas.
     """
 
     number: int
     prompt: str = ""
     completion: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     user: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
 
-    def as_messages(self) -> tuple[dict[str, str], ...]:
+    def as_messages(self) -> tuple[dict[str, Any], ...]:
         """The row as a conversation: a prompt becomes the user's turn, its completion the assistant's."""
         return self.messages or (
             {"role": "user", "content": (self.user or self.prompt).strip()},

@@ -7,7 +7,7 @@ mostly not meant where a row's own text does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from diablo.data.rows import MEND_UNICODE, is_unicode
@@ -17,6 +17,9 @@ SpecialTextMode = Literal["keep", "plain"]
 
 # Unicode reserves these for use inside a program. A text that has them all the same loses them where it stays plain.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+# Characters of a context that can have a say in the tokens of what follows.
+_REACH = 256
 
 
 def describe_special_text(rows: int, tokens: Mapping[str, int], mode: SpecialTextMode) -> str:
@@ -54,6 +57,11 @@ class TextTokenizer:
         self._special = re.compile(special)
         self._guarded = re.compile(f"{_OPEN}({special}){_CLOSE}|({special})|[{_OPEN}{_CLOSE}]")
 
+    @property
+    def special_tokens(self) -> Collection[str]:
+        """The texts of the special tokens."""
+        return self._added.keys()
+
     def spelled(self, texts: Iterable[str]) -> tuple[str, ...]:
         """The special tokens that texts spell, each as often as they do."""
         return tuple(token for text in texts for token in self._special.findall(text))
@@ -89,6 +97,25 @@ class TextTokenizer:
             ids += self._plain_after(before, self._stripped(before, segment, after), add_special_tokens)
             pending = after
         return ids + (self._native(pending) if pending else [])
+
+    def continuation(self, context: str, text: str) -> list[int]:
+        """The tokens of a text that follows another, whose tokens are settled.
+
+        By itself a text may have other tokens than there: some tokenizers put a space before every text that they are
+        given. It is tokenized by itself only where its first token would have a part of the context in it.
+
+        Args:
+            context: what precedes the text, of guarded texts as for :meth:`ids`.
+            text: the text.
+        """
+        near = context[-_REACH:]
+        before, whole = self.ids(near), self.ids(near + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._after_break(text)
+
+    def _after_break(self, text: str) -> list[int]:
+        """The tokens of a text as they are within a line, or by itself where that cannot be told."""
+        before, whole = self.ids("\n"), self.ids("\n" + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
 
     def _native(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The tokens that the tokenizer itself makes of a text."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from peft import PeftType
 from rich.console import Console
 
-from diablo.data.encoding import EncodedRow
+from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
-from diablo.merging.shards import Update, base_digest_of, find_updates, merge_shards
+from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_shards
+from diablo.merging.untying import untie
 from diablo.models.adapters import (
     attach_adapter,
     base_model_of,
@@ -25,11 +27,12 @@ from diablo.models.adapters import (
     read_adapter_config,
     stored_dtype,
 )
-from diablo.models.loading import load_config, load_model, resolve_model, stored_quantization
-from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
+from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
+from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
+from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import recipe_of_run
 from diablo.scoring.generation import held_out_loss
@@ -53,6 +56,8 @@ class MergeReport:
             merged as a whole.
         losses: loss per token, in nats, of the adapted and of the merged model; None if nothing was quantized.
         measured_on: the rows that the losses are of, in words.
+        untied: names of weights that are tied in the base model and not in the merged one, each with the name of the
+            weight that it was tied to. They are untied because the adapter changes one of them.
     """
 
     folder: Path
@@ -62,6 +67,7 @@ class MergeReport:
     verified: int | None = None
     losses: tuple[float, float] | None = None
     measured_on: str = ""
+    untied: Mapping[str, str] = field(default_factory=dict)
 
 
 def merge_adapter(
@@ -73,6 +79,7 @@ def merge_adapter(
     into: str | None = None,
     calibration: Callable[[Any], torch.Tensor] | None = None,
     other_base: bool = False,
+    trained_as: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
@@ -91,6 +98,7 @@ def merge_adapter(
             as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: makes the calibration rows for ``"requantized"`` from the tokenizer.
         other_base: whether to merge even if the base has other weights than those that the adapter was trained on.
+        trained_as: the recipe of the run; the one that is recorded with the adapter if None.
         console: where progress is written; standard error if None.
 
     Raises:
@@ -98,18 +106,21 @@ def merge_adapter(
             weights would not be finite, or ``into`` does not fit the base.
     """
     name = resolve_model(base or base_model_of(adapter))
-    on_the_fly = recipe_of_run(adapter).get("quantization")
+    check_merges(PeftType(read_adapter_config(adapter).peft_type).value, f"The adapter {str(adapter)!r}")
+    trained_as = recipe_of_run(adapter) if trained_as is None else trained_as
+    on_the_fly = trained_as.get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
-    if into is None and (plain := _plain_updates(adapter, name)) is not None:
-        source, updates = plain
-        is_same = _check_base(adapter, name, base_digest_of(source, updates), other_base)
+    if into is None and (plain := _plain_changes(adapter, name)) is not None:
+        source, changes = plain
+        is_same = _check_base(adapter, name, base_digest_of(source, changes), other_base)
         with new_folder(folder, "merged model") as target:
-            verified = merge_shards(adapter, source, updates, target, dtype, console)
+            verified = merge_shards(adapter, source, changes, target, dtype, console)
+            _write_ends(target, trained_as)
         dtype = dtype or stored_dtype(name)
         logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
-        return MergeReport(folder, dtype, is_same, logits, verified)
+        return MergeReport(folder, dtype, is_same, logits, verified, untied=changes.untied)
     dtype = dtype or stored_dtype(name)
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
@@ -123,6 +134,7 @@ def merge_adapter(
             adapted = _quietly(attach_adapter, plain, adapter, name)
             if into == "stored":
                 is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
+        untied = untie(adapted)
         with torch.no_grad():
             try:
                 merged = adapted.merge_and_unload(safe_merge=True)
@@ -136,6 +148,7 @@ def merge_adapter(
             merged = load_model(str(target), dtype)
         else:
             _save(merged, tokenizer, target)
+        _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer)
     return MergeReport(
         folder,
@@ -144,17 +157,27 @@ def merge_adapter(
         _difference(merged_logits, adapted_logits),
         losses=(loss, merged_loss) if into else None,
         measured_on=measured_on,
+        untied=untied,
     )
 
 
-def _plain_updates(adapter: Path, name: str) -> tuple[StoredWeights, dict[str, Update]] | None:
-    """The base's files and what the adapter adds to them; None if the model has to be loaded."""
+def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
+    """Write into the merged model of a run the chat template that it was trained with, and what ends its answers."""
+    if not trained_as:
+        return
+    tokenizer = load_tokenizer(str(folder), trained_as.get("chat_template"))
+    tokenizer.save_pretrained(folder)
+    write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
+
+
+def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:
+    """The base's files and what the adapter changes in them; None if the model has to be loaded."""
     try:
         stored = StoredWeights(name)
     except NoSafetensorsError:
         return None  # transformers may know how to read it, or says why not
-    updates = find_updates(adapter, stored)
-    return None if updates is None else (stored, updates)
+    changes = find_changes(adapter, stored)
+    return None if changes is None else (stored, changes)
 
 
 def _check_base(adapter: Path, name: str, found: str | None, other_base: bool) -> bool | None:

@@ -15,12 +15,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     GPTQConfig,
     PretrainedConfig,
 )
 
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
+from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -34,16 +36,23 @@ def load_config(name: str) -> PretrainedConfig:
     """The config alone: nothing else is read or downloaded.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or the hub does not answer.
     """
+    check_name(name)
+    if not Path(name).is_dir():
+        check_on_hub(name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_cannot_load(name, "config", error)) from None
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """The tokenizer, with a padding token (its end-of-text token where it has none of its own).
+
+    Args:
+        name: a folder or the id of a model on the hub.
+        chat_template: Jinja that takes the place of the tokenizer's own chat template.
 
     Raises:
         UserError: there is none.
@@ -54,13 +63,31 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(_cannot_load(name, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def stop_token_ids(config: PretrainedConfig) -> list[int]:
-    """The tokens that a model's config names as the end of a text or turn: none, one or several."""
-    ids: Any = config.get_text_config().eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def load_generation_config(name: str) -> GenerationConfig | None:
+    """How a model generates, as its authors say; None where they say nothing that can be read."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def stop_token_ids(config: PretrainedConfig, generation: GenerationConfig | None) -> list[int]:
+    """The tokens that a model's configs name as the end of a text or turn, each once: none, one or several.
+
+    Args:
+        config: the model's config.
+        generation: its generation config, which may name more of them.
+    """
+    ids: list[int] = []
+    for settings in (config.get_text_config(), generation):
+        named: Any = getattr(settings, "eos_token_id", None)
+        ids += [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys(ids))
 
 
 def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantization: str | None = None) -> Any:
@@ -192,5 +219,5 @@ def _cannot_load(name: str, what: str, error: Exception) -> str:
         return f"model: the {what} in the folder {name!r} cannot be loaded: {reason}"
     return (
         f"model: {name!r} is no folder, and no {what} of that name could be had from the hub ({reason}). "
-        f"Give a folder, the id of a model on the hub, or {PREFIX}smollm2-135m."
+        f"{WHAT_TO_GIVE}{similar_folder(name)}"
     )

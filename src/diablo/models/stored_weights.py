@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from diablo.errors import UserError
-from diablo.models.loading import load_config, load_tokenizer, resolve_model
+from diablo.models.loading import (
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
 from diablo.records.results import write_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -132,20 +138,36 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
     write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def write_settings(folder: Path, stored: StoredWeights, dtype: torch.dtype | None = None) -> None:
+def write_settings(
+    folder: Path,
+    stored: StoredWeights,
+    dtype: torch.dtype | None = None,
+    config: PretrainedConfig | None = None,
+) -> None:
     """Write a model's config, tokenizer and generation config, as they belong to weights that were made of another's.
 
     Args:
         folder: where to write.
         stored: the other model.
         dtype: dtype that the config is to state; the other's where None.
+        config: the config; the other's where None.
     """
+    config = config or stored.config
     if dtype is not None:
-        stored.config.dtype = dtype
-    stored.config.save_pretrained(folder)
+        config.dtype = dtype
+    config.save_pretrained(folder)
     load_tokenizer(stored.name).save_pretrained(folder)
     if (stored.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(stored.folder).save_pretrained(folder)
+
+
+def write_stop_tokens(folder: Path, stops: Collection[int]) -> None:
+    """Name tokens that stop generation in a stored model's generation config, behind those that it names already."""
+    config = load_config(str(folder))
+    generation = load_generation_config(str(folder)) or GenerationConfig.from_model_config(config)
+    known = stop_token_ids(config, generation)
+    generation.eos_token_id = [*known, *sorted(set(stops) - set(known))]
+    generation.save_pretrained(folder)
 
 
 def _open(path: Path) -> safe_open:

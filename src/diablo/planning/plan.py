@@ -24,6 +24,7 @@ from diablo.models.loading import (
     choose_dtype,
     count_parameters,
     load_config,
+    load_generation_config,
     load_tokenizer,
     meta_model,
     resolve_model,
@@ -31,8 +32,11 @@ from diablo.models.loading import (
     stored_quantization,
 )
 from diablo.planning import preflight
-from diablo.recipes.applying import TargetKind, apply_method, target_kinds
-from diablo.recipes.methods import AdapterMethod, AnyMethod
+from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
+from diablo.planning.schedules import ScheduleChoice, choose_schedule
+from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
+from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
+from diablo.recipes.peft_methods import check_merges, check_precision
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import Decoding, decoding_for
 from diablo.scoring.likelihood import as_multiple_choice
@@ -60,7 +64,9 @@ class Plan:
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
         sampler: the order of training.
-        steps: optimizer steps of the run.
+        steps: optimizer steps of the run, where held-out losses do not end it before.
+        optimizer: the optimizer.
+        schedule: the schedule of its learning rate.
         device: where it runs.
         dtype: dtype of the frozen weights.
     """
@@ -81,6 +87,8 @@ class Plan:
     parameters: tuple[int, int]
     sampler: LengthGroupedSampler
     steps: int
+    optimizer: OptimizerChoice
+    schedule: ScheduleChoice
     device: torch.device
     dtype: torch.dtype
 
@@ -105,6 +113,22 @@ class Plan:
         spelled = [row.special_text for row in (*self.train, *self.held_out, *self.general) if row.special_text]
         return len(spelled), dict(Counter(token for tokens in spelled for token in tokens).most_common())
 
+    @property
+    def conversations(self) -> list[str]:
+        """What became of training conversations that could not be put as they are, a line for each reason."""
+        lines = []
+        for reason in dict.fromkeys(row.apart for row in self.train if row.apart):
+            parts = [row.number for row in self.train if row.apart == reason]
+            lines.append(
+                f"{len(set(parts)):,} became {len(parts):,} rows, so that each answer has the context that generation "
+                f"gives it: {reason}"
+            )
+        if joined := len({row.number for row in self.train if row.joined_system}):
+            lines.append(
+                f"{joined:,} have the system's text before the first question: the chat template refuses it as a turn"
+            )
+        return lines
+
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
         decode = self.encoder.tokenizer.decode
@@ -125,16 +149,24 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     dtype = choose_dtype(recipe.precision, device)
     scored = _scored(recipe)
     rows = _rows(recipe, [task for task, _ in scored])
+    optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
-    check_quantized(recipe, config, [recipe.method.name])
-    targets, parameters = adapt_on_meta(recipe.method, config)
+    check_quantized(recipe, config, [recipe.method])
+    if isinstance(recipe.method, PeftMethod):
+        check_precision(recipe.method.type, dtype)
+        if recipe.merge:
+            check_merges(recipe.method.type, "merge: found true")
+    _check_smoothing(recipe, config)
+    adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    group_members(trained, recipe.training.optimizer.groups)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
-        load_tokenizer(model_name),
+        load_tokenizer(model_name, recipe.chat_template),
         chat=recipe.chat,
         special_text=special_text,
-        stop_token_ids=stop_token_ids(config),
+        stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
     )
     faults = list(rows.faults)
     train, too_long = _encode(recipe, encoder, rows.train, "training", faults)
@@ -169,12 +201,14 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         parameters=parameters,
         sampler=sampler,
         steps=steps,
+        optimizer=optimizer,
+        schedule=choose_schedule(training, steps),
         device=device,
         dtype=dtype,
     )
 
 
-def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[str]) -> None:
+def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[AnyMethod]) -> None:
     """Check that none of some methods would have to change weights that are quantized.
 
     Raises:
@@ -185,11 +219,23 @@ def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[
         raise UserError(
             f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
         )
-    refused = [name for name in methods if name in ("full", "pissa")]
+    refused = [method.title for method in methods if method.needs_plain_weights]
     if how and refused:
         raise UserError(
-            f"method: {', '.join(refused)} would have to change weights that {how} quantizes; take another method, or "
-            "a model that is not quantized."
+            f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
+            "method, or a model that is not quantized."
+        )
+
+
+def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Labels are smoothed in our own loss, which is not that of a mixture whose router is balanced."""
+    text = config.get_text_config()
+    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+    if recipe.training.label_smoothing and is_balanced:
+        raise UserError(
+            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
+            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
+            "the model's config."
         )
 
 
@@ -253,7 +299,7 @@ def _encode(
     faults: list[RowFault] = []
     for row in rows:
         try:
-            encoded.append(encoder.encode(row))
+            encoded += encoder.encode_all(row)
         except RowError as error:
             faults.append(error.fault)
     if faults and (recipe.data.on_malformed == "error" or not encoded):
@@ -263,7 +309,7 @@ def _encode(
         )
     left_out += faults
     kept = [row for row in encoded if len(row.input_ids) <= limit]
-    too_long = [row.number for row in encoded if len(row.input_ids) > limit]
+    too_long = list(dict.fromkeys(row.number for row in encoded if len(row.input_ids) > limit))
     if too_long and (recipe.data.on_long == "error" or not kept):
         longest = max(len(row.input_ids) for row in encoded)
         raise UserError(
@@ -279,7 +325,22 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     Raises:
         UserError: the method does not fit the model.
     """
-    adapted = apply_method(meta_model(config), method)
-    chosen = isinstance(method, AdapterMethod) and isinstance(method.target_modules, str)
+    return _adapted_on_meta(method, config)[1:]
+
+
+def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, list[TargetKind], tuple[int, int]]:
+    model = meta_model(config)
+    total = count_parameters(model)[1]
+    try:
+        adapted = apply_method(model, method)
+        kinds = target_kinds(adapted)
+        parameters = count_parameters(adapted)
+    except NotImplementedError:
+        # Some methods start from the values of the weights, which there are none of.
+        assert isinstance(method, PeftMethod)
+        adapted, kinds = kinds_by_layer(method, meta_model(config))
+        trained = sum(kind.parameters for kind in kinds)
+        parameters = trained, total + trained
+    chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
-    return target_kinds(adapted), count_parameters(adapted)
+    return adapted, kinds, parameters

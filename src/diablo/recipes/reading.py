@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.methods import METHODS
-from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
-from diablo.recipes.section import Section
+from diablo.recipes.recipe import Data, Evaluation, Recipe
+from diablo.recipes.section import EXPLAINED, Section
+from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -93,18 +94,26 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
             raise UserError(f"{name}: found {shortened(inner)}; it is no section that {key} could be set in.")
         settings[name] = inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
         settings = inner
-    if last == "method" and isinstance(settings.get(last), dict) and isinstance(value, str):
+    if last in _NAMED and isinstance(settings.get(last), dict) and isinstance(value, str):
         # The options of the method that is replaced mean nothing to another one.
-        value = settings[last] if settings[last].get("name", "diablo") == value else value
+        value = settings[last] if settings[last].get("name", _NAMED[last]) == value else value
     settings[last] = value
 
 
-_SECTIONS: dict[int | str, type[Section]] = {"data": Data, "training": Training, "evaluation": Evaluation}
+_SECTIONS: dict[int | str, type[Section]] = {
+    "data": Data,
+    "training": Training,
+    "optimizer": Optimizer,
+    "groups": ParameterGroup,
+    "evaluation": Evaluation,
+}
+# Sections for which their name alone may stand, and the name that they have where none is given.
+_NAMED = {"method": "diablo", "optimizer": DEFAULT_OPTIMIZER}
 
 
 def _explain(fault: Any) -> str:
-    """One line about one of pydantic's findings."""
-    if not fault["loc"]:
+    """What one of pydantic's findings says to the user: one line, or several from a check that finds several."""
+    if not fault["loc"] or fault["type"] == EXPLAINED:
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
     key, last = ".".join(path), path[-1]
@@ -132,4 +141,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         if part == "method":
             # pydantic names the kind of method next, which is no key.
             inner = METHODS.get(str(next(parts, None)))
+        elif part == "groups":
+            # Their number in the list, which is no key either.
+            next(parts, None)
     return owner, path

@@ -11,19 +11,21 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from diablo.data.rows import FORMATS
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
-from diablo.models.checkpointing import Checkpointing
+from diablo.models.names import check_name
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import Section, TaskNames
+from diablo.recipes.section import ChatTemplateText, Section, TaskNames
+from diablo.recipes.training import Training
 
 
 class Data(Section):
     """The user's own files or folder of datasets, and how rows are read."""
 
-    train: Path | None = Field(None, description="a .jsonl, .json or .parquet file: the rows to train on")
+    train: Path | None = Field(None, description=f"a file that ends in {', '.join(FORMATS)}: the rows to train on")
     eval: Path | None = Field(
-        None, description="a .jsonl, .json or .parquet file: held-out rows, whose loss is measured"
+        None, description=f"a file that ends in {', '.join(FORMATS)}: held-out rows, whose loss is measured"
     )
     folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
     on_malformed: Literal["error", "skip"] = Field(
@@ -40,45 +42,6 @@ class Data(Section):
     validation_seed: int = Field(0, ge=0, description="an integer of at least 0: chooses the validation rows")
     held_out: Literal["test", "validation"] = Field(
         "test", description="test or validation: the rows that the held-out loss is of"
-    )
-
-
-class Training(Section):
-    """The optimisation."""
-
-    learning_rate: float = Field(
-        5e-4, gt=0, allow_inf_nan=False, description="a number above 0: the highest of the schedule"
-    )
-    epochs: float = Field(
-        1, gt=0, allow_inf_nan=False, description="a number above 0: how often all rows are trained on"
-    )
-    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1: steps in all; it overrides epochs")
-    batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
-    gradient_accumulation: int = Field(
-        1, ge=1, description="an integer of at least 1: batches whose gradients are added up for a step"
-    )
-    max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear", description="linear, cosine or constant: how the learning rate falls after the warm-up"
-    )
-    warmup_steps: int = Field(
-        0, ge=0, description="an integer of at least 0: first steps, in which the learning rate rises from 0"
-    )
-    weight_decay: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="a number of at least 0: how strongly AdamW pulls weights to 0"
-    )
-    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0: gradients with a larger norm are clipped")
-    gradient_checkpointing: Checkpointing = Field(
-        "none", description="none, selective or full: what is computed again in the backward in place of being kept"
-    )
-    eval_steps: int | None = Field(
-        None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
-    )
-    save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
-    save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
-    logging_steps: int = Field(5, ge=1, description="an integer of at least 1: the loss is shown every so many steps")
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
     )
 
 
@@ -122,8 +85,12 @@ class Recipe(Section):
     )
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
+    chat_template: ChatTemplateText = Field(
+        None, description="a file of Jinja or the Jinja itself, in place of the tokenizer's chat template"
+    )
     method: Method = Field(
-        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
+        default=DiabloMethod(),
+        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
     )
     training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")
@@ -159,6 +126,14 @@ class Recipe(Section):
         return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
 
     @model_validator(mode="after")
+    def _name_of_model(self) -> Recipe:
+        try:
+            check_name(self.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
@@ -169,9 +144,13 @@ class Recipe(Section):
             path: Path | None = getattr(self.data, key)
             if path is not None and not path.is_file():
                 raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
+            if path is not None and not path.name.endswith(FORMATS):
+                raise ValueError(f"data.{key}: found {str(path)!r}; allowed: a file that ends in {', '.join(FORMATS)}.")
         general = self.evaluation.general
         if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
             raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")
+        if self.chat_template is not None and not self.chat:
+            raise ValueError("chat_template: found one with chat: false, which has no use for it; set chat to true.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
         return self
@@ -204,4 +183,5 @@ class Recipe(Section):
             raise ValueError("data.held_out: found validation; say how many rows with data.validation_rows.")
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
+        self.training.check()
         return self

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from diablo.errors import UserError
 
 
 def _names_or_expression(value: Any) -> Any:
@@ -35,7 +41,33 @@ def _task_names(value: Any) -> Any:
 TaskNames = Annotated[Any, BeforeValidator(_task_names, json_schema_input_type=str | list[str] | None)]
 
 
+def _template_text(value: Any) -> Any:
+    """The template itself, so that a run keeps what it was trained with, whatever becomes of the file."""
+    if not isinstance(value, (str, Path)) or any(mark in str(value) for mark in ("{{", "{%", "{#")):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise ValueError("neither Jinja nor a text file") from None
+
+
+ChatTemplateText = Annotated[str | None, BeforeValidator(_template_text, json_schema_input_type=str | None)]
+
+
 class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+EXPLAINED = "explained"
+"""The type of a finding of pydantic's whose message is one for the user, key and all."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Let pydantic report an error for the user in its own words."""
+    try:
+        yield
+    except UserError as error:
+        raise PydanticCustomError(EXPLAINED, "{words}", {"words": str(error)}) from None

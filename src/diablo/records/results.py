@@ -84,6 +84,11 @@ def recipe_of_run(model: str | Path) -> dict[str, Any]:
     return {}
 
 
+def kept_loss(training: Mapping[str, Any]) -> float | None:
+    """The held-out loss of what a run has kept, given ``training`` of its record; None where it has none."""
+    return dict(training["held_out_loss"]).get(training["kept_step"])
+
+
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of the settings whose values have changed. A setting inside a section is named ``section.key``."""
     changed = []
@@ -112,12 +117,14 @@ def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if train:
-        axes.plot(*zip(*train, strict=True), label="training")
+        # The dot shows a run that logged once.
+        axes.plot(*zip(*train, strict=True), ".-", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
     axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or held_out:
+        axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -14,23 +14,26 @@ _CHUNK = 1024
 """Number of supervised tokens whose logits are cast to fp32 at a time."""
 
 
-def summed_completion_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def summed_completion_loss(
+    model: Any, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy of the supervised tokens, summed. The host never waits for the device.
 
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
         batch: what :func:`diablo.data.batching.collate` makes.
+        label_smoothing: the share of a token's target that is spread evenly over the vocabulary, from 0 to below 1.
 
     Returns:
         A scalar in fp32, in nats.
     """
     logits, targets = _supervised_logits(model, batch)
     if len(targets) <= _CHUNK:
-        return _summed(logits, targets)
+        return _summed(logits, targets, label_smoothing)
     # In fp32, all logits together would take several times their memory. So they are cast one part at a time, and the
     # backward casts each part again.
     parts = zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
-    losses = [checkpoint(_summed, *part, use_reentrant=False) for part in parts]
+    losses = [checkpoint(_summed, *part, label_smoothing, use_reentrant=False) for part in parts]
     return torch.stack(losses).sum()
 
 
@@ -58,8 +61,8 @@ def completion_log_likelihoods(model: Any, batch: Mapping[str, torch.Tensor]) ->
     return before, log_probabilities[last]
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def _summed(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +71,13 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
     They are in the order of the rows. The output layer takes a third of a small model's work, so it is applied only to
     the positions that predict a supervised token. Whatever the model does to its logits afterwards (scaling,
     soft-capping) is still done. No attention mask is given: rows are padded on the right, where no token of a causal
-    model looks.
+    model looks. Prompts that were learned are put before the tokens, and have no part in the logits.
     """
-    positions = batch["predicting"]
+    positions, length = batch["predicting"], batch["input_ids"].shape[1]
 
     def keep_predicting(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
-        return hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
+        return hidden[:, -length:].flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
 
     handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
     try:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diablo.errors import UserError
 from diablo.models.loading import load_config, stored_quantization
 from diablo.planning.plan import Plan
+from diablo.recipes.training import DEFAULT_OPTIMIZER, Training
 
 Tensors = dict[str, torch.Tensor]
 """Tensors by the names of the model's parameters."""
@@ -67,7 +68,7 @@ class Engine:
     @torch.no_grad()
     def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
         """Set the trained parameters to these values. Each tensor is a whole parameter."""
-        for name, parameter in _trained(model):
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(_part_for(parameter, tensors[name]))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class FullyShardedDataParallel(Engine):
 
     def trained(self, model: nn.Module) -> Tensors:
         """The trained parameters, gathered from all processes."""
-        return {name: _gather(parameter.detach()) for name, parameter in _trained(model)}
+        return {name: _gather(parameter.detach()) for name, parameter in trained_parameters(model).items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The optimizer's state, gathered from all processes."""
@@ -189,14 +190,16 @@ class DeepSpeed(Engine):
         """The fp32 values that the optimizer holds, gathered from all processes."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in _trained(model)}
+        return {
+            name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in trained_parameters(model).items()
+        }
 
     @torch.no_grad()
     def load_trained(self, model: nn.Module, tensors: Tensors) -> None:
         """Set this process's part of the fp32 values, and the values that the model computes with."""
         from deepspeed import zero
 
-        for name, parameter in _trained(model):
+        for name, parameter in trained_parameters(model).items():
             _keep_part(parameter, tensors[name])
             with zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(tensors[name])
@@ -237,6 +240,11 @@ class DeepSpeed(Engine):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
 
+def trained_parameters(model: nn.Module) -> Tensors:
+    """The parameters that are trained, by name, as this process has them."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def launched_engine() -> Engine:
     """The engine that ``accelerate launch`` was told to use.
 
@@ -265,6 +273,11 @@ def check_shardable(plan: Plan) -> None:
             f"method.name: found {method}, which changes the weights themselves, and of a sharded model only adapters "
             f"are saved: choose another method, or {without}."
         )
+    if method == "peft":
+        raise UserError(
+            f"method.name: found peft, and it is not known which tensors of {plan.recipe.method.title} a sharded model "
+            f"has whole: choose a method that has a name of its own, or {without}."
+        )
     if quantization is not None or stored_quantization(load_config(plan.model_name)):
         raise UserError(
             f"model, quantization: found quantized weights, which cannot be sharded: take a plain model, or {without}."
@@ -274,6 +287,7 @@ def check_shardable(plan: Plan) -> None:
             "training.gradient_checkpointing: found selective under ZeRO-3, which shards the weights again between a "
             "forward and its recomputation, and allows full alone: set full, or launch with zero_stage 2."
         )
+    _check_optimization(plan.recipe.training, without)
     if plan.device.type == "cpu" and plan.dtype != torch.float32:
         raise UserError(
             "precision: found bf16 or fp16, and on CPUs a sharded model is trained in fp32: set precision=fp32, or "
@@ -281,12 +295,25 @@ def check_shardable(plan: Plan) -> None:
         )
 
 
+def _check_optimization(training: Training, without: str) -> None:
+    optimizer = training.optimizer
+    if optimizer.name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"training.optimizer: found {optimizer.name!r}, and the state of a sharded model is put together for AdamW "
+            f"alone: take {DEFAULT_OPTIMIZER}, or {without}."
+        )
+    for key, given in (("options", optimizer.options), ("groups", optimizer.groups)):
+        if given:
+            raise UserError(
+                f"training.optimizer.{key}: the parameters of a sharded model have the same state and settings: leave "
+                f"it out, or {without}."
+            )
+    if training.ema is not None:
+        raise UserError(f"training.ema: a sharded model has no average of its parts: leave it out, or {without}.")
+
+
 def _is_zero_3() -> bool:
     return isinstance(launched_engine(), DeepSpeed) and DeepSpeedPlugin().zero_stage == 3
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _gather(value: torch.Tensor) -> torch.Tensor:
@@ -297,7 +324,7 @@ def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _part_for(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+def _part_for(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """A whole tensor of the parameter's shape, spread over the processes as the parameter is."""
     if not isinstance(parameter, DTensor):
         return whole

@@ -16,8 +16,8 @@ from diablo.planning.plan import Plan
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, plot_losses, write_json
 from diablo.training import saving
+from diablo.training.measuring import Losses
 from diablo.training.processes import Processes
-from diablo.training.trainer import Losses
 
 
 def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
@@ -52,6 +52,8 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
     free |= {"batch_size", "gradient_accumulation"}
     # What an error of the run may have advised, and changes nothing of what is learned.
     free |= {"gradient_checkpointing", "on_nonfinite"}
+    if recipe.training.depends_on_held_out:
+        free -= {"eval_steps"}
     names = changed_settings(started, recipe.model_dump(mode="json"))
     changed = [name for name in names if not free & set(name.split("."))]
     # What is scored says which rows are left out of training.
@@ -107,6 +109,6 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
 def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
-    title = f"{recipe.method.name} on {recipe.model}"
+    title = f"{recipe.method.title} on {recipe.model}"
     plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
     write_json(recipe.output / "run.json", record)

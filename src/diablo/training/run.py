@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,6 +18,7 @@ from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
 from diablo.models.adapters import save_adapter
+from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
@@ -33,10 +34,13 @@ from diablo.scoring.generation import Score
 from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
+from diablo.training.measuring import Losses
 from diablo.training.output import check_effective_batch, check_output, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
-from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
+
+if TYPE_CHECKING:
+    from diablo.training.trainer import CompletionTrainer, Losses
 
 
 @dataclass
@@ -85,10 +89,11 @@ def train(
     checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
     with processes.main_first():
         plan = make_plan(recipe)
-    spelling, tokens = plan.special_text
-    if spelling:
-        console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
+    _say_special_text(plan, console)
     _check_processes(processes, plan, checkpoint)
+    # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
+    from diablo.training.trainer import make_trainer
+
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
 
@@ -104,7 +109,8 @@ def train(
     def measure_before() -> None:
         if recipe.evaluation.before:
             result.before = _score(model, plan, console, "before", write=processes.is_main)
-        losses.measure(model, plan, 0)
+        losses.measure_general(model, plan)
+        losses.measure_held_out(model, plan, 0)
 
     if not processes.engine.shards:
         measure_before()
@@ -116,24 +122,40 @@ def train(
     meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
-    losses.measure(model, plan, trainer.state.global_step)
+    kept_step = trainer.held_out.settle(model, trainer.state.global_step)
+    losses.measure_general(model, plan)
     losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
     trained = processes.engine.trained(model)
     if processes.is_main:
         with saving.writing(recipe.output):
-            save_adapter(model, plan.encoder.tokenizer, result.adapter, start=adapter_start, trained=trained)
+            save_adapter(
+                model,
+                plan.encoder.tokenizer,
+                result.adapter,
+                start=adapter_start,
+                trained=trained,
+                stops=plan.encoder.stop_token_ids,
+            )
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
     if processes.is_main:
         if recipe.merge and not is_full:
             result.merged = recipe.output / "merged"
-            merge_adapter(result.adapter, result.merged)
-        result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer)
+            # The run is not recorded yet.
+            merge_adapter(result.adapter, result.merged, trained_as=recipe.model_dump(mode="json"))
+        result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
         with saving.writing(recipe.output):
             close_output(recipe, result.record, losses)
     processes.wait()
     return result
+
+
+def _say_special_text(plan: Plan, console: Console) -> None:
+    spelling, tokens = plan.special_text
+    if spelling:
+        mode = plan.recipe.data.special_text
+        console.print(f"data: {describe_special_text(spelling, tokens, mode)}", markup=False)
 
 
 def _load(plan: Plan, engine: Engine) -> Any:
@@ -153,14 +175,14 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], plan.encoder.tokenizer.pad_token_id)
-    checkpointing = plan.recipe.training.gradient_checkpointing != "none"
+    options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    if options is not None:
+        enable_checkpointing(model, options)
     moved = {name: values.to(model.device) for name, values in probe.items()}
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
-        preflight.check_gradients(model, moved, checkpointing=checkpointing)
+        preflight.check_gradients(model, moved, checkpointing=options is not None)
 
 
 @contextmanager
@@ -236,6 +258,7 @@ def _record(
     timings: dict[str, float],
     training_peak: int,
     trainer: CompletionTrainer,
+    kept_step: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
     tokens, supervised = plan.tokens
@@ -260,7 +283,11 @@ def _record(
             "padding_share": meter.padding_share,
         },
         "training": {
+            "optimizer": plan.optimizer.describe(),
+            "schedule": plan.schedule.describe(),
             "steps": trainer.state.global_step,
+            "stopped_early": trainer.state.global_step < plan.steps,
+            "kept_step": kept_step,
             "processes": trainer.accelerator.num_processes,
             "engine": trainer.accelerator.distributed_type.value,
             "parameters_kept": trainer.parameters_kept,

@@ -12,13 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from diablo.errors import UserError, first_line
 from diablo.records.results import write_json
 
 STAGING = "unfinished"
 """The folder beside the checkpoints in which the next one is written."""
+
+BEST = "best.safetensors"
+"""In a checkpoint, the trained parameters of the best held-out loss so far."""
+
+AVERAGE = "average.safetensors"
+"""In a checkpoint, the average of the trained parameters."""
 
 _MANIFEST = "manifest.json"
 
@@ -85,6 +93,17 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
 def about(checkpoint: Path) -> dict[str, Any]:
     """The further facts in the manifest of a checkpoint that is whole; see :func:`publish`."""
     return json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["about"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to a file; no file where there are none."""
+    if tensors:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, on the CPU; none where there is no file."""
+    return load_file(path) if path.is_file() else {}
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -20,43 +21,27 @@ from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
+from diablo.planning.optimizers import group_members
 from diablo.planning.plan import Plan, preflight
+from diablo.recipes.training import ParameterGroup
 from diablo.records.progress import TokenMeter, TrainingProgress
-from diablo.scoring.generation import held_out_loss
 from diablo.scoring.losses import summed_completion_loss
 from diablo.training import saving
-from diablo.training.engines import DeepSpeed, Engine
+from diablo.training.averaging import Average
+from diablo.training.engines import DeepSpeed, Engine, trained_parameters
+from diablo.training.measuring import HeldOutLoss, Losses
 from diablo.training.safeguards import FiniteLosses
-
-
-@dataclass
-class Losses:
-    """Loss per supervised token in nats, by step; of general text before and after training."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
-    general: list[float] = field(default_factory=list)
-
-    def measure(self, model: Any, plan: Plan, step: int) -> None:
-        """Measure the loss of general text, and of held-out rows where this step's is not known yet."""
-        pad_token_id = plan.encoder.tokenizer.pad_token_id
-        if plan.general:
-            self.general.append(held_out_loss(model, plan.general, pad_token_id))
-        self.measure_held_out(model, plan, step)
-
-    def measure_held_out(self, model: Any, plan: Plan, step: int) -> None:
-        """Measure the loss of held-out rows, where this step's is not known yet."""
-        if plan.held_out and (not self.held_out or self.held_out[-1][0] != step):
-            self.held_out.append((step, held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)))
 
 
 class CompletionTrainer(SFTTrainer):
     """TRL's trainer over rows that are encoded already.
 
     Args:
-        plan: gives the sampler and the device.
+        plan: gives the sampler, the optimizer's groups and what is said of the loss.
         progress: the training bar.
         finite: looks after the losses.
+        average: averages the trained parameters.
+        held_out: measures the held-out loss, and keeps what is best.
         engine: how the processes hold the model.
         options: arguments of ``SFTTrainer``.
 
@@ -68,11 +53,22 @@ class CompletionTrainer(SFTTrainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *, plan: Plan, progress: TrainingProgress, finite: FiniteLosses, engine: Engine, **options: Any
+        self,
+        *,
+        plan: Plan,
+        progress: TrainingProgress,
+        finite: FiniteLosses,
+        average: Average,
+        held_out: HeldOutLoss,
+        engine: Engine,
+        **options: Any,
     ) -> None:
+        self.plan = plan
         self.sampler: LengthGroupedSampler = plan.sampler
         self.progress = progress
         self.finite = finite
+        self.average = average
+        self.held_out = held_out
         self.engine = engine
         self.when_sharded: Callable[[], None] = lambda: None
         self._staging: Path | None = None
@@ -86,7 +82,9 @@ class CompletionTrainer(SFTTrainer):
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         """The optimizer, checked: an engine makes another of it."""
         optimizer = super().create_optimizer(*arguments)
-        preflight.check_optimizer(optimizer, self.accelerator.unwrap_model(self.model))
+        model = self.accelerator.unwrap_model(self.model)
+        split_groups(optimizer, model, self.plan.recipe.training.optimizer.groups)
+        preflight.check_optimizer(optimizer, model)
         # DeepSpeed would drop a group without parameters, and a checkpoint is the same whichever engine writes it.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.engine.created(optimizer)
@@ -150,7 +148,8 @@ class CompletionTrainer(SFTTrainer):
                 return result
             return self.finite.check(bare, result, self.state.global_step + 1, numbers, lambda: bare(**inputs))
         count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
-        loss = summed_completion_loss(model, inputs) / count
+        smoothing = self.plan.recipe.training.label_smoothing
+        loss = summed_completion_loss(model, inputs, label_smoothing=smoothing) / count
         loss = self.finite.check(
             bare, loss, self.state.global_step + 1, numbers, lambda: summed_completion_loss(bare, inputs)
         )
@@ -176,12 +175,19 @@ class CompletionTrainer(SFTTrainer):
             last_step: the number of the run's last step.
 
         Returns:
-            Whether the checkpoint is that of the last step: then it is loaded, and nothing is left to train.
+            Whether nothing is left to train, the checkpoint being that of the last step or of the one that held-out
+            losses made the last: then it is loaded.
         """
-        self.finite.skipped = [int(step) for step in saving.about(checkpoint)["skipped_steps"]]
+        about = saving.about(checkpoint)
+        self.finite.skipped = [int(step) for step in about["skipped_steps"]]
+        self.held_out.losses.held_out = [(int(step), float(loss)) for step, loss in about["held_out_loss"]]
+        self.held_out.best = saving.read_tensors(checkpoint / saving.BEST)
+        self.average.steps = int(about["averaged_steps"])
+        average = saving.read_tensors(checkpoint / saving.AVERAGE)
+        self.average.values = {name: values.to(self.args.device) for name, values in average.items()}
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._logged = state.global_step
-        if state.global_step < last_step:
+        if state.global_step < last_step and not self.held_out.is_over:
             return False
         if self.engine.shards:
             self._prepare_for_training(last_step, self.get_train_dataloader(), str(checkpoint))
@@ -189,6 +195,15 @@ class CompletionTrainer(SFTTrainer):
             self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors, for :meth:`take_over`."""
+        return {
+            "effective_batch": self.sampler.batch_size,
+            "skipped_steps": self.finite.skipped,
+            "held_out_loss": self.held_out.losses.held_out,
+            "averaged_steps": self.average.steps,
+        }
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -205,9 +220,10 @@ class CompletionTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                saving.publish(
-                    folder, {"effective_batch": self.sampler.batch_size, "skipped_steps": self.finite.skipped}
-                )
+                staged = self._staging / f"checkpoint-{self.state.global_step}"
+                saving.write_tensors(staged / saving.BEST, self.held_out.best)
+                saving.write_tensors(staged / saving.AVERAGE, self.average.values)
+                saving.publish(folder, self._about())
             self.accelerator.wait_for_everyone()
         except Exception as error:
             if not saving.is_failed_write(error):
@@ -225,18 +241,36 @@ class CompletionTrainer(SFTTrainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit)
 
 
-class HeldOutLoss(TrainerCallback):
-    """Measures the held-out loss every ``training.eval_steps`` steps."""
+def split_groups(optimizer: torch.optim.Optimizer, model: Any, groups: Sequence[ParameterGroup]) -> None:
+    """Give some parameters of an optimizer that has made no step a learning rate or a weight decay of their own.
 
-    def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses) -> None:
-        self.plan, self.meter, self.losses = plan, meter, losses
+    Args:
+        optimizer: holds all trained parameters of the model; each of its groups is cut where it has some of these.
+        model: the model.
+        groups: what the recipe says.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measure it where it is due."""
-        every = self.plan.recipe.training.eval_steps
-        if every and state.global_step % every == 0:
-            with self.meter.pause():
-                self.losses.measure_held_out(model, self.plan, state.global_step)
+    Raises:
+        UserError: a group has no parameter, or two have the same one.
+    """
+    trained = trained_parameters(model)
+    before = list(optimizer.param_groups)
+    for group, names in zip(groups, group_members(trained, groups), strict=True):
+        own = {"lr": group.learning_rate, "weight_decay": group.weight_decay}
+        own = {name: value for name, value in own.items() if value is not None}
+        members = {id(trained[name]) for name in names}
+        for held in before:
+            taken = [parameter for parameter in held["params"] if id(parameter) in members]
+            held["params"] = [parameter for parameter in held["params"] if id(parameter) not in members]
+            if taken:
+                optimizer.add_param_group({**held, "params": taken, **own})
+
+
+class LastLoss(TrainerCallback):
+    """Has the last step's loss logged too, which ``training.logging_steps`` may pass over."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for it."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
 
 
 class _MeteredCollator:
@@ -250,6 +284,30 @@ class _MeteredCollator:
         self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
         # A list, which stays on the host.
         return {**batch, "numbers": [row["number"] for row in features]}
+
+
+@contextmanager
+def _adapted_head_allowed(model: Any) -> Iterator[None]:
+    """TRL refuses an adapted output layer, which its own losses pass by; the loss here is of the model's logits.
+
+    Raises:
+        UserError: the output layer is adapted, and the loss is TRL's own.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(
+            "method.target_modules: the output layer is among them, and the balancing loss of this mixture's router is "
+            "not computed with an adapted one: leave it out, or set output_router_logits to false in the model's "
+            "config."
+        )
+    model.get_output_embeddings = head.get_base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def make_trainer(
@@ -281,7 +339,10 @@ def make_trainer(
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        lr_scheduler_type=training.schedule if training.schedule != "constant" else "constant_with_warmup",
+        optim=plan.optimizer.name,
+        lr_scheduler_type=plan.schedule.name,
+        lr_scheduler_kwargs=dict(plan.schedule.options),
+        neftune_noise_alpha=training.neftune_noise_alpha,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -302,6 +363,8 @@ def make_trainer(
         dataloader_pin_memory=plan.device.type == "cuda",
         # Its filter asks the device in each step whether the loss is finite.
         logging_nan_inf_filter=False,
+        # That every trained parameter gets a gradient is checked before the first step.
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -310,20 +373,27 @@ def make_trainer(
     pad_token_id = plan.encoder.tokenizer.pad_token_id
     progress = TrainingProgress(console, meter)
     finite = FiniteLosses(training.on_nonfinite, can_look=not engine.shards)
+    average = Average(training.ema, finite)
+    held_out = HeldOutLoss(plan, meter, losses, average, engine)
     # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    trainer = CompletionTrainer(
-        plan=plan,
-        progress=progress,
-        finite=finite,
-        engine=engine,
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
-        processing_class=plan.encoder.tokenizer,
-        data_collator=_MeteredCollator(pad_token_id, meter),
-        callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses)],
-    )
+    with _adapted_head_allowed(model):
+        trainer = CompletionTrainer(
+            plan=plan,
+            progress=progress,
+            finite=finite,
+            average=average,
+            held_out=held_out,
+            engine=engine,
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
+            processing_class=plan.encoder.tokenizer,
+            data_collator=_MeteredCollator(pad_token_id, meter),
+            optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),
+            # Where the held-out loss ends training, the last steps' losses are looked at as well.
+            callbacks=[progress, asking, average, held_out, finite, LastLoss()],
+        )
     for parameter, values in trained:
         parameter.data = values
     for callback in (PrinterCallback, ProgressCallback):
