@@ -31,26 +31,14 @@ _CITATION = re.compile(r" \([^()]*\b\d{4}\)")
 
 def print_plan(out: Console, plan: Plan) -> None:
     """What a plan will do, and two of its rows with every token marked."""
-    from diablo.data.faults import by_reason, name_rows
     from diablo.data.special_text import describe_special_text
     from diablo.models.loading import stored_quantization
 
-    recipe, (tokens, supervised), (trainable, total) = plan.recipe, plan.tokens, plan.parameters
+    recipe, (trainable, total) = plan.recipe, plan.parameters
     if plan.targets:
         out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
-    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
-    out.print(f"held-out rows       {len(plan.held_out):,}")
-    if plan.validation:
-        out.print(f"validation rows     {plan.validation:,} kept out of training")
-    if plan.general:
-        out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
-    for rows, fault in by_reason(plan.faults):
-        out.print(f"malformed, left out {rows}: {fault.reason}", markup=False)
-    if plan.too_long:
-        out.print(f"too long, left out  {name_rows(plan.too_long)}")
-    if plan.tested:
-        out.print(f"tested rows         {plan.tested} left out of training")
+    _print_rows(out, plan)
     if plan.special_text[0]:
         out.print(
             f"special text        {describe_special_text(*plan.special_text, recipe.data.special_text)}", markup=False
@@ -71,6 +59,29 @@ def print_plan(out: Console, plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
+
+
+def _print_rows(out: Console, plan: Plan) -> None:
+    """Where rows come from, what they are for, and which are left out."""
+    from diablo.data.faults import by_reason, name_places
+
+    tokens, supervised = plan.tokens
+    for source in plan.sources:
+        out.print(f"source              {source.describe()}", markup=False)
+    for source in plan.held_out_sources:
+        out.print(f"held-out source     {source.describe()}", markup=False)
+    out.print(f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised")
+    out.print(f"held-out rows       {len(plan.held_out):,}")
+    if plan.validation:
+        out.print(f"validation rows     {plan.validation:,} kept out of training")
+    if plan.general:
+        out.print(f"general text        {len(plan.general):,} rows, whose loss is measured before and after")
+    for rows, fault in by_reason(plan.faults):
+        out.print(f"malformed, left out {rows}: {fault.reason}", markup=False)
+    if plan.too_long:
+        out.print(f"too long, left out  {name_places(plan.too_long)}", markup=False)
+    if plan.tested:
+        out.print(f"tested rows         {plan.tested} left out of training")
 
 
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:

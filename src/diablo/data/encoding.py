@@ -24,12 +24,14 @@ class EncodedRow:
         input_ids: the tokens.
         labels: the token itself where it is supervised, :data:`IGNORED` elsewhere; as long as ``input_ids``.
         special_text: the special tokens that the row's own text spells, each as often as it does.
+        source: the name of the file or dataset that the row is from; empty where there is only one.
     """
 
     number: int
     input_ids: list[int]
     labels: list[int]
     special_text: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def features(self) -> dict[str, list[int]]:

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from diablo.errors import UserError, did_you_mean, shortened
+from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
-from diablo.recipes.recipe import Data, Evaluation, Recipe, Training
+from diablo.recipes.recipe import Evaluation, Recipe, Training
 from diablo.recipes.section import Section
 
 
@@ -91,14 +92,15 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 _SECTIONS: dict[int | str, type[Section]] = {"data": Data, "training": Training, "evaluation": Evaluation}
+_LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
 
 
 def _explain(fault: Any) -> str:
     """One line about one of pydantic's findings."""
-    if not fault["loc"]:
+    if not fault["loc"] or fault["type"] == "refused":
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
-    key, last = ".".join(path), path[-1]
+    key, last = ".".join(path), path[-1].partition("[")[0]
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         allowed = list(owner.model_fields)
         return f"{key}: unknown key; allowed: {', '.join(allowed)}.{did_you_mean(last, allowed)}"
@@ -120,6 +122,11 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         owner = inner
         path.append(str(part))
         inner = _SECTIONS.get(part)
+        if owner is Data and part in _LISTS:
+            # Which section of the list comes next, behind a word of pydantic's for what the key is.
+            number = next((each for each in parts if isinstance(each, int)), None)
+            inner = None if number is None else _LISTS[part]
+            path[-1] += "" if number is None else f"[{number}]"
         if part == "method":
             # pydantic names the kind of method next, which is no key.
             inner = METHODS.get(str(next(parts, None)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 def _names_or_expression(value: Any) -> Any:
@@ -39,3 +40,8 @@ class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def refused(message: str) -> PydanticCustomError:
+    """A fault whose message is said as it is, in place of what its key allows; it may be raised at any key."""
+    return PydanticCustomError("refused", "{message}", {"message": message})
