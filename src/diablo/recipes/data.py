@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
@@ -60,18 +61,18 @@ class DataSource(Section):
         return Source(place, self.columns or columns, self.weight, self.limit)
 
 
-def _as_sources(value: Any) -> Any:
+def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Paths and sections, or a list of them, as sections."""
     if value is None:
         return None
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     sections = [{"path": each} if isinstance(each, (str, Path)) else each for each in several]
     if not several or not all(isinstance(each, (dict, DataSource)) for each in sections):
-        raise refused(f"data.train, data.eval: found {shortened(value)}; allowed: {_SOURCES}.")
+        raise refused(f"data.{info.field_name}: found {shortened(value)}; allowed: {_SOURCES}.")
     return sections
 
 
-def _as_held_out(value: Any) -> Any:
+def _as_held_out(value: Any, info: ValidationInfo) -> Any:
     """A number or a share of the training rows as it is, and sources as :func:`_as_sources` has them."""
     if isinstance(value, (bool, float)) or (isinstance(value, int) and value < 1):
         raise refused(
@@ -84,7 +85,7 @@ def _as_held_out(value: Any) -> Any:
         if share is None or not 0 < float(share[1]) < 100:
             raise refused(f"data.eval: found {value!r}; a share is above 0% and below 100%, such as 5%.")
         return value.strip()
-    return _as_sources(value)
+    return _as_sources(value, info)
 
 
 def _kind_of_held_out(value: Any) -> str:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
@@ -252,6 +253,11 @@ class _MeteredCollator:
         return {**batch, "numbers": [row["number"] for row in features]}
 
 
+def _number(row: EncodedRow) -> str:
+    """The number of a row, with its file where there are several."""
+    return f"{row.number} of {row.source}" if row.source else str(row.number)
+
+
 def make_trainer(
     model: Any,
     plan: Plan,
@@ -319,7 +325,7 @@ def make_trainer(
         engine=engine,
         model=model,
         args=config,
-        train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
+        train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
         processing_class=plan.encoder.tokenizer,
         data_collator=_MeteredCollator(pad_token_id, meter),
         callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses)],
