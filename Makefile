@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest-peft fuzz lint clean
+.PHONY: quickstart test test-all test-oldest-peft fuzz lint schema clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -37,6 +37,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The schema of recipes, which is shipped as a file, after a change of their keys.
+schema: .venv/installed
+	$(BIN)/python -m diablo.recipes.schema
 
 # torch goes first: a resolver that meets it later may have fetched another build by then.
 .venv/installed: pyproject.toml constraints.txt

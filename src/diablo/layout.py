@@ -259,6 +259,20 @@ class BlockLayout:
         """The layout of the map from outputs back to inputs. Its blocks are these blocks, each transposed."""
         return BlockLayout(self.out_features, self.in_features, self.num_blocks, self.stack)
 
+    def with_shape(self, shape: tuple[int, ...]) -> BlockLayout | None:
+        """The layout of the same matrices whose parameter has a shape; None where no number of blocks gives it.
+
+        Several numbers can give one shape. It is this layout where it does, and otherwise the one of the smallest.
+        """
+        if shape == self.blocks_shape:
+            return self
+        # The smallest number is how many blocks are stored.
+        stored = shape[-3] if len(shape) >= 3 else 0
+        if not 1 <= stored <= self.max_num_blocks:
+            return None
+        layout = replace(self, num_blocks=stored)
+        return layout if layout.blocks_shape == shape else None
+
     def cut(self, slices: Sequence[tuple[int, int]], along_inputs: bool) -> list[LayoutPart]:
         """The layouts of the slices that several processes hold of the matrix, one for each slice.
 

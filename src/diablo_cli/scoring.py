@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from diablo_cli.completion import complete_scored_tasks, complete_task
 from diablo_cli.shell import Base, app, check_file, out, progress, quiet, refuse
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
     task: Annotated[
-        str | None, typer.Option(help="Names of tasks, separated by commas; a run's own if not given.")
+        str | None,
+        typer.Option(
+            help="Names of tasks, separated by commas; a run's own if not given.", autocompletion=complete_scored_tasks
+        ),
     ] = None,
     data_folder: Annotated[
         Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
@@ -111,7 +115,10 @@ def evaluate(
 @app.command()
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(help="A task to say everything about; all are listed if not given.")
+        str | None,
+        typer.Argument(
+            help="A task to say everything about; all are listed if not given.", autocompletion=complete_task
+        ),
     ] = None,
 ) -> None:
     """List the tasks; or say of one where its data comes from, and how its answers are read."""

@@ -12,7 +12,6 @@ from rich.console import Console
 app = typer.Typer(
     help="Fine-tune language models by their diagonal blocks: from a data file to a merged model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = Console(highlight=False, soft_wrap=True)
@@ -31,9 +30,9 @@ def refuse(reason: str, options: dict[str, Any]) -> None:
 
 def check_file(path: Path | None, option: str = "--out") -> None:
     """Check that a file can be written, before what it is to hold is worked out."""
-    from diablo.errors import UserError
-
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        from diablo.errors import UserError
+
         raise UserError(f"{option}: {str(path)!r} cannot be written; give a file in a folder that exists.")
 
 

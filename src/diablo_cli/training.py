@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from diablo_cli.completion import complete_methods, complete_recipe
 from diablo_cli.shell import app, out, progress, quiet
 
 Overrides = Annotated[
@@ -17,7 +18,12 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as quickstart.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, or the name of a shipped recipe such as quickstart.", autocompletion=complete_recipe
+        ),
+    ],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -45,10 +51,18 @@ def train(
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A YAML file or the name of a shipped recipe, with DiaBlo as method.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file or the name of a shipped recipe, with DiaBlo as method.", autocompletion=complete_recipe
+        ),
+    ],
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names of methods, separated by commas; all of them if not given.")
+        str | None,
+        typer.Option(
+            help="Names of methods, separated by commas; all of them if not given.", autocompletion=complete_methods
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
     lrs: Annotated[

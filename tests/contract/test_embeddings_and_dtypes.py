@@ -38,6 +38,47 @@ def test_an_adapter_loads_onto_a_base_of_another_dtype(dtype, autocast, tmp_path
     assert (exact - output(llama())).norm() > 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_blocks_that_are_cast_are_trained_only_where_they_were(dtype, tmp_path):
+    def trained(model: nn.Module, adapter_name: str = "default") -> set[bool]:
+        return {layer.diablo_blocks[adapter_name].requires_grad for layer in tuner_layers(model).values()}
+
+    model = get_peft_model(llama().to(dtype), DiabloConfig(**CONFIG))
+    model.add_adapter("inactive", DiabloConfig(**CONFIG))
+    assert (trained(model), trained(model, "inactive")) == ({True}, {False})
+    model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=False)
+    assert trained(PeftModel.from_pretrained(llama().to(dtype), tmp_path)) == {False}
+    assert trained(PeftModel.from_pretrained(llama().to(dtype), tmp_path, is_trainable=True)) == {True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_of_a_trained_model_are_had_again_to_the_bit_by_is_trainable_and_by_merging(dtype, tmp_path):
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    model = get_peft_model(llama().to(dtype), DiabloConfig(num_blocks=4, target_modules=targets))
+    optimizer = torch.optim.AdamW([blocks for blocks in model.parameters() if blocks.requires_grad], 0.05)
+    tokens = torch.arange(2, 16).view(2, 7)
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    trained = output(model)
+
+    def loaded(**settings) -> nn.Module:
+        return PeftModel.from_pretrained(llama().to(dtype), tmp_path, **settings).eval()
+
+    assert torch.equal(output(loaded(is_trainable=True)), trained)
+    assert torch.equal(output(loaded().merge_and_unload()), trained)
+    merged = loaded()
+    merged.merge_adapter()
+    assert torch.equal(output(merged), trained)
+    # Beside the weight, rounding is another: of the output, and not of the weight.
+    beside = output(loaded())
+    assert not torch.equal(beside, trained)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert (beside.double() - trained.double()).norm() < tolerance * trained.double().norm()
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [

@@ -62,6 +62,15 @@ def test_a_second_adapter_is_over_the_same_layers():
         model.add_adapter("third", config(layer_replication=None))
 
 
+def test_a_saved_adapter_loads_as_the_second_one_of_a_model_with_the_same_layers(tmp_path):
+    saved = fill(get_peft_model(llama(), config()), seed=5)
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(llama(), config())
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    torch.testing.assert_close(output(model), output(saved))
+
+
 def test_the_preview_lists_replicated_layers_and_leaves_the_model_alone():
     model = llama()
     before = output(model)

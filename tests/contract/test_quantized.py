@@ -295,6 +295,16 @@ def test_default_targets_and_the_preview_know_quantized_layers(folder, library):
 
 
 @every_library
+def test_an_adapted_layer_shows_what_the_quantized_one_has(folder, library):
+    for layer in layers(adapted(folder, library)):
+        base_layer = layer.get_base_layer()
+        names = vars(base_layer).keys() - set(dir(nn.Module()))
+        assert "in_features" in names
+        for name in names:
+            assert name.startswith("_") or getattr(layer, name) == getattr(base_layer, name), name
+
+
+@every_library
 def test_rows_with_different_adapters_equal_each_row_alone(folder, library):
     model = adapted(folder, library)
     ids = torch.arange(28).view(2, 14)

@@ -22,7 +22,7 @@ def test_block_pattern_values_are_held_to_the_same(value):
         DiabloConfig(block_pattern={"q_proj": 4, "v_proj": value})
 
 
-@pytest.mark.parametrize("value", [None, ["v_proj"], "v_proj", 8], ids=repr)
+@pytest.mark.parametrize("value", [["v_proj"], "v_proj", 8], ids=repr)
 def test_block_pattern_must_be_a_mapping(value):
     with pytest.raises(TypeError, match=r"block_pattern must map module names to num_blocks, got "):
         DiabloConfig(block_pattern=value)
@@ -78,6 +78,45 @@ def test_index_zero_counts_as_an_index():
     assert DiabloConfig(layers_pattern="blocks", layers_to_transform=0).layers_to_transform == 0
     with pytest.raises(ValueError, match="layers_to_transform=0 cannot be combined"):
         DiabloConfig(target_modules=".*", layers_to_transform=0)
+
+
+LISTS = (
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "modules_to_save",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in LISTS for value in ([], (), "")] + [("block_pattern", None), ("block_pattern", {})],
+)
+def test_what_is_empty_is_not_given(name, value):
+    assert DiabloConfig(**{name: value}) == DiabloConfig()
+
+
+def test_a_file_in_which_every_list_is_empty_is_that_of_the_defaults(tmp_path):
+    path = tmp_path / "adapter_config.json"
+    DiabloConfig().save_pretrained(tmp_path)
+    empty = {name: [] for name in LISTS} | {"block_pattern": None}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | empty), encoding="utf-8")
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in empty} == {name: getattr(DiabloConfig(), name) for name in empty}
+
+
+def test_empty_lists_go_with_an_expression():
+    config = DiabloConfig(target_modules=".*q_proj", layers_to_transform=[], layers_pattern=[])
+    assert (config.layers_to_transform, config.layers_pattern) == (None, None)
+
+
+def test_an_empty_list_of_modules_asks_for_none_and_no_list_for_the_default_ones():
+    assert DiabloConfig(target_modules=[]).target_modules == set()
+    assert DiabloConfig(target_modules=[], target_parameters=["experts.down_proj"]).target_modules == set()
+    assert DiabloConfig(target_modules=None, target_parameters=["experts.down_proj"]).target_modules == set()
+    assert DiabloConfig(target_modules=None, target_parameters=[]).target_modules is None
 
 
 def test_defaults_are_those_of_the_paper():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 
 import pytest
@@ -198,6 +198,26 @@ def test_sizes_that_are_not_integers(position, value):
     name = ("in_features", "out_features", "num_blocks")[position]
     with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
         BlockLayout(*size)
+
+
+@PROPERTY
+@given(sizes(), st.data())
+def test_a_layout_is_found_again_by_the_shape_of_its_blocks(size, data):
+    in_features, out_features, num_blocks = size
+    layout = BlockLayout(*size, stack=(3,))
+    shape = layout.blocks_shape
+    assert layout.with_shape(shape) is layout
+    other = BlockLayout(in_features, out_features, data.draw(st.integers(1, layout.max_num_blocks)), stack=(3,))
+    found = other.with_shape(shape)
+    assert (found.blocks_shape, found.tiles) == (shape, layout.tiles)
+    fitting = [n for n in range(1, layout.max_num_blocks + 1) if replace(layout, num_blocks=n).blocks_shape == shape]
+    assert found.num_blocks == (other.num_blocks if other.num_blocks in fitting else fitting[0])
+    assert num_blocks in fitting
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 2), (4, 3, 3), (5, 3, 2), (0, 3, 2), (100, 3, 2), (2, 4, 3, 2)])
+def test_a_shape_that_no_number_of_blocks_gives(shape):
+    assert BlockLayout(12, 8, 4).with_shape(shape) is None
 
 
 def test_layouts_are_values():

@@ -190,7 +190,7 @@ def test_sources_are_short_for_sections_and_come_back_from_what_a_run_writes(
     assert all(recipe == recipes[0] for recipe in recipes)
     for mode in ("json", "python"):
         assert Recipe.model_validate(recipes[0].model_dump(mode=mode)) == recipes[0]
-    assert recipes[0].model_dump(mode="json")["data"]["train"] == [{"path": "rows.csv"}]
+    assert recipes[0].model_dump(mode="json")["data"]["train"] == ["rows.csv"]
     assert recipes[0].has_held_out == (held_out is not None)
 
 

@@ -107,7 +107,10 @@ def read_sources(sources: Sequence[Source], *, on_malformed: str = "error") -> l
             if faults and on_malformed == "error":
                 lines.append(f"{place} has {len(faults)} malformed of {count} rows. {explain_faults(faults)}")
         if not found.rows and not (found.faults and on_malformed == "error"):
-            raise UserError(f"{source.place} has no usable row (of {len(found.faults)}); there is nothing to train on.")
+            why = f" {explain_faults(found.faults)}" if found.faults else ""
+            raise UserError(
+                f"{source.place} has no usable row (of {len(found.faults)}); there is nothing to train on.{why}"
+            )
         result.append(found)
     if lines:
         advice = "Mend them, or set data.on_malformed=skip to leave them out."

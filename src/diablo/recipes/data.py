@@ -47,10 +47,11 @@ class DataSource(Section):
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many rows of this source")
 
     @model_serializer(mode="wrap")
-    def _what_was_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only what says something: recipes of runs are read by people."""
+    def _in_short(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """As people write it: recipes of runs are read by them."""
         fields = type(self).model_fields
-        return {key: value for key, value in handler(self).items() if value != fields[key].default}
+        given = {key: value for key, value in handler(self).items() if value != fields[key].default}
+        return given["path"] if given.keys() == {"path"} else given
 
     def resolved(self, columns: dict[str, str] | None) -> Source:
         """The source, with the columns that are meant for all sources where it has none of its own."""
@@ -106,15 +107,19 @@ HeldOut = Annotated[
 class Data(Section):
     """The user's own data or folder of the tasks' datasets, and how rows are read."""
 
-    train: Sources | None = Field(None, description=_SOURCES)
+    train: Sources | None = Field(None, description=f"{_SOURCES}: the rows to train on")
     eval: HeldOut | None = Field(
-        None, description=f"rows as an integer or a share such as 5%, which are cut out of data.train, or {_SOURCES}"
+        None,
+        description="held-out rows, whose loss is measured: how many of data.train as an integer, or a share such as "
+        f"5%, or {_SOURCES}",
     )
     columns: dict[str, str] | None = Field(
         None, description="a column's name or a Jinja template for each column of a format, for all sources"
     )
     folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
-    on_malformed: Literal["error", "skip"] = Field("error", description="error or skip")
+    on_malformed: Literal["error", "skip"] = Field(
+        "error", description="error or skip: what is done about malformed rows"
+    )
     on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
     special_text: SpecialTextMode = Field(
         "keep", description="keep or plain: whether text that spells a special token becomes it or stays text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from diablo.recipes.section import LayerIndices, ModuleNames, Section
 
@@ -12,19 +12,31 @@ from diablo.recipes.section import LayerIndices, ModuleNames, Section
 class AdapterMethod(Section):
     """What the methods that adapt some modules have in common."""
 
-    name: str
-    target_modules: ModuleNames = Field(None, description="a list of module names, a regular expression or all-linear")
-    exclude_modules: ModuleNames = Field(None, description="a list of module names or a regular expression")
-    layers_to_transform: LayerIndices = Field(None, description="an integer or a list of integers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+    name: str = Field(description="the name of a method")
+    target_modules: ModuleNames = Field(
+        None, description="a list of module names, a regular expression or all-linear: what is adapted"
+    )
+    exclude_modules: ModuleNames = Field(
+        None, description="a list of module names or a regular expression: what is left alone"
+    )
+    layers_to_transform: LayerIndices = Field(
+        None, description="an integer or a list of integers: the only layers that are adapted, counted from 0"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="a number from 0 to below 1: share of the adapter's inputs that training drops"
+    )
 
 
 class DiabloMethod(AdapterMethod):
     """DiaBlo: train the diagonal blocks of the target matrices."""
 
-    name: Literal["diablo"] = "diablo"
-    num_blocks: int = Field(64, ge=1, description="an integer from 1 to the smaller dimension of every target")
-    block_pattern: dict[str, int] = Field({}, description="module names or expressions to num_blocks")
+    name: Literal["diablo"] = Field("diablo", description="diablo: the blocks on the diagonal are trained")
+    num_blocks: int = Field(
+        64, ge=1, description="an integer from 1 to the smaller dimension of every target: N; 1/N of each is trained"
+    )
+    block_pattern: dict[str, int] = Field(
+        {}, description="module names or expressions to num_blocks, where they differ from the others"
+    )
 
 
 class LoraMethod(AdapterMethod):
@@ -34,9 +46,13 @@ class LoraMethod(AdapterMethod):
     starts from the weight's largest singular values, which it takes out of the frozen weight.
     """
 
-    name: Literal["lora", "rslora", "dora", "pissa"]
-    r: int = Field(16, ge=1, description="an integer of at least 1")
-    lora_alpha: int | None = Field(None, ge=1, description="an integer of at least 1")
+    name: Literal["lora", "rslora", "dora", "pissa"] = Field(description="lora, rslora, dora or pissa")
+    r: int = Field(16, ge=1, description="an integer of at least 1: the rank")
+    lora_alpha: int | None = Field(
+        None,
+        ge=1,
+        description="an integer of at least 1: the update is scaled by alpha / r, of rslora by alpha / root of r",
+    )
 
     @property
     def alpha(self) -> int:
@@ -51,14 +67,14 @@ class LoraMethod(AdapterMethod):
 class MissMethod(AdapterMethod):
     """MiSS, from PEFT: one trained matrix that shards of the weight share, on the same targets as DiaBlo's."""
 
-    name: Literal["miss"]
-    r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target")
+    name: Literal["miss"] = Field(description="miss")
+    r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target: the rank")
 
 
 class FullMethod(Section):
     """Full fine-tuning: every weight is trained, in fp32 under autocast."""
 
-    name: Literal["full"]
+    name: Literal["full"] = Field(description="full: every weight is trained")
 
 
 METHODS: dict[str, type[Section]] = {
@@ -79,4 +95,9 @@ def _method_by_name(value: Any) -> Any:
 
 
 AnyMethod = DiabloMethod | LoraMethod | MissMethod | FullMethod
-Method = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_method_by_name)]
+_Name = Annotated[str, WithJsonSchema({"enum": list(METHODS)})]
+Method = Annotated[
+    AnyMethod,
+    Field(discriminator="name"),
+    BeforeValidator(_method_by_name, json_schema_input_type=_Name | AnyMethod),
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     settings = _read_yaml(source)
     for override in overrides:
         _apply_override(settings, override)
+    return check_settings(settings)
+
+
+def check_settings(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of some settings, which are as its YAML would have them.
+
+    Raises:
+        UserError: with one line for each fault, as :func:`load_recipe`.
+    """
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:

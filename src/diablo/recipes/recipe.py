@@ -21,16 +21,28 @@ from diablo.recipes.section import Section, TaskNames
 class Training(Section):
     """The optimisation."""
 
-    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False, description="a number above 0")
-    epochs: float = Field(1, gt=0, allow_inf_nan=False, description="a number above 0")
-    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1; it overrides epochs")
+    learning_rate: float = Field(
+        5e-4, gt=0, allow_inf_nan=False, description="a number above 0: the highest of the schedule"
+    )
+    epochs: float = Field(
+        1, gt=0, allow_inf_nan=False, description="a number above 0: how often all rows are trained on"
+    )
+    max_steps: int | None = Field(None, ge=1, description="an integer of at least 1: steps in all; it overrides epochs")
     batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
-    gradient_accumulation: int = Field(1, ge=1, description="an integer of at least 1")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="an integer of at least 1: batches whose gradients are added up for a step"
+    )
     max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
-    warmup_steps: int = Field(0, ge=0, description="an integer of at least 0")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="a number of at least 0")
-    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="linear, cosine or constant: how the learning rate falls after the warm-up"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="an integer of at least 0: first steps, in which the learning rate rises from 0"
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="a number of at least 0: how strongly AdamW pulls weights to 0"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="a number above 0: gradients with a larger norm are clipped")
     gradient_checkpointing: Checkpointing = Field(
         "none", description="none, selective or full: what is computed again in the backward in place of being kept"
     )
@@ -39,7 +51,7 @@ class Training(Section):
     )
     save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
-    logging_steps: int = Field(5, ge=1, description="an integer of at least 1")
+    logging_steps: int = Field(5, ge=1, description="an integer of at least 1: the loss is shown every so many steps")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
     )
@@ -56,14 +68,19 @@ class Evaluation(Section):
         False, description="true or false: whether the likeliest choice is the answer, and nothing is generated"
     )
     samples: int | None = Field(None, ge=1, description="an integer of at least 1: completions of each problem")
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="a number of at least 0: of the sampling; 0 takes the likeliest token",
+    )
     allow_code_execution: bool = Field(
         False, description="true or false: whether tasks may run code that the model wrote"
     )
 
-    before: bool = Field(True, description="true or false")
-    after: bool = Field(True, description="true or false")
-    batch_size: int = Field(48, ge=1, description="an integer of at least 1")
+    before: bool = Field(True, description="true or false: score the model before training")
+    after: bool = Field(True, description="true or false: score the model after training")
+    batch_size: int = Field(48, ge=1, description="an integer of at least 1: prompts generated together")
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many test problems")
     examples: int = Field(3, ge=0, description="an integer of at least 0: answers printed before and after")
     general: str | None = Field(
@@ -78,22 +95,24 @@ class Recipe(Section):
     task: TaskNames = Field(
         [], description="the name of a task, or a list of names; leave it out to train on data.train"
     )
-    data: Data = Field(default=Data(), description="a section")
+    data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
         default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
     )
-    training: Training = Field(default=Training(), description="a section")
-    evaluation: Evaluation = Field(default=Evaluation(), description="a section")
+    training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
+    evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")
     quantization: Literal["nf4", "int8"] | None = Field(
         None, description="nf4 or int8: how bitsandbytes quantizes the frozen weights while they are loaded"
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto, bf16, fp16 or fp32")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto, bf16, fp16 or fp32: what is computed in; auto is bf16 where the hardware has it"
     )
-    seed: int = Field(0, ge=0, description="an integer of at least 0")
-    output: Path = Field(description="a folder to write to")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention: what computes the attention"
+    )
+    seed: int = Field(0, ge=0, description="an integer of at least 0: the same seed makes the same run")
+    output: Path = Field(description="a folder to write to: a new one, an empty one, or a run's")
     merge: bool = Field(False, description="true or false: also write the merged model")
 
     @property

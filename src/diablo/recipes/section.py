@@ -22,8 +22,8 @@ def _layer_indices(value: Any) -> Any:
 
 
 # One check instead of a union of types: a fault is reported at the key, not at each type that the union offers.
-ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression)]
-LayerIndices = Annotated[Any, BeforeValidator(_layer_indices)]
+ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression, json_schema_input_type=str | list[str] | None)]
+LayerIndices = Annotated[Any, BeforeValidator(_layer_indices, json_schema_input_type=int | list[int] | None)]
 
 
 def _task_names(value: Any) -> Any:
@@ -33,7 +33,7 @@ def _task_names(value: Any) -> Any:
     raise ValueError("not names")
 
 
-TaskNames = Annotated[Any, BeforeValidator(_task_names)]
+TaskNames = Annotated[Any, BeforeValidator(_task_names, json_schema_input_type=str | list[str] | None)]
 
 
 class Section(BaseModel):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from diablo.layout import Layout
-from diablo.tuner.weights import Weight, is_distributed
+from diablo.tuner.layers import DiabloLayer
+from diablo.tuner.weights import Weight, is_distributed, is_quantized
 
 CANNOT_BE_TOLD = (
     "It cannot be told whether the base model is the one that the adapter was trained on: the adapter has no digest of "
@@ -55,6 +56,33 @@ def digest_of_base(diagonals: Iterable[tuple[torch.Tensor | None, Weight, Layout
     if not digests:
         return None
     return f"{'+'.join(sorted(dtypes))}:{hashlib.sha256(b''.join(sorted(digests))).hexdigest()[:32]}"
+
+
+def digest_under(layers: Iterable[DiabloLayer], adapter_name: str) -> str | None:
+    """The digest of the weights under an adapter, without what is merged into them.
+
+    Args:
+        layers: the adapted layers of a model.
+        adapter_name: the adapter.
+
+    Returns:
+        As :func:`digest_of_base`.
+    """
+    own = [layer for layer in layers if layer.layouts_of(adapter_name)]
+    if any(is_quantized(layer.get_base_layer()) for layer in own):
+        return None
+    merged = {layer: list(layer.merged_adapters) for layer in own if layer.merged}
+    for layer in merged:
+        layer.unmerge()
+    try:
+        return digest_of_base(
+            (layer.get_base_layer()._parameters.get(name), layer.weights[name], layout)
+            for layer in own
+            for name, layout in layer.layouts_of(adapter_name).items()
+        )
+    finally:
+        for layer, names in merged.items():
+            layer.merge_instead(names)
 
 
 def is_same_base(saved: Any, found: str | None) -> bool | None:

@@ -11,13 +11,23 @@ from peft import PeftConfig, PeftType
 
 from diablo.tuner.card import write_model_card
 
+_LISTS = (
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "modules_to_save",
+)
+
 
 @dataclass
 class DiabloConfig(PeftConfig):
     """Settings of a DiaBlo adapter: which matrices it touches and into how many blocks each is cut.
 
     A matrix of ``m1 x m2`` with N blocks has ``m1 * m2 / N`` trainable parameters, which start at zero; there is no
-    rank, no scale and no initialisation to choose (arXiv 2506.03230).
+    rank, no scale and no initialisation to choose (arXiv 2506.03230). An empty list stands for None everywhere but in
+    ``target_modules``, where it asks for no module.
 
     Args:
         num_blocks: N, the number of diagonal blocks of each matrix: 1/N of it is trained. At most the smaller
@@ -99,6 +109,7 @@ class DiabloConfig(PeftConfig):
         # Digest of the weights that it is on. One configuration may serve several models, so it is no field either.
         self._made_for: str | None = None
         self.peft_type = PeftType("DIABLO")
+        self._read_empty_as_not_given()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
@@ -159,6 +170,20 @@ class DiabloConfig(PeftConfig):
             "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
         }
         write_model_card(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
+
+    def _read_empty_as_not_given(self) -> None:
+        # Files hold it so, and PEFT reads it so. Not target_modules: an empty list asks for no module, None for the
+        # default ones.
+        for name in _LISTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int) and len(value) == 0:
+                setattr(self, name, None)
+        if self.block_pattern is None:
+            self.block_pattern = {}
+        if self.layer_replication is not None:
+            # JSON has no tuples.
+            ranges: list[Any] = self.layer_replication
+            self.layer_replication = [tuple(bounds) if isinstance(bounds, list) else bounds for bounds in ranges]
 
     def _check_target_parameters(self) -> None:
         if isinstance(self.target_parameters, str):

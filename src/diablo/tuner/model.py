@@ -15,9 +15,17 @@ from peft.utils.other import _get_submodules
 from torch import nn
 
 from diablo.layout import BlockLayout
-from diablo.tuner.base_digest import digest_of_base, warn_of_other_base
+from diablo.tuner.base_digest import digest_under, warn_of_other_base
+from diablo.tuner.checks import (
+    check_in_place,
+    check_mergeable,
+    check_not_saved_whole,
+    modules_with_parameters,
+    new_layer_ranges,
+)
 from diablo.tuner.combining import check_combination, combined_config, write_sum
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.given import name_before_compiling, targets_given
 from diablo.tuner.layers import DiabloLayer, DiabloParameters, adapt_module
 from diablo.tuner.layers.holding import HoldingLayer
 from diablo.tuner.layers.offloading import offloading_hook
@@ -27,13 +35,11 @@ from diablo.tuner.openers import adapted_layers, connect, disconnect
 from diablo.tuner.passes import left
 from diablo.tuner.rows import BASE, names_for_rows
 from diablo.tuner.targets import (
-    Target,
     default_target_modules,
     resolve_targets,
-    target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.weights import Owners, is_quantized
+from diablo.tuner.weights import Owners, is_quantized, recomputed
 
 
 class DiabloModel(BaseTuner):
@@ -67,20 +73,28 @@ class DiabloModel(BaseTuner):
                 f"bias={peft_config.bias!r} needs PEFT 0.21 or newer, which saves the trained biases; PEFT "
                 f"{peft.__version__} would leave them out of the file. Upgrade PEFT, or set bias='none'."
             )
-        if peft_config.target_modules is None:
+        # A state dict, where there is one, names them all.
+        if peft_config.target_modules is None and self._state_dict is None:
             peft_config.target_modules = default_target_modules(self.model, model_config.get("model_type"))
         return peft_config
 
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
+        layers = self._layers()
         check_saved_modules(model, peft_config.modules_to_save or ())
-        ranges = self._new_layer_ranges(peft_config)
-        targets = resolve_targets(with_replicated_layers(model, peft_config) if ranges else model, peft_config)
+        check_not_saved_whole(layers, peft_config)
+        ranges = new_layer_ranges(self.peft_config.values(), peft_config)
+        whole = with_replicated_layers(model, peft_config) if ranges else model
+        if self._state_dict is None:
+            targets = resolve_targets(whole, peft_config)
+        else:
+            targets = targets_given(whole, peft_config, self._state_dict)
         self._targets: dict[str, dict[str, BlockLayout]] = {}
         for target in targets:
-            self._targets.setdefault(target.module, {})[target.parameter or "weight"] = target.layout
-        self._check_not_both_kinds(targets)
-        self._check_in_place(targets, peft_config)
+            layouts = self._targets.setdefault(name_before_compiling(target.module), {})
+            layouts[target.parameter or "weight"] = target.layout
+        self._with_parameters = modules_with_parameters(targets, layers)
+        check_in_place(model, targets, peft_config)
         # For the model card, which the configuration writes. A packed weight does not tell how many values it holds.
         packed = any(is_quantized(module) for module in model.modules())
         base = [parameter.numel() for name, parameter in model.named_parameters() if ".diablo_" not in name]
@@ -90,19 +104,6 @@ class DiabloModel(BaseTuner):
             replicate_layers(model, ranges)
         keep_backward(model)
 
-    def _new_layer_ranges(self, peft_config: DiabloConfig) -> list[tuple[int, int]] | None:
-        """The layers that the model has to be made of anew; None where it is as the adapter needs it."""
-        configs: list[Any] = list(self.peft_config.values())
-        others = [config.layer_replication for config in configs if config is not peft_config]
-        if not others:
-            return peft_config.layer_replication
-        if peft_config.layer_replication != others[0]:
-            raise ValueError(
-                f"layer_replication={peft_config.layer_replication!r} differs from that of the model's first adapter, "
-                f"{others[0]!r}: all adapters of a model have the same layers."
-            )
-        return None
-
     def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: DiabloConfig,
@@ -111,15 +112,17 @@ class DiabloModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        **_: Any,
     ) -> None:
-        layouts = self._targets[current_key]
+        # PEFT gives the name without it where a state dict names the targets.
+        name = name_before_compiling(current_key)
+        layouts = self._targets[name]
         if isinstance(target, DiabloLayer):
             target.update_layer(adapter_name, layouts, peft_config, inference_mode=peft_config.inference_mode)
             return
         new_module = (
             DiabloParameters(target, adapter_name, layouts, peft_config)
-            if optional_kwargs.get("parameters")
+            if name in self._with_parameters
             else adapt_module(self.model, current_key, target, adapter_name, layouts["weight"], peft_config)
         )
         if adapter_name not in self.active_adapters:
@@ -133,19 +136,36 @@ class DiabloModel(BaseTuner):
         super().train(mode)
         return self
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's layers into the model; arguments and result are those of PEFT's ``BaseTuner``."""
-        super().inject_adapter(*args, **kwargs)
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put an adapter's layers into the model; arguments are those of PEFT's ``BaseTuner``.
+
+        Where a ``state_dict`` is given, its keys say what is adapted and the shapes of its blocks say N.
+        """
+        self._state_dict = state_dict
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            self._state_dict = None
+        config: Any = self.peft_config[adapter_name]
+        if state_dict is not None and self._with_parameters:
+            # Not before: PEFT does not allow them beside a state dict.
+            config.target_parameters = sorted(
+                f"{module}.{name}" for module in self._with_parameters for name in self._targets[module]
+            )
         connect(self.model)
         owners = Owners(self.model)
         for layer in self._layers().values():
             if isinstance(layer, HoldingLayer):
                 parameters = layer.get_base_layer()._parameters
                 layer.settle(is_shared=any(len(owners.of(parameters.get(name))) > 1 for name in layer.weights))
-        configs: dict[str, Any] = self.peft_config
-        for adapter_name, config in configs.items():
-            if adapter_name not in self.base_digests:
-                config._made_for = self.digest_base(adapter_name)
+        config._made_for = self.digest_base(adapter_name)
 
     def note_base(self, adapter_name: str, saved: Any) -> None:
         """Compare the weights that a saved adapter was made for with those that it is loaded onto, and warn.
@@ -167,38 +187,21 @@ class DiabloModel(BaseTuner):
         Returns:
             The digest, as it now stands in ``base_digests``; None where the weights are out of reach.
         """
-        self.base_digests[adapter_name] = self._digest_of_base(adapter_name)
+        self.base_digests[adapter_name] = digest_under(self._layers().values(), adapter_name)
         return self.base_digests[adapter_name]
 
-    def _digest_of_base(self, adapter_name: str) -> str | None:
-        layers = [layer for layer in self._layers().values() if layer.layouts_of(adapter_name)]
-        if any(is_quantized(layer.get_base_layer()) for layer in layers):
-            return None
-        merged = {layer: list(layer.merged_adapters) for layer in layers if layer.merged}
-        for layer in merged:
-            layer.unmerge()
-        try:
-            return digest_of_base(
-                (layer.get_base_layer()._parameters.get(name), layer.weights[name], layout)
-                for layer in layers
-                for name, layout in layer.layouts_of(adapter_name).items()
-            )
-        finally:
-            for layer, names in merged.items():
-                layer.merge_instead(names)
-
-    def _check_in_place(self, targets: list[Target], config: DiabloConfig) -> None:
-        """Refuse ``in_place=True`` where it is impossible, before anything is changed."""
-        if config.in_place is not True:
-            return
-        owners = Owners(self.model)
-        for target in targets:
-            reason = target_obstacle(self.model, target, config, owners)
-            if reason is not None:
-                raise ValueError(
-                    f"in_place=True is impossible for {target.name}: {reason}. Set in_place='auto', which writes the "
-                    "blocks into the weights where that is possible and adds their product beside elsewhere."
-                )
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT calls this last when it has loaded an adapter, and dispatched the model anew where it is offloaded.
+        self._take_blocks_back()
+        # PEFT 0.21 makes new parameters of those that it casts, which are trained, whatever the old ones were.
+        trained = [
+            [blocks.requires_grad for blocks in layer.blocks_of(adapter_name).values()]
+            for layer in self._layers().values()
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, were in zip(self._layers().values(), trained, strict=True):
+            for blocks, was in zip(layer.blocks_of(adapter_name).values(), were, strict=True):
+                blocks.requires_grad_(was)
 
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -210,7 +213,7 @@ class DiabloModel(BaseTuner):
             parent, module, target_name = _get_submodules(model, module_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(
-                    peft_config, adapter_name, module, target_name, parent, current_key=module_name, parameters=True
+                    peft_config, adapter_name, module, target_name, parent, current_key=module_name
                 )
             names += [f"{module_name}.{name}" for name in layouts]
         # PEFT before 0.21 does not take the names from what is returned.
@@ -218,27 +221,13 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloLayer) or offloading_hook(child) is not None:
+        if isinstance(child, DiabloLayer) or recomputed(child) or offloading_hook(child) is not None:
             # PEFT hands the weight of an unloaded layer on; experts and some quantized layers have none of that name.
-            # And it moves the blocks to where the weight is, which is nowhere while that is offloaded.
+            # It looks at the weight of a new one, which some norms compute from another state then. And it moves the
+            # blocks to where the weight is, which is nowhere while that is offloaded.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _check_not_both_kinds(self, targets: list[Target]) -> None:
-        """Refuse what is adapted as a module and by its parameters, in this adapter or another one."""
-        self._with_parameters = {target.module for target in targets if target.parameter is not None}
-        layers = self._layers()
-        for target in targets:
-            layer = layers.get(target.module)
-            by_parameters = target.parameter is not None
-            if (target.parameter is None and target.module in self._with_parameters) or (
-                layer is not None and isinstance(layer, DiabloParameters) != by_parameters
-            ):
-                raise ValueError(
-                    f"{target.module} is adapted both as a module and by its parameters: name it in target_modules or "
-                    "in target_parameters, the same for every adapter."
-                )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters.
@@ -300,11 +289,6 @@ class DiabloModel(BaseTuner):
         disconnect(self.model)
         return unloaded
 
-    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
-        # PEFT calls this last when it has loaded an adapter, and dispatched the model anew where it is offloaded.
-        self._take_blocks_back()
-        super()._cast_adapter_dtype(*args, **kwargs)
-
     def _take_blocks_back(self) -> None:
         for layer in self._layers().values():
             layer.take_blocks_back()
@@ -330,20 +314,15 @@ class DiabloModel(BaseTuner):
         self.base_digests.pop(adapter_name, None)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a weight that another module shares: its output would change too, unasked."""
+        """Refuse to merge where it would be lost, or change another module's output.
+
+        Raises:
+            ValueError: a weight is computed anew in each forward, or another module shares it.
+        """
         super()._check_merge_allowed()
         # PEFT fetches what is offloaded before it merges, as accelerate does.
         self._take_blocks_back()
-        owners = Owners(self.model)
-        for name, layer in self._layers().items():
-            base_layer = layer.get_base_layer()
-            sharing = max((owners.of(base_layer._parameters.get(own)) for own in layer.weights), key=len)
-            if len(sharing) > 1:
-                raise ValueError(
-                    f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}: merging "
-                    "would change both. Untie them first (load the model with tie_word_embeddings=False and copy the "
-                    "weight), or use the adapter unmerged."
-                )
+        check_mergeable(self.model, self._layers())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # PEFT loads adapters with strict=False and at most warns; torch raises what stands in error_msgs, the last

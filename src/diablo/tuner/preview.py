@@ -5,24 +5,25 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from diablo.tuner.config import DiabloConfig
+from diablo.tuner.outside import base_layer_of, modules_outside_adapters
 from diablo.tuner.targets import (
     Target,
-    base_layer_of,
     default_target_modules,
-    modules_outside_adapters,
     other_parameters,
     resolve_targets,
     target_obstacle,
     with_replicated_layers,
 )
-from diablo.tuner.weights import Owners, module_weight
+from diablo.tuner.weights import Owners, module_weight, recomputed
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
     skipped = []
     for name, module in modules_outside_adapters(model):
         base_layer: Any = base_layer_of(module)
-        weight = base_layer._parameters.get("weight")
+        if isinstance(base_layer, AuxiliaryTrainingWrapper):
+            base_layer = base_layer.original_module
+        shape = _shape(base_layer)
         own = f"{name}.weight" in names or f"{name}.weight" in by_themselves
-        if name not in names and not own and weight is not None and weight.dim() > 1:
-            skipped.append(Skipped(name, type(base_layer).__name__, tuple(weight.shape), _reason(config, name, module)))
+        if name not in names and not own and len(shape) > 1:
+            skipped.append(Skipped(name, type(base_layer).__name__, shape, _reason(config, name, module)))
     for name, (module, parameter) in by_themselves.items():
         if name not in names:
             value = module.get_parameter(parameter)
@@ -120,13 +123,29 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
     return TargetPreview(targets, skipped, obstacles)
 
 
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a module's weight, which is not computed for it; empty where it has none."""
+    if (weight := module._parameters.get("weight")) is not None:
+        return tuple(weight.shape)
+    if recomputed(module):
+        with suppress(TypeError):
+            return module_weight(module).shape
+    return ()
+
+
 def _reason(config: DiabloConfig, name: str, module: nn.Module) -> str:
-    for settings in (("exclude_modules",), ("layers_to_transform", "layers_pattern")):
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "trained whole by another adapter"
+    reasons = {
+        "exclude_modules": "left out by exclude_modules",
+        "modules_to_save": "trained whole by modules_to_save",
+        "layers_to_transform": "left out by layers_to_transform",
+    }
+    for setting, reason in reasons.items():
         without = copy.copy(config)
-        for setting in settings:
-            setattr(without, setting, None)
+        setattr(without, setting, None)
         if check_target_module_exists(without, name):
-            return f"left out by {settings[0]}"
+            return reason
     try:
         module_weight(base_layer_of(module))
     except TypeError:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
     clone_module,
@@ -24,6 +24,7 @@ from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.in_place import module_obstacle, parameter_obstacle
 from diablo.tuner.layers.quantized import quantization_backend
 from diablo.tuner.layers.tensor_parallel import slice_obstacle, slices_of
+from diablo.tuner.outside import base_layer_of, check_not_held, held_modules, listed, modules_outside_adapters
 from diablo.tuner.weights import (
     SUPPORTED,
     Owners,
@@ -80,7 +81,7 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
     if from_peft is None:
         raise ValueError(
             f"target_modules is not given and no default is known for model type {model_type!r}: "
-            f"name some of the model's linear layers, {_listed(kinds)}, or 'all-linear'."
+            f"name some of the model's linear layers, {listed(kinds)}, or 'all-linear'."
         )
     return from_peft if isinstance(from_peft, str) else set(from_peft) & kinds.keys() or set(from_peft)
 
@@ -103,15 +104,75 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
         TypeError: a target is of a kind that cannot be adapted.
         ValueError: nothing matches, a pattern is never used, or ``num_blocks`` does not fit; all faults in one message.
     """
+    held = held_modules(model)
+    asked_for = config.target_modules
     _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is not asked_for:
+        # The expression was "all-linear", and is a set of names now.
+        config.target_modules = set(config.target_modules or ()) - held.keys()
+    matched = (name for name in held if any(_matches(config, name, model.get_submodule(name))))
+    check_not_held(model, matched, _targets_in_words(config))
+    targets = fit_targets(model, config, _candidates(model, config), _targets_in_words(config))
+    if not targets:
+        raise ValueError(
+            f"{_targets_in_words(config)} match nothing in {type(model).__name__}{_after_filters(config)}; its linear "
+            f"layers are {listed(linear_kinds(model))}{_other_parameters(model)}."
+        )
+    if absent := [name for name in _names(config.target_modules) if not matches_any(name, model)]:
+        raise ValueError(
+            f"target_modules has {listed(absent)}, which match no module of {type(model).__name__}; its linear layers "
+            f"are {listed(linear_kinds(model))}."
+        )
+    found = [target.name for target in targets if target.parameter is not None]
+    if absent := [name for name in config.target_parameters or () if not _ends_one_of(name, found)]:
+        raise ValueError(
+            f"target_parameters has {listed(absent)}, which match no parameter of {type(model).__name__}"
+            f"{_after_filters(config)}{_other_parameters(model)}."
+        )
+    if unused := unused_patterns(config, targets):
+        raise ValueError(
+            f"block_pattern has {listed(unused)}, which match none of the adapted modules; "
+            f"these are of the kinds {listed(Counter(target.kind for target in targets))}."
+        )
+    return targets
+
+
+def num_blocks_of(config: DiabloConfig, name: str) -> int:
+    """The N that ``config`` gives a module or parameter."""
+    return config.block_pattern.get(get_pattern_key(list(config.block_pattern), name), config.num_blocks)
+
+
+def unused_patterns(config: DiabloConfig, targets: Sequence[Target]) -> list[str]:
+    """The keys of ``block_pattern`` that count for none of the targets."""
+    patterns = list(config.block_pattern)
+    return sorted(set(patterns) - {get_pattern_key(patterns, target.name) for target in targets})
+
+
+def fit_targets(
+    model: nn.Module,
+    config: DiabloConfig,
+    candidates: Sequence[tuple[str, str | None]],
+    asked_by: str,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Target]:
+    """Lay out the blocks of modules and parameters.
+
+    Args:
+        model: the model.
+        config: says into how many blocks each is cut.
+        candidates: full name of each, and a parameter's own name.
+        asked_by: what asks for them, for messages.
+        shapes: shapes that the blocks of some have by their names, which then count in place of ``config``.
+
+    Raises:
+        TypeError: one is of a kind that cannot be adapted.
+        ValueError: ``num_blocks`` or a shape does not fit; all faults in one message.
+    """
     targets: list[Target] = []
     unsupported: list[str] = []
     bypassed: list[str] = []
     misfits: dict[str, list[str]] = {}
-    unused_patterns = set(config.block_pattern)
-    for name, parameter in _candidates(model, config):
-        pattern = get_pattern_key(list(config.block_pattern), name)
-        unused_patterns.discard(pattern)
+    for name, parameter in candidates:
         module_name = name if parameter is None else name.removesuffix(f".{parameter}")
         parent = model.get_submodule(module_name.rpartition(".")[0])
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -122,54 +183,37 @@ def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
         except TypeError as reason:
             unsupported.append(f"{name} ({reason})")
             continue
-        num_blocks = config.block_pattern.get(pattern, config.num_blocks)
+        num_blocks = num_blocks_of(config, name)
+        shape = shapes.get(name) if shapes else None
         most = min(weight.in_features, weight.out_features)
-        if num_blocks > most:
-            fault = (
-                f"(in_features={weight.in_features}, out_features={weight.out_features}) takes at most {most} blocks, "
-                f"not {num_blocks}"
-            )
-            misfits.setdefault(fault, []).append(name)
+        nearest = weight.layout(min(num_blocks, most))
+        layout = nearest if num_blocks <= most else None
+        if shape is not None:
+            layout = nearest.with_shape(shape)
+        if layout is None:
+            fault = f"at most {most} blocks, not {num_blocks}" if shape is None else f"no blocks of the shape {shape}"
+            sizes = f"(in_features={weight.in_features}, out_features={weight.out_features})"
+            misfits.setdefault(f"{sizes} takes {fault}", []).append(name)
             continue
-        targets.append(Target(name, weight.layout(num_blocks), parameter))
+        targets.append(Target(name, layout, parameter))
+    advice = "narrow them or use exclude_modules" if shapes is None else "take its keys out"
     if unsupported:
         raise TypeError(
             f"DiaBlo adapts {SUPPORTED}, linear layers also quantized, and with target_parameters parameters of 2 "
-            f"or 3 dimensions; {_targets_in_words(config)} also match {_listed(unsupported)}: narrow them or use "
-            "exclude_modules."
+            f"or 3 dimensions; {asked_by} also match {listed(unsupported)}: {advice}."
         )
     if bypassed:
         raise TypeError(
-            f"{_listed(bypassed)} cannot be adapted: torch's MultiheadAttention and TransformerEncoderLayer read the "
-            "weight without calling the layer, so that an adapter would be without effect; narrow target_modules "
-            f"{config.target_modules!r} or use exclude_modules."
+            f"{listed(bypassed)} cannot be adapted: torch's MultiheadAttention and TransformerEncoderLayer read the "
+            f"weight without calling the layer, so that an adapter would be without effect; {asked_by} match them: "
+            f"{advice}."
         )
     if misfits:
+        faults = "; ".join(f"{_and_like(names)}: {fault}" for fault, names in misfits.items())
+        if shapes:
+            raise ValueError(f"{asked_by} do not fit {type(model).__name__}, {faults}: they are of another model.")
         raise ValueError(
-            f"num_blocks exceeds a dimension: "
-            f"{'; '.join(f'{_and_like(names)}: {fault}' for fault, names in misfits.items())}. "
-            "Lower num_blocks, or set block_pattern for these modules."
-        )
-    if not targets:
-        raise ValueError(
-            f"{_targets_in_words(config)} match nothing in {type(model).__name__}{_after_filters(config)}; its linear "
-            f"layers are {_listed(linear_kinds(model))}{_other_parameters(model)}."
-        )
-    if absent := [name for name in _names(config.target_modules) if not matches_any(name, model)]:
-        raise ValueError(
-            f"target_modules has {_listed(absent)}, which match no module of {type(model).__name__}; its linear layers "
-            f"are {_listed(linear_kinds(model))}."
-        )
-    found = [target.name for target in targets if target.parameter is not None]
-    if absent := [name for name in config.target_parameters or () if not _ends_one_of(name, found)]:
-        raise ValueError(
-            f"target_parameters has {_listed(absent)}, which match no parameter of {type(model).__name__}"
-            f"{_after_filters(config)}{_other_parameters(model)}."
-        )
-    if unused_patterns:
-        raise ValueError(
-            f"block_pattern has {_listed(sorted(unused_patterns))}, which match none of the adapted modules; "
-            f"these are of the kinds {_listed(Counter(target.kind for target in targets))}."
+            f"num_blocks exceeds a dimension: {faults}. Lower num_blocks, or set block_pattern for these modules."
         )
     return targets
 
@@ -194,48 +238,31 @@ def with_replicated_layers(model: nn.Module, config: DiabloConfig) -> nn.Module:
     return copied
 
 
-def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The named modules of a model, without the insides of the tuner layers that it may already have."""
-    found: list[tuple[str, nn.Module]] = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or ("\0",)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-        found.append((name, module))
-    return found
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """The layer under a module's adapters, or the module itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def other_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """What only ``target_parameters`` can adapt: full name, module and own name of each parameter."""
     return [
         (f"{name}.{parameter}", base_layer_of(module), parameter)
         for name, module in modules_outside_adapters(model)
-        for parameter in _adaptable_parameters(base_layer_of(module))
+        for parameter in adaptable_parameters(base_layer_of(module))
     ]
 
 
 def _candidates(model: nn.Module, config: DiabloConfig) -> list[tuple[str, str | None]]:
     """The modules and parameters that the names in ``config`` match: full name, and a parameter's own name."""
-    names: list[tuple[str, str | None]] = []
-    parameters = copy.copy(config)
-    # PEFT's matching of modules, filters included, serves for parameters as well.
-    parameters.target_modules = set(config.target_parameters or ())
-    for name, module in modules_outside_adapters(model):
-        if check_target_module_exists(config, name):
-            names.append((name, None))
-        if config.target_parameters:
-            for parameter, value in base_layer_of(module)._parameters.items():
-                full_name = f"{name}.{parameter}"
-                if value is not None and check_target_module_exists(parameters, full_name):
-                    names.append((full_name, parameter))
-    return names
+    return [match for name, module in modules_outside_adapters(model) for match in _matches(config, name, module)]
+
+
+def _matches(config: DiabloConfig, name: str, module: nn.Module) -> Iterator[tuple[str, str | None]]:
+    if check_target_module_exists(config, name):
+        yield name, None
+    if config.target_parameters:
+        # PEFT's matching of modules, filters included, serves for parameters as well.
+        parameters = copy.copy(config)
+        parameters.target_modules = set(config.target_parameters)
+        for parameter, value in base_layer_of(module)._parameters.items():
+            full_name = f"{name}.{parameter}"
+            if value is not None and check_target_module_exists(parameters, full_name):
+                yield full_name, parameter
 
 
 def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight:
@@ -250,12 +277,13 @@ def _weight(model: nn.Module, module_name: str, parameter: str | None) -> Weight
         slices_of(model, module_name, base_layer)
         return module_weight(base_layer)
     except TypeError as reason:
-        if own := _adaptable_parameters(base_layer):
-            raise TypeError(f"{reason}; name its {_listed(own)} in target_parameters instead") from None
+        if own := adaptable_parameters(base_layer):
+            raise TypeError(f"{reason}; name its {listed(own)} in target_parameters instead") from None
         raise
 
 
-def _adaptable_parameters(module: nn.Module) -> list[str]:
+def adaptable_parameters(module: nn.Module) -> list[str]:
+    """The parameters of a module that can be adapted by themselves."""
     names = []
     for name, value in module._parameters.items():
         if value is not None:
@@ -280,7 +308,7 @@ def _targets_in_words(config: DiabloConfig) -> str:
 
 def _other_parameters(model: nn.Module) -> str:
     kinds = Counter(".".join(name.split(".")[-2:]) for name, _, _ in other_parameters(model))
-    return f"; parameters that target_parameters takes are {_listed(kinds)}" if kinds else ""
+    return f"; parameters that target_parameters takes are {listed(kinds)}" if kinds else ""
 
 
 def _names(target_modules: Any) -> list[str]:
@@ -299,8 +327,13 @@ def _as_given(target_modules: Any) -> Any:
 
 def _after_filters(config: DiabloConfig) -> str:
     given = [
-        f"{name}={_as_given(getattr(config, name))!r}"
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        f"{name}={_as_given(getattr(config, name))!r}{effect}"
+        for name, effect in (
+            ("exclude_modules", ""),
+            ("layers_to_transform", ""),
+            ("layers_pattern", ""),
+            ("modules_to_save", ", which are trained whole"),
+        )
         if getattr(config, name) is not None
     ]
     return f" with {', '.join(given)}" if given else ""
@@ -308,12 +341,6 @@ def _after_filters(config: DiabloConfig) -> str:
 
 def _and_like(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} like it"
-
-
-def _listed(items: Any, most: int = 8) -> str:
-    names = [str(item) for item in items]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
 
 
 def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owners: Owners) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from diablo.layout import BlockLayout
@@ -41,6 +42,12 @@ class Weight:
         """The inverse of :meth:`matrix`: a view with the dimensions in the weight's own order."""
         return matrix.permute(tuple(self.order.index(dimension) for dimension in range(len(self.order))))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        matrix = (*self.stack, self.out_features, self.in_features)
+        return tuple(matrix[self.order.index(dimension)] for dimension in range(len(matrix)))
+
     def layout(self, num_blocks: int) -> BlockLayout:
         """The layout of ``num_blocks`` diagonal blocks in each matrix.
 
@@ -71,7 +78,7 @@ def module_weight(module: nn.Module) -> Weight:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if module.groups != 1:
             raise TypeError(f"a {type(module).__name__} of {module.groups} groups, whose kernel is block-diagonal")
-        kernel = range(2, module.weight.dim())
+        kernel = range(2, 2 + len(module.kernel_size))
         return Weight(module.in_channels, module.out_channels, tuple(module.kernel_size), (*kernel, 0, 1))
     raise TypeError(f"a {type(module).__name__}")
 
@@ -93,8 +100,10 @@ def parameter_weight(module: nn.Module, name: str) -> Weight:
         raise TypeError("a quantized parameter")
     if parameter.dim() not in (2, 3):
         raise TypeError(f"a parameter of {parameter.dim()} dimensions, where 2 or 3 are allowed")
-    if name == "weight" and isinstance(module, _ADAPTED_AS_MODULES):
-        raise TypeError(f"the weight of a {type(module).__name__}: name the module in target_modules instead")
+    if isinstance(module, _ADAPTED_AS_MODULES):
+        raise TypeError(f"the {name} of a {type(module).__name__}: name the module in target_modules instead")
+    if isinstance(module, parametrize.ParametrizationList):
+        raise TypeError("a parameter that another one is computed from: name the module in target_modules instead")
     *stack, out_features, in_features = parameter.shape
     order = tuple(range(parameter.dim()))
     if stack and getattr(module, "is_transposed", False):
@@ -120,10 +129,51 @@ def is_quantized(module: nn.Module) -> bool:
         module, nn.Embedding
     ):
         return False
+    # Not read then: some parametrizations change their state when they are.
+    if recomputed(module) is not None:
+        return False
     weight: Any = getattr(module, "weight", None)
     # Such layers are often subclasses of nn.Linear. Their weight has integers, or a tensor class of the library, or
     # another name.
     return not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_packed(weight)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What computes a module's weight anew in each forward, from tensors that the module has in its place.
+
+    Attributes:
+        by: name of the function's class.
+        undo: the call that makes the weight a plain one, given the module as ``layer.base_layer``.
+    """
+
+    by: str
+    undo: str
+
+
+_UNDOING_HOOKS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(layer.base_layer)",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer.base_layer)",
+}
+
+
+def recomputed(module: nn.Module, name: str = "weight") -> Recomputed | None:
+    """What computes a tensor of a module anew in each forward: torch's parametrizations, norms and pruning.
+
+    Returns:
+        None where it is a parameter like any other.
+    """
+    if parametrize.is_parametrized(module, name):
+        by = ", ".join(type(function).__name__.lstrip("_") for function in module.parametrizations[name])  # type: ignore[index]
+        return Recomputed(by, f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {name!r})")
+    if not isinstance(vars(module).get(name), torch.Tensor):
+        return None
+    for hook in module._forward_pre_hooks.values():
+        # Norms before parametrizations, and pruning.
+        if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            by = type(hook).__name__
+            return Recomputed(by, _UNDOING_HOOKS.get(by, f"torch.nn.utils.prune.remove(layer.base_layer, {name!r})"))
+    return None
 
 
 def is_distributed(tensor: torch.Tensor | None) -> bool:
@@ -167,6 +217,8 @@ def _identity(weight: torch.Tensor) -> int:
 
 def _is_packed(weight: torch.Tensor) -> bool:
     """Whether a quantization library defines the weight's class. Its values are then not laid out as its shape says."""
+    if type(weight) is torch.Tensor:
+        return False
     return not type(weight).__module__.startswith(("torch.", "diablo")) or type(weight).__module__.startswith(
         "torch.ao"
     )

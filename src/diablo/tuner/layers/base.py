@@ -3,50 +3,53 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
 
 from diablo.layout import BlockLayout, Layout
-from diablo.ops.weight import write_to_diagonal
 from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
+from diablo.tuner.layers.merging import MergingLayer
 from diablo.tuner.layers.offloading import offloading_hook, take_back
 from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
-from diablo.tuner.weights import Weight, is_distributed
+from diablo.tuner.weights import Weight, recomputed
 
 _NUMBERS = itertools.count()
 
+# torch's functions would take the adapted layer for the parametrized one, and change what it does not have.
+_NOT_SHOWN = frozenset({"parametrizations"})
 
-class DiabloLayer(nn.Module, BaseTunerLayer):
+
+class DiabloLayer(MergingLayer):
     """A module whose weights have DiaBlo adapters.
 
-    This class holds what an adapter is, how it is merged, and that each forward is part of a pass. A subclass says how
-    its module computes with the blocks.
+    This class says what an adapter is and makes each forward part of a pass; how adapters are merged, its base class
+    says. A subclass says how its module computes with the blocks.
+
+    The public attributes that the module has when it is adapted, such as the ``stride`` of a convolution, are read and
+    set through this layer, where it has none of that name itself.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
         weights: how each adapted weight of it is read, by the weight's name in the module.
 
     Attributes:
-        diablo_blocks: the parameters by the adapter's name, each ``(*stack, N, d_in, d_out)`` as its layout says.
         diablo_dropout: dropout on the input of the blocks, by the adapter's name.
-        diablo_layout: the geometry, by the adapter's name.
         diablo_in_place: ``in_place`` of its settings, False where another one rules it out, by the adapter's name.
-        diagonals: the base values of the diagonals that adapters are merged into.
         passes: the passes of the model that the layer is part of.
         number: its number in ``LAYERS``.
     """
 
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
     other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout", "diablo_in_place")
+
+    # Names of the base layer's attributes that are read and set through this one; none before the constructor has run.
+    _shown: frozenset[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
         super().__init__()
@@ -61,6 +64,19 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self.diagonals = Diagonals()
         self.passes = Passes()
         self._take_number()
+        # Those that it has now: libraries that prepare every module (hooks, counters) mean each by itself.
+        public = {name for name in dir(base_layer) if not name.startswith("_")}
+        self._shown = frozenset(public.difference(dir(self), _NOT_SHOWN))
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not found otherwise, torch's parameters and modules among it.
+        return getattr(self.base_layer, name) if name in self._shown else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._shown:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _take_number(self) -> None:
         self.number = next(_NUMBERS)
@@ -137,15 +153,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """What the layer computes with in a pass of these adapters, and whether their blocks stand in its weights."""
         return None, False
 
-    def added(self, names: Sequence[str]) -> dict[str, dict[Layout, list[torch.Tensor]]]:
-        """What adapters add to the diagonals of the weights: their blocks, by the weight's name and by layout."""
-        added: dict[str, dict[Layout, list[torch.Tensor]]] = {}
-        for adapter_name in names:
-            layouts = self.layouts_of(adapter_name)
-            for name, blocks in self._values_of(adapter_name).items():
-                added.setdefault(name, {}).setdefault(layouts[name], []).append(blocks)
-        return added
-
     def diagonals_of(self, names: Sequence[str]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
         """The weights that a pass with these adapters in them writes to, and what it adds to them."""
         return [(self._weight(name), by_layout) for name, by_layout in self.added(names).items()]
@@ -200,14 +207,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         self._add_blocks(adapter_name, own, layouts)
         self.passes.forget()
 
-    def blocks_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
-        return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
-
-    def layouts_of(self, adapter_name: str) -> dict[str, Layout]:
-        """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
-        return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
-
     def _add_blocks(self, adapter_name: str, blocks: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> None:
         self.diablo_blocks[adapter_name] = blocks["weight"]
         self.diablo_layout[adapter_name] = layouts["weight"]
@@ -228,8 +227,18 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
+        if recomputed(base_layer) is None:
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        # Some norms change when their weight is read, and what was computed before the model was moved lies elsewhere.
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
+
     def _rows(self, adapter_names: list[str] | None) -> list[str] | None:
-        """The adapters of the rows, where each has its own and adapters are switched on; what is merged goes if not."""
+        """The adapters of the rows, where each row has its own; None where adapters are disabled.
+
+        Disabling unmerges what is merged, as in PEFT.
+        """
         if not self._disable_adapters:
             return adapter_names
         if self.merged_adapters:
@@ -243,45 +252,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
                 "call unmerge_adapter() first."
             )
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add blocks to the base weight's diagonal; only 1/N of the weight is touched.
-
-        The sum is formed in fp32, or in the weight's dtype where that is wider, from the pristine diagonal, and rounded
-        to the weight's dtype once for each layout: adapters of equal layouts are summed before they are added.
-
-        Args:
-            safe_merge: refuse blocks that would put a NaN or an infinity into the weight, and leave it untouched.
-            adapter_names: adapters to merge; the active ones where None.
-
-        Raises:
-            ValueError: ``safe_merge`` found a value that is not finite.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.diablo_blocks]
-        if not names:
-            return
-        already_merged = self.merged_adapters
-        try:
-            self._write(already_merged + names, safe_merge)
-        except ValueError:
-            if already_merged:
-                self._write(already_merged, safe_merge=False)
-            raise
-
-    def unmerge(self) -> None:
-        """Put the base weight back as it was before any merge, to the bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
-
-    def merge_instead(self, adapter_names: Sequence[str]) -> None:
-        """Make the weight what it is with these adapters merged, and no others, to the bit, in one pass."""
-        names = [name for name in adapter_names if name in self.diablo_blocks]
-        if names:
-            self._write(names, safe_merge=False)
-        elif self.merged:
-            self._restore()
-
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Choose the active adapters; arguments are those of PEFT's layers."""
         self.passes.changes += 1
@@ -291,30 +261,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """Switch all adapters on or off."""
         self.passes.changes += 1
         super().enable_adapters(enabled)
-
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's update as a dense tensor of the base weight's shape, in the dtype of the blocks.
-
-        Merging does not need it; it serves conversion and inspection.
-
-        Raises:
-            ValueError: the layer has no adapter of that name, or has several weights.
-        """
-        if adapter_name not in self.diablo_blocks:
-            raise ValueError(f"This layer has no adapter {adapter_name!r}; it has {', '.join(self.diablo_blocks)}.")
-        if self.weights.keys() != {"weight"}:
-            raise ValueError(f"This layer has the weights {', '.join(self.weights)}: call delta_weights().")
-        return self.delta_weights(adapter_name)["weight"]
-
-    def delta_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The adapter's updates as dense tensors of the weights' shapes, by the name of the weight."""
-        deltas = {}
-        layouts = self.layouts_of(adapter_name)
-        for name, blocks in self._values_of(adapter_name).items():
-            delta = torch.zeros(self._weight(name).shape, dtype=blocks.dtype, device=blocks.device)
-            write_to_diagonal(delta, blocks.detach(), layouts[name])
-            deltas[name] = self.weights[name].original(delta)
-        return deltas
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False, but for linear layers, whose low-rank update LoRA can express."""
@@ -332,21 +278,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
                 shown.append(f"{adapter_name}{weight}: {layout.blocks_shape}")
         return ", ".join(shown)
 
-    def _weight(self, name: str) -> torch.Tensor:
-        """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
-        parameter: Any = self.get_base_layer()._parameters[name]
-        return self.weights[name].matrix(self._stored(parameter))
-
-    def _stored(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The tensor in this process's memory that holds a parameter's values."""
-        if is_distributed(parameter):
-            raise RuntimeError(
-                "The weight of an adapted layer is sharded, so that blocks cannot be merged into it or taken out: do "
-                "that before fully_shard, or save the adapter and merge it into the whole model."
-            )
-        # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
-        return parameter.detach()
-
     def _check_base(self) -> None:
         """Refuse to take a weight for the base's, or to change it, in the middle of a pass."""
         written = self.passes.written
@@ -355,48 +286,6 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
                 "A model whose adapters are trained in place cannot be saved, loaded, copied, moved or merged in the "
                 "middle of a forward or a backward, which has blocks in the weights: do it before or after."
             )
-
-    def _matrices(self) -> dict[str, torch.Tensor]:
-        """The weights, to merge into them or restore them."""
-        self._check_base()
-        return {name: self._weight(name) for name in self.weights}
-
-    @torch.no_grad()
-    def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Merge adapters into the pristine weights."""
-        with self._weights_at_hand():
-            weights = self._matrices()
-            self.diagonals.write(weights, self.added(adapter_names))
-            self.merged_adapters = list(adapter_names)
-            finite = not safe_merge or self._are_finite(weights)
-            if not finite:
-                self._restore()
-        if not finite:
-            raise self._not_finite(adapter_names)
-
-    def _are_finite(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        return self.diagonals.are_finite(weights)
-
-    def _values_of(self, adapter_name: str) -> Mapping[str, torch.Tensor]:
-        """An adapter's blocks in this process's memory, by the name of the weight."""
-        return self.blocks_of(adapter_name)
-
-    def _not_finite(self, adapter_names: list[str]) -> ValueError:
-        return ValueError(
-            f"Merging {', '.join(adapter_names)} would put NaN or infinite values into the weight, "
-            "which is left untouched: the adapter is broken, or its blocks overflow the weight's dtype."
-        )
-
-    def _restore(self) -> None:
-        with self._weights_at_hand():
-            self.diagonals.restore(self._matrices())
-        self.merged_adapters = []
-
-    def _weights_at_hand(self) -> AbstractContextManager[Any]:
-        """Where accelerate offloads the weights, they are fetched, and what they are then is what it keeps."""
-        base_layer = self.get_base_layer()
-        is_away = any(base_layer._parameters[name].is_meta for name in self.weights)  # type: ignore[union-attr]
-        return onload_layer(self) if is_away and offloading_hook(base_layer) else nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._check_base()

@@ -16,7 +16,7 @@ from diablo.ops.linear import outer_product
 from diablo.ops.tile_product import as_rows
 from diablo.tuner.layers.offloading import hook_obstacle, offloading_hook
 from diablo.tuner.passes import LAYERS
-from diablo.tuner.weights import is_quantized
+from diablo.tuner.weights import is_quantized, recomputed
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
@@ -29,6 +29,9 @@ def module_obstacle(module: nn.Module) -> str | None:
     """
     if is_quantized(module):
         return "the weight is quantized"
+    for name in ("weight", "bias"):
+        if (how := recomputed(module, name)) is not None:
+            return f"{how.by} computes the {name} anew in each forward"
     if not isinstance(module, (nn.Linear, Conv1D)):
         return f"a {type(module).__name__} is no linear layer"
     if reason := hook_obstacle(module):

@@ -29,9 +29,18 @@ class ModuleLayer(DiabloLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig) -> None:
         weight = module_weight(base_layer)
         super().__init__(base_layer, {"weight": weight})
-        self.in_features, self.out_features = weight.in_features, weight.out_features
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, {"weight": layout}, config, inference_mode=config.inference_mode)
+
+    @property
+    def in_features(self) -> int:
+        """Length of the input: channels for a convolution, the vocabulary for an embedding."""
+        return self.weights["weight"].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Length of the output."""
+        return self.weights["weight"].out_features
 
     def _run(
         self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, *args: Any, **kwargs: Any

@@ -1,4 +1,7 @@
-"""Models that accelerate keeps partly on the CPU or on disk: the blocks stay at hand, and weights are fetched."""
+"""Models that accelerate keeps partly on the CPU or on disk.
+
+The blocks stay on the device that computes. A weight that is kept elsewhere is fetched before it is changed.
+"""
 
 from __future__ import annotations
 

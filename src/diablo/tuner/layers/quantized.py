@@ -162,10 +162,3 @@ class DiabloQuantizedLinear(DiabloLinear):
             # The model was moved while this layer was not part of it.
             self.base_layer.to(there)
         self._unmerged, self.merged_adapters = [], []
-
-    def delta_weights(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The adapter's update as a dense ``(out_features, in_features)`` tensor, in the dtype of the blocks."""
-        blocks = self.diablo_blocks[adapter_name].detach()
-        delta = blocks.new_zeros(self.out_features, self.in_features)
-        write_to_diagonal(delta, blocks, self.diablo_layout[adapter_name])
-        return {"weight": delta}

@@ -111,8 +111,8 @@ def check_saved_modules(model: nn.Module, names: Sequence[str]) -> None:
         ValueError: one of these modules is cut.
     """
     for name, module in model.named_modules():
-        is_named = name in names or name.rpartition(".")[2] in names
-        if is_named and any(is_distributed(parameter) for parameter in module.parameters()):
+        # As PEFT matches them.
+        if name.endswith(tuple(names)) and any(is_distributed(parameter) for parameter in module.parameters()):
             raise ValueError(
                 f"modules_to_save has {name}, which is cut over processes: its copy would not be called, and nothing "
                 "trained; adapt it as one of the target_modules, or leave it out."

@@ -1,0 +1,79 @@
+"""A recipe to begin with: the keys that most runs set, each with a comment that says what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from diablo.data.faults import RowFault
+from diablo.data.sources import read_sources
+from diablo.recipes.reading import check_settings
+from diablo.recipes.section import Section
+
+# The keys that are written, where they have a value, and those of the sections among them.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "task": (),
+    "data": ("train", "eval"),
+    "chat": (),
+    "method": ("name", "num_blocks"),
+    "training": ("learning_rate", "epochs", "batch_size", "max_length"),
+    "output": (),
+    "merge": (),
+}
+# Comments stand below each other up to this column, and behind longer lines.
+_COLUMN = 40
+_END = """
+# All other keys, and what they allow: docs/recipes.md.
+# For an editor that completes and checks keys: run "diablo schema --out recipe.schema.json" in this folder, and let the
+# first line be "# yaml-language-server: $schema=recipe.schema.json".
+"""
+
+
+def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[RowFault]]]:
+    """A commented recipe.
+
+    Args:
+        settings: what is known of it, as its YAML would have it. Where ``chat`` is not among them, it is true for data
+            files with conversations.
+
+    Returns:
+        The YAML; and the malformed rows of each of its sources.
+
+    Raises:
+        UserError: the settings make no recipe, or a source cannot be read or has no usable row.
+    """
+    recipe = check_settings(settings)
+    faults, has_conversations = {}, False
+    for source in (*(recipe.data.train or ()), *recipe.data.eval_sources):
+        [found] = read_sources([source.resolved(recipe.data.columns)], on_malformed="skip")
+        faults[str(found.source.place)] = found.faults
+        has_conversations |= any(row.messages for row in found.rows)
+    recipe = check_settings({"chat": has_conversations, **settings})
+    lines = list(_lines(recipe, _KEYS))
+    width = min(_COLUMN, max(len(line) for line, _ in lines))
+    return "".join(f"{line:<{width}}  # {comment}\n" for line, comment in lines) + _END, faults
+
+
+def _lines(section: Section, keys: Mapping[str, tuple[str, ...]], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Lines of YAML, each with the description of its key."""
+    written = section.model_dump(mode="json")
+    for key, inner in keys.items():
+        value, comment = getattr(section, key), type(section).model_fields[key].description or ""
+        if isinstance(value, Section):
+            if within := list(_lines(value, dict.fromkeys(inner, ()), indent + "  ")):
+                yield f"{indent}{key}:", comment
+                yield from within
+        elif value is not None and value != []:
+            yield f"{indent}{_yaml(key, written[key])}", comment
+
+
+def _yaml(key: str, value: Any) -> str:
+    """A key and its value in one line; a list of one is that one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    in_brackets = None if isinstance(value, list) else False
+    text = yaml.safe_dump({key: value}, default_flow_style=in_brackets, allow_unicode=True, width=float("inf"))
+    return text.rstrip("\n")

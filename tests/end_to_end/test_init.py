@@ -1,0 +1,151 @@
+"""diablo init: what it writes is a recipe that trains, whoever is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diablo.recipes.data import DataSource
+from diablo.recipes.reading import load_recipe
+
+PLAIN = {"prompt": "Problem: 2 and 3 ?\nEquation:", "completion": " x = 2 + 3"}
+CONVERSATION = {"messages": [{"role": "user", "content": "2 and 3?"}, {"role": "assistant", "content": "5"}]}
+
+
+class Terminal(io.StringIO):
+    """Somebody who types some lines."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, and nobody at a terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    return tmp_path
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("row", "chat"), [(PLAIN, False), (CONVERSATION, True)], ids=["plain", "conversations"])
+def test_what_is_written_from_options_trains(diablo, tiny_model, folder, row, chat):
+    rows, held_out = (write_rows(folder / name, row, row) for name in ("a: #1.jsonl", "held_out.jsonl"))
+    options = ("--model", tiny_model, "--data", rows.name, "--eval", held_out.name, "--num-blocks", 4)
+    status, out, error = diablo("init", *options)
+    assert (status, error) == (0, "")
+    assert "Next: diablo train recipe.yaml --dry-run" in out
+    recipe = load_recipe("recipe.yaml")
+    assert (recipe.data.train, recipe.data.eval) == ((DataSource(path=rows.name),), (DataSource(path=held_out.name),))
+    assert recipe.chat is chat
+    assert recipe.output == Path("runs/a: #1")
+    status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")
+    assert status == 0
+    assert "4 blocks of" in out
+
+
+def test_what_is_written_from_answers_trains(diablo, tiny_model, folder, monkeypatch):
+    write_rows(folder / "rows.jsonl", PLAIN)
+    answers = [str(tiny_model), "rows.json", "rows.jsonl", "", "none", "4"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join(answers) + "\n"))
+    status, _, error = diablo("init", "mine.yaml")
+    assert status == 0
+    assert "[builtin:smollm2-135m]" in error
+    assert "there is no file 'rows.json', nor a task to train on; tasks: mawps, gsm8k" in error
+    assert "[runs/rows]" in error
+    assert "found 'none'; give an integer of at least 1" in error
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.model, recipe.output) == (str(tiny_model), Path("runs/rows"))
+    assert diablo("train", "mine.yaml", "--dry-run", "precision=fp32")[0] == 0
+
+
+def test_what_is_given_is_not_asked_for_and_enter_takes_the_default(diablo, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal("\n\n"))
+    status, _, error = diablo("init", "--model", "some/model", "--output", "there")
+    assert status == 0
+    assert "Model" not in error
+    assert load_recipe("recipe.yaml").model_dump(include={"model", "task", "output"}) == {
+        "model": "some/model",
+        "task": ["mawps"],
+        "output": Path("there"),
+    }
+
+
+def test_an_end_of_input_at_a_question_writes_nothing(diablo, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    status, _, _ = diablo("init")
+    assert status == 1
+    assert not list(folder.iterdir())
+
+
+def test_several_tasks_and_the_defaults(diablo):
+    assert diablo("init", "two.yml", "--task", "mawps,gsm8k")[0] == 0
+    assert load_recipe("two.yml").task == ["mawps", "gsm8k"]
+    assert diablo("init", "--yes")[0] == 0
+    recipe = load_recipe("recipe.yaml")
+    assert (recipe.task, recipe.output) == (["mawps"], Path("runs/mawps"))
+    # What is written is what a recipe of the same few keys has.
+    (Path("short.yaml")).write_text(f"model: {recipe.model}\ntask: mawps\noutput: runs/mawps\n")
+    assert recipe == load_recipe("short.yaml")
+
+
+def test_every_line_says_what_its_key_does_and_the_last_where_to_look(diablo):
+    assert diablo("init", "--yes")[0] == 0
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    keys, _, end = text.partition("\n\n")
+    assert len(keys.splitlines()) == len(yaml.safe_load(keys)) + 6
+    assert all("  # " in line for line in keys.splitlines())
+    assert "docs/recipes.md" in end
+    assert "diablo schema" in end
+    # An editor takes such a line for what it says, wherever it stands.
+    assert not any(line.startswith("# yaml-language-server") for line in text.splitlines())
+
+
+def test_malformed_rows_are_told(diablo, folder):
+    rows = write_rows(folder / "rows.jsonl", PLAIN, "{", {"prompt": "2 and 3"})
+    status, _, error = diablo("init", "--data", rows)
+    assert status == 0
+    assert "has 2 malformed rows" in error
+    assert "not valid JSON" in error
+    assert "completion is missing" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--data: missing; give --data FILE or --task NAME, or --yes to train on mawps"),
+        (["--model", "m"], "--data: missing"),
+        (["--data", "absent.jsonl"], "data.train: there is no file 'absent.jsonl'"),
+        (["--task", "gsm"], "Did you mean gsm8k?"),
+        (["--task", "mawps", "--data", "rows.jsonl"], "--data: a task brings its own rows"),
+        (["--task", "mawps", "--eval", "rows.jsonl"], "--eval: a task brings its own rows"),
+        (["--yes", "--eval", "rows.jsonl"], "data: task 'mawps' brings its own rows"),
+        (["mine.txt", "--yes"], "FILE: 'mine.txt' is not the name of a YAML file"),
+        (["nowhere/mine.yaml", "--yes"], "FILE: 'nowhere/mine.yaml' cannot be written"),
+        (["taken.yaml", "--yes"], "FILE: 'taken.yaml' is there already"),
+    ],
+)
+def test_a_refusal_is_one_line_and_writes_nothing(diablo, folder, options, expected):
+    write_rows(folder / "rows.jsonl", PLAIN)
+    (folder / "taken.yaml").write_text("mine")
+    status, _, error = diablo("init", *options)
+    assert status == 2
+    assert expected in error
+    assert error.count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == {"rows.jsonl", "taken.yaml"}
+    assert (folder / "taken.yaml").read_text() == "mine"
+
+
+def test_force_overwrites(diablo, folder):
+    (folder / "recipe.yaml").write_text("mine")
+    assert diablo("init", "--yes", "--force")[0] == 0
+    assert load_recipe("recipe.yaml").task == ["mawps"]

@@ -1,0 +1,144 @@
+"""The schema of recipes, by which editors complete and check them, is that of the recipes which are read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diablo.recipes.data import Data, DataSource
+from diablo.recipes.methods import METHODS
+from diablo.recipes.reading import shipped_recipes
+from diablo.recipes.recipe import Evaluation, Recipe, Training
+from diablo.recipes.schema import SCHEMA_FILE, recipe_schema, schema_text
+from diablo.tasks import TASKS
+from diablo_cli import completion
+
+ROOT = Path(__file__).parents[2]
+GOOD = {"model": "some/model", "task": "mawps", "output": "runs/x"}
+
+
+def faults(settings: Any) -> list[str]:
+    """What a validator finds in a recipe."""
+    jsonschema = pytest.importorskip("jsonschema")
+    return [error.message for error in jsonschema.Draft7Validator(recipe_schema()).iter_errors(settings)]
+
+
+def test_the_shipped_file_is_the_schema_of_the_recipes_that_are_read():
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "run make schema"
+
+
+def test_the_schema_is_one():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft7Validator.check_schema(recipe_schema())
+
+
+def properties(schema: Any) -> Iterator[tuple[str, Any]]:
+    for part in (schema, *schema["$defs"].values()):
+        yield from part["properties"].items()
+
+
+def test_every_key_is_there_with_its_description():
+    found = dict(properties(recipe_schema()))
+    sections = (Recipe, Data, DataSource, Training, Evaluation, *METHODS.values())
+    assert found.keys() == {key for section in sections for key in section.model_fields}
+    for key, schema in properties(recipe_schema()):
+        assert schema.get("description"), key
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_is_valid_and_names_the_schema(name: str) -> None:
+    path = shipped_recipes()[name]
+    text = path.read_text(encoding="utf-8")
+    first = text.splitlines()[0]
+    assert first.startswith("# yaml-language-server: $schema=")
+    assert (path.parent / first.partition("=")[2]).resolve() == SCHEMA_FILE.resolve()
+    assert faults(yaml.safe_load(text)) == []
+
+
+def test_the_recipe_of_the_readme_is_valid():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    recipes = [yaml.safe_load(block) for block in blocks]
+    assert recipes
+    for recipe in recipes:
+        assert faults(recipe) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"method": name} for name in METHODS),
+        {"method": {}},
+        {"method": {"num_blocks": 8, "block_pattern": {"v_proj": 4}}},
+        {"method": {"name": "lora", "r": 4, "target_modules": "all-linear", "layers_to_transform": 1}},
+        {"method": {"name": "miss", "target_modules": ["q_proj"], "layers_to_transform": [0, 1]}},
+        {"task": ["mawps", "gsm8k"]},
+        {"task": None, "data": {"train": "rows.jsonl"}},
+        {"task": None, "data": {"train": ["a.csv", {"path": "b.csv", "columns": {"text": "x"}}], "eval": "5%"}},
+        {"task": None, "data": {"train": {"hub": "a/b", "split": "train"}, "eval": 200}},
+        {"evaluation": {"tasks": ["gsm8k", "boolq"]}, "training": {"learning_rate": 1e-3}},
+    ],
+    ids=str,
+)
+def test_what_a_recipe_may_hold_is_valid(change: Any) -> None:
+    assert faults(GOOD | change) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modle": 1},
+        {"training": {"lerning_rate": 1e-3}},
+        {"training": {"epochs": 0}},
+        {"training": 5},
+        {"method": "lorra"},
+        {"method": {"name": "lora", "num_blocks": 3}},
+        {"method": {"num_block": 3}},
+        {"method": {"r": 4}},  # DiaBlo has none
+        {"method": {"layers_to_transform": ["a"]}},
+        {"task": "gsm"},
+        {"task": "aqua"},  # it has no train split
+        {"task": ["mawps", "mawps"]},
+        {"evaluation": {"tasks": ["math10k"]}},  # it has no test split
+        {"evaluation": {"tasks": "gsm8k"}},
+        {"precision": "fp8"},
+        {"data": {"train": [{"pth": "a.csv"}]}},
+        {"data": {"train": {"path": "a.csv", "weight": 0}}},
+        {"seed": 1.5},
+    ],
+    ids=str,
+)
+def test_a_mistake_is_not_valid(change: Any) -> None:
+    assert faults(GOOD | change) != []
+
+
+@pytest.mark.parametrize("key", ["model", "output"])
+def test_what_a_recipe_must_hold_is_required(key: str) -> None:
+    settings = copy.deepcopy(GOOD)
+    del settings[key]
+    assert faults(settings) == [f"'{key}' is a required property"]
+
+
+def test_the_command_prints_the_file_and_writes_it(diablo, tmp_path):
+    status, out, _ = diablo("schema")
+    assert (status, out) == (0, SCHEMA_FILE.read_text(encoding="utf-8"))
+    path = tmp_path / "recipe.schema.json"
+    status, out, _ = diablo("schema", "--out", path)
+    assert status == 0
+    assert "# yaml-language-server: $schema=recipe.schema.json" in out
+    assert json.loads(path.read_text(encoding="utf-8")) == recipe_schema()
+    status, _, error = diablo("schema", "--out", tmp_path / "nowhere" / "schema.json")
+    assert status == 2
+    assert error.startswith("error: --out: ")
+
+
+def test_names_to_complete_are_those_that_there_are():
+    assert completion.allowed("method") == list(METHODS)
+    assert set(completion.complete_task("")) == set(TASKS)
+    assert set(shipped_recipes()) <= set(completion.complete_recipe(""))
