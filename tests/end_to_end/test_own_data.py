@@ -111,8 +111,8 @@ def test_faults_name_the_file_of_the_row(diablo, tiny_model, tmp_path):
     arguments = [*recipe_of(tmp_path, tiny_model, data), "--dry-run"]
     status, _, err = diablo(*arguments)
     assert status == 2
-    assert "train.jsonl has 1 malformed of 2 rows. train.jsonl: row 2: completion is missing" in err
-    assert "held.jsonl has 1 malformed of 4 rows. held.jsonl: row 3: a number, not an object" in err
+    assert "train.jsonl has 1 malformed of 2 rows. Row 2: completion is missing" in err
+    assert "held.jsonl has 1 malformed of 4 rows. Row 3: a number, not an object" in err
     status, out, _ = diablo(*arguments, "data.on_malformed=skip", "chat=true")
     assert status == 0
     assert "malformed, left out train.jsonl: row 2: completion is missing" in out

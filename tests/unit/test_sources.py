@@ -21,6 +21,7 @@ from diablo.data.faults import Place, name_places
 from diablo.data.hub import HubDataset
 from diablo.data.rows import Row
 from diablo.data.sources import Source, read_rows, read_sources
+from diablo.data.special_text import TextTokenizer
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
 
@@ -101,8 +102,8 @@ def test_each_file_with_faults_has_its_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_sources([Source(one), Source(other)])
     first, second = str(caught.value).splitlines()
-    assert first.startswith(f"{one} has 1 malformed of 2 rows. a.jsonl: row 2: a number, not an object; ")
-    assert second.startswith(f"{other} has 1 malformed of 1 rows. b.jsonl: row 1: completion is missing")
+    assert first.startswith(f"{one} has 1 malformed of 2 rows. Row 2: a number, not an object; ")
+    assert second.startswith(f"{other} has 1 malformed of 1 rows. Row 1: completion is missing")
 
 
 def test_files_of_one_name_are_told_by_their_folders(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_rows_without_a_prompt_are_cut_by_what_they_say() -> None:
 def test_every_token_of_a_document_but_the_first_carries_loss_once(tiny_model: Path, max_length: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     text = "The quick brown fox.\n\nThe dog sleeps on."
-    pieces = encode_document(Row(4, text=text, source="a.txt"), tokenizer, max_length)
+    pieces = encode_document(Row(4, text=text, source="a.txt"), TextTokenizer(tokenizer), max_length)
     whole = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
     predicted = [label for piece in pieces for label in piece.labels[1:]]
     assert predicted == whole[1:]
@@ -214,8 +215,8 @@ def test_every_token_of_a_document_but_the_first_carries_loss_once(tiny_model: P
 def test_special_text_of_a_document(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     row = Row(1, text="a</s>b")
-    [kept] = encode_document(row, tokenizer, 100)
-    [plain] = encode_document(row, tokenizer, 100, "plain")
+    [kept] = encode_document(row, TextTokenizer(tokenizer), 100)
+    [plain] = encode_document(row, TextTokenizer(tokenizer, "plain"), 100)
     assert kept.input_ids.count(tokenizer.eos_token_id) == 2
     assert plain.input_ids.count(tokenizer.eos_token_id) == 1
     assert kept.special_text == plain.special_text == ("</s>",)

@@ -126,7 +126,7 @@ def _proposal(record: Mapping[str, Any]) -> str:
         next((name for name in names if record.get(name) is not None), None) for names in (_PROMPTS, _COMPLETIONS)
     )
     if prompt is None or completion is None:
-        return "" if not record else "; data.columns can say which columns these are"
+        return f"; or say with data.columns which they are of {name_columns(record)}" if record else ""
     return f"; or say which columns these are with data.columns: {{prompt: {prompt}, completion: {completion}}}"
 
 

@@ -105,7 +105,8 @@ def read_sources(sources: Sequence[Source], *, on_malformed: str = "error") -> l
             left = None if source.limit is None else source.limit - len(found.rows)
             count, faults = _read_into(found, place, names[place], left)
             if faults and on_malformed == "error":
-                lines.append(f"{place} has {len(faults)} malformed of {count} rows. {explain_faults(faults)}")
+                why = explain_faults([replace(fault, source="") for fault in faults])
+                lines.append(f"{place} has {len(faults)} malformed of {count} rows. {why}")
         if not found.rows and not (found.faults and on_malformed == "error"):
             why = f" {explain_faults(found.faults)}" if found.faults else ""
             raise UserError(

@@ -10,6 +10,7 @@ from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
 from diablo.data.rows import Row
 from diablo.data.sources import SourceRows, read_sources
+from diablo.data.special_text import TextTokenizer
 from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError
 from diablo.recipes.data import Data
@@ -117,11 +118,12 @@ def encode_rows(
         UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
     """
     limit = recipe.training.max_length
+    texts = TextTokenizer(encoder.tokenizer, recipe.data.special_text)
     encoded: list[EncodedRow] = []
     faults: list[RowFault] = []
     for row in rows:
         if row.text:
-            encoded += encode_document(row, encoder.tokenizer, limit, recipe.data.special_text)
+            encoded += encode_document(row, texts, limit)
             continue
         try:
             encoded.append(replace(encoder.encode(row), source=row.source))
