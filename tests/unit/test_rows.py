@@ -320,8 +320,23 @@ def test_no_content_raises_anything_but_a_user_error(content: bytes, suffix: str
         json.dumps([row.messages, row.tools], ensure_ascii=False).encode()
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([".parquet", ".jsonl.gz"]))
-@settings(max_examples=100, deadline=None)
+def test_offsets_of_a_damaged_arrow_file_are_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD] * 3, ".arrow")
+    content = path.read_bytes()
+    # The offsets of the three texts: each ends one character further on.
+    offsets = b"".join(number.to_bytes(4, "little") for number in range(4))
+    assert offsets in content
+    path.write_bytes(content.replace(offsets, offsets[:12] + b"\xff\xff\xff\x7f"))
+    with pytest.raises(UserError, match="not an Arrow file that can be read"):
+        read_rows(path)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.binary(min_size=1, max_size=8),
+    st.sampled_from([".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst"]),
+)
+@settings(max_examples=200, deadline=None)
 def test_a_damaged_file_raises_only_a_user_error(position: int, junk: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), [GOOD] * 3, suffix)

@@ -193,7 +193,10 @@ def _read_arrow(path: Path, file: IO[bytes]) -> Records:
     try:
         # A stream is what the library datasets saves.
         with pyarrow.ipc.open_file(content) if is_file else pyarrow.ipc.open_stream(content) as reader:
-            return _records_of_table(path, reader.read_all())
+            table = reader.read_all()
+        # What a damaged file has for lengths and offsets would be believed otherwise, and end the process.
+        table.validate(full=True)
+        return _records_of_table(path, table)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not an Arrow file that can be read: {first_line(error)}") from None
 
