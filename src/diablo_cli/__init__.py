@@ -23,9 +23,12 @@ __all__ = ["app", "main", "models", "recipes", "scoring", "training"]
 def main() -> None:
     """Run the command line; an error that the user can mend is a message and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Where quantization libraries are installed, PEFT imports them, and they report kernels for other machines.
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # DeepSpeed sets the level of its log itself, and writes to standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from diablo_cli.shell import Base, app, check_file, out, progress, quiet
+from diablo_cli.shell import Base, app, check_file, check_model, out, progress, quiet, refuse
 
 
 @app.command()
@@ -31,9 +31,13 @@ def quantize(
     alpha: Annotated[float | None, typer.Option(help="Weight of MagR's penalty; 1e-4 if not given.")] = None,
 ) -> None:
     """Quantize a model to 4, 3 or 2 bits, to train adapters over; goes on where it was interrupted."""
+    from diablo.models.adapters import check_new_folder
     from diablo.models.loading import load_tokenizer, resolve_model
-    from diablo.quantization import Scheme, calibration_rows, quantize_model
+    from diablo.quantization import Scheme, calibration_rows, check_calibration, quantize_model
 
+    check_model(model)
+    check_new_folder(folder, "quantized model")
+    check_calibration(calibration, data_folder)
     scheme = Scheme(bits, group_size, method, **({} if alpha is None else {"alpha": alpha}))
     quiet()
     tokenizer = load_tokenizer(resolve_model(model))
@@ -70,13 +74,19 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
     from diablo.merging import merge_adapter
-    from diablo.models.adapters import adapter_folder
+    from diablo.models.adapters import adapter_folder, check_new_folder
     from diablo.models.loading import parse_dtype
-    from diablo.quantization import calibration_rows
+    from diablo.quantization import calibration_rows, check_calibration
     from diablo.tuner.base_digest import CANNOT_BE_TOLD
 
     chosen = parse_dtype(dtype) if dtype else None
     source = adapter_folder(adapter)
+    check_model(base, "--base")
+    check_new_folder(folder, "merged model")
+    if calibration is None:
+        refuse("it is read by --calibration, which is missing", {"--data-folder": data_folder})
+    else:
+        check_calibration(calibration, data_folder)
     quiet()
     rows = partial(calibration_rows, calibration, folder=data_folder) if calibration else None
     report = merge_adapter(
@@ -90,6 +100,11 @@ def merge(
         out.print(
             f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal, to the "
             "bit."
+        )
+    for name, shared in report.untied.items():
+        out.print(
+            f"Untied {escape(name)} from {escape(shared)}: they are one weight in the base model, which the adapter "
+            "changes. The merged model has both, and its config says tie_word_embeddings: false."
         )
     if report.logits is not None:
         difference, largest = report.logits
@@ -115,14 +130,16 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every block's figures as JSON.")] = None,
 ) -> None:
     """Show where an adapter's update goes: how large it is beside the base weights, by layer and module."""
+    from diablo.models.adapters import adapter_folder
     from diablo.models.inspection import inspect_adapter, inspection_record, plot_inspections
     from diablo.records.results import write_json
     from diablo_cli.reporting import print_inspections
 
     check_file(plot, "--plot")
     check_file(json_file, "--json")
+    given = [adapter_folder(each) for each in (adapter, other) if each is not None]
+    check_model(base, "--base")
     quiet()
-    given = [each for each in (adapter, other) if each is not None]
     inspections = [inspect_adapter(each, base=base, label=label) for label, each in zip("AB", given, strict=False)]
     print_inspections(out, inspections)
     if plot is not None:
@@ -142,13 +159,15 @@ def to_lora(
 ) -> None:
     """Turn an adapter into a LoRA adapter, for engines that serve LoRA alone, and say what that loses."""
     from diablo.errors import UserError
-    from diablo.models.adapters import adapter_folder, write_as_lora
+    from diablo.models.adapters import adapter_folder, check_new_folder, write_as_lora
 
     try:
         chosen = float(rank) if "." in rank else int(rank)
     except ValueError:
         raise UserError(f"--rank: found {rank!r}; give an integer, or a share above 0 and up to 1.0.") from None
     source = adapter_folder(adapter)
+    check_model(base, "--base")
+    check_new_folder(folder, "LoRA adapter")
     quiet()
     report = write_as_lora(source, folder, chosen, base=base)
     ranks = sorted(set(report.ranks.values()))
@@ -168,8 +187,14 @@ def import_(
     base: Annotated[str, typer.Option(help="The model it was trained on: a folder, a hub id or builtin:NAME.")],
 ) -> None:
     """Turn a checkpoint of the paper's authors into a PEFT adapter."""
+    from diablo.errors import UserError
+    from diablo.models.adapters import check_new_folder
     from diablo.models.authors import import_checkpoint
 
+    if not checkpoint.is_file():
+        raise UserError(f"There is no file {str(checkpoint)!r}; give the adapter.chkpt of the paper's authors.")
+    check_model(base, "--base")
+    check_new_folder(folder, "adapter")
     quiet()
     report = import_checkpoint(checkpoint, folder, base=base)
     out.print(
@@ -195,6 +220,8 @@ def generate(
     from diablo.models.adapters import load_for_generation
     from diablo.scoring.generation import generate as complete
 
+    check_model(model)
+    check_model(base, "--base")
     quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
     transformers.set_seed(seed)
@@ -222,6 +249,8 @@ def chat(
     from diablo.records.results import recipe_of_run
     from diablo_cli.chat import Chat, read_line
 
+    check_model(model)
+    check_model(base, "--base")
     quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=use_template)
     if use_template is None and not recipe_of_run(model):

@@ -36,7 +36,7 @@ def print_plan(out: Console, plan: Plan) -> None:
 
     recipe, (trainable, total) = plan.recipe, plan.parameters
     if plan.targets:
-        out.print(kinds_table(plan.targets, f"{recipe.method.name} on {recipe.model}"))
+        out.print(kinds_table(plan.targets, f"{recipe.method.title} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     _print_rows(out, plan)
     if plan.special_text[0]:
@@ -93,12 +93,15 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         model: what the user called the model.
         batch: the batch that the memory is for, in words.
     """
-    out.print(kinds_table(sizes.targets, f"DiaBlo with N = {sizes.num_blocks} on {model}"))
+    if sizes.targets:
+        out.print(kinds_table(sizes.targets, f"{sizes.method} on {model}"))
     out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})")
-    out.print(
-        f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in one "
-        "of thousands\n"
-    )
+    if sizes.learning_rate is not None:
+        out.print(
+            f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in "
+            "one of thousands"
+        )
+    out.print()
     table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")
     table.add_row("trained parameters", *(f"{row.trained:,}" for row in sizes.memory))
     for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
@@ -176,7 +179,7 @@ def kinds_table(kinds: list[TargetKind], title: str) -> Table:
     """What a method adapts, by kind."""
     table = Table("module", "count", "shape", "adapter", "parameters", title=title)
     for kind in kinds:
-        shape = f"{kind.shape[0]} -> {kind.shape[1]}"
+        shape = f"{kind.shape[0]} -> {kind.shape[1]}" if kind.shape else "-"
         table.add_row(kind.kind, str(kind.count), shape, kind.adapter, f"{kind.parameters:,}")
     return table
 

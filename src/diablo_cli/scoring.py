@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from diablo_cli.completion import complete_scored_tasks, complete_task
-from diablo_cli.shell import Base, app, check_file, out, progress, quiet, refuse
+from diablo_cli.shell import Base, app, check_file, check_model, out, progress, quiet, refuse
 
 if TYPE_CHECKING:
     from diablo.scoring.generation import Decoding
@@ -79,6 +79,8 @@ def evaluate(
     }
     of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
     check_file(out_file)
+    check_model(model)
+    check_model(base, "--base")
     if harness is not None:
         refuse("--harness has tasks and settings of its own", of_tasks | of_generation)
         settings = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}

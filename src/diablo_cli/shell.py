@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,20 +37,53 @@ def check_file(path: Path | None, option: str = "--out") -> None:
         raise UserError(f"{option}: {str(path)!r} cannot be written; give a file in a folder that exists.")
 
 
+def is_recipe(name: str) -> bool:
+    """Whether a name stands for a recipe: a YAML file, or one that diablo ships."""
+    from diablo.recipes.reading import shipped_recipes
+
+    return not Path(name).is_dir() and (name in shipped_recipes() or name.endswith((".yaml", ".yml")))
+
+
+def check_model(name: str | None, option: str = "model") -> None:
+    """Check that a name can be a model's, before anything heavy is imported or a hub is asked.
+
+    Args:
+        name: what the user gave; None for nothing.
+        option: where, for the message.
+    """
+    from diablo.errors import UserError, did_you_mean
+    from diablo.models.names import WHAT_TO_GIVE, check_name
+    from diablo.recipes.reading import shipped_recipes
+
+    if name is None or Path(name).is_dir():
+        return
+    recipes = shipped_recipes()
+    if name in recipes:
+        raise UserError(
+            f"{option}: {name!r} is a recipe, not a model; give the folder that diablo train {name} wrote, or a model."
+        )
+    # Ids on the hub without a slash are few and old: what is almost the name of a recipe is none of them.
+    if "/" not in name and (meant := did_you_mean(name, recipes)):
+        raise UserError(f"{option}: there is no folder {name!r}. {WHAT_TO_GIVE}{meant}")
+    check_name(name, option)
+
+
 def quiet() -> None:
     """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo."""
     import warnings
 
+    import huggingface_hub.utils.logging
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    # What they advise about their own settings, which a recipe's user does not have.
+    for library in ("peft", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch", "torchao"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import datasets
-
-    datasets.disable_progress_bars()
-    with contextlib.suppress(ImportError):
-        # gptqmodel's log, which opens with a banner.
+    # gptqmodel's log opens with an empty line, and then has a banner.
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
         from logbar import LogBar
 
         LogBar.shared().setLevel("ERROR")

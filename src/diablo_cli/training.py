@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from diablo_cli.completion import complete_methods, complete_recipe
-from diablo_cli.shell import app, out, progress, quiet
+from diablo_cli.shell import app, check_model, is_recipe, out, progress, quiet, refuse
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
@@ -61,7 +61,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names of methods, separated by commas; all of them if not given.", autocompletion=complete_methods
+            help="Names of methods, separated by commas, and peft:TYPE:KEY for any type of PEFT whose KEY is solved "
+            "for, such as peft:GRALORA:r; all that have names of their own if not given.",
+            autocompletion=complete_methods,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
@@ -75,14 +77,15 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and stop.")] = False,
 ) -> None:
     """Compare methods at equal trained parameters, each at its best learning rate, over several seeds."""
+    from diablo.recipes.reading import load_recipe
+
+    settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
     from diablo.comparison import DEFAULT_METHODS, DEFAULT_RATES, parse_rates, plan_comparison
     from diablo.comparison import compare as run
-    from diablo.recipes.reading import load_recipe
     from diablo_cli.reporting import print_comparison, print_comparison_plan
 
     rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
     names = DEFAULT_METHODS if methods is None else methods.split(",")
-    settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
     quiet()
     comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
     print_comparison_plan(out, comparison)
@@ -96,22 +99,64 @@ def compare(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or builtin:NAME; only its config is read.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe, as for train; or a folder, a hub id or builtin:NAME, of which only the config is read.",
+        ),
+    ],
+    overrides: Overrides = None,
     num_blocks: Annotated[int | None, typer.Option(min=1, help="N; 64 where neither size is given.")] = None,
     budget: Annotated[str | None, typer.Option(help="The largest share to train, such as 1%, in place of N.")] = None,
     target_modules: Annotated[str | None, typer.Option(help="Names, separated by commas, or all-linear.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32.")] = "bf16",
-    gradient_checkpointing: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a forward; 1 if not given.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; 1024 if not given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32; bf16 if not given.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        str | None, typer.Option(help="none, selective or full; none if not given.")
+    ] = None,
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
     from diablo.models.loading import parse_dtype
-    from diablo.planning.sizes import plan_sizes
+    from diablo.planning.sizes import plan_sizes, recipe_sizes
+    from diablo.recipes.reading import load_recipe
     from diablo_cli.reporting import print_sizes
 
-    quiet()
+    options = {
+        "--num-blocks": num_blocks,
+        "--budget": budget,
+        "--target-modules": target_modules,
+        "--batch-size": batch_size,
+        "--length": length,
+        "--dtype": dtype,
+        "--gradient-checkpointing": gradient_checkpointing,
+    }
+    if is_recipe(model):
+        refuse("a recipe has settings of its own, such as method.num_blocks=64 or training.batch_size=1", options)
+        recipe = load_recipe(model, overrides or [])
+        quiet()
+        training = recipe.training
+        sizes = recipe_sizes(recipe)
+        dtype = str(sizes.dtype).removeprefix("torch.")
+        if recipe.quantization:
+            dtype += f" over {recipe.quantization} weights"
+        print_sizes(
+            out,
+            sizes,
+            recipe.model,
+            f"{training.batch_size} x {training.max_length} tokens (training.max_length) in {dtype}, "
+            f"gradient checkpointing: {training.gradient_checkpointing}",
+        )
+        return
+    if overrides:
+        raise UserError(
+            f"{overrides[0]}: overrides are of a recipe, and {model!r} is none; use options, such as --num-blocks."
+        )
+    check_model(model)
     share = None
     if budget is not None:
         try:
@@ -119,6 +164,10 @@ def plan(
         except ValueError:
             raise UserError(f"--budget: found {budget!r}; give a share such as 1% or 0.01.") from None
     names = target_modules.split(",") if target_modules and target_modules != "all-linear" else target_modules
+    batch_size, length, dtype = batch_size or 1, length or 1024, dtype or "bf16"
+    checkpointing = gradient_checkpointing or "none"
+    chosen = parse_dtype(dtype)
+    quiet()
     sizes = plan_sizes(
         model,
         num_blocks=num_blocks,
@@ -126,8 +175,8 @@ def plan(
         target_modules=names,
         batch_size=batch_size,
         length=length,
-        dtype=parse_dtype(dtype),
-        checkpointing=gradient_checkpointing,
+        dtype=chosen,
+        checkpointing=checkpointing,
     )
-    batch = f"{batch_size} x {length} tokens in {dtype}, gradient checkpointing: {gradient_checkpointing}"
+    batch = f"{batch_size} x {length} tokens in {dtype}, gradient checkpointing: {checkpointing}"
     print_sizes(out, sizes, model, batch)

@@ -344,6 +344,43 @@ def test_plan_needs_the_config_alone(diablo, tiny_model, tmp_path):
     assert "--budget: found 'much'" in error
 
 
+def test_plan_takes_a_recipe_and_shows_its_own_method_at_its_own_batch(diablo, tiny_model, tmp_path):
+    own = [f"model={tiny_model}", "training.batch_size=3", "training.max_length=40", "precision=fp32"]
+    status, out, _ = diablo("plan", "quickstart", *own, "method.num_blocks=4")
+    assert status == 0
+    assert "4 blocks of 8 x 8" in out
+    assert "at 3 x 40 tokens (training.max_length) in float32" in out
+    for method in ("DiaBlo, N = 4", "LoRA, r =", "full fine-tuning"):
+        assert method in out
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"task: mawps\nmodel: {tiny_model}\noutput: out\nmethod: {{name: dora, r: 2}}\n")
+    status, out, _ = diablo("plan", recipe, "training.max_length=16")
+    assert status == 0
+    assert "rank 2" in out
+    assert "DoRA, r = 2" in out
+    assert "DiaBlo" not in out
+    status, out, _ = diablo("plan", recipe, "training.max_length=16", "method=full")
+    assert status == 0
+    assert "full fine-tuning" in out
+
+
+def test_the_output_layer_is_trained_and_merged(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["method.target_modules=[lm_head]", "merge=true", "evaluation.before=false", "evaluation.after=false"]
+    status, _, error = diablo(*quickstart_on(tiny_model, run, *options))
+    assert status == 0, error
+    assert blocks_of(run)["base_model.model.lm_head.diablo_blocks"].any()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).lm_head.weight
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(run / "merged").lm_head.weight, base)
+
+
+def test_a_run_that_is_shorter_than_logging_steps_has_its_last_loss(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    options = ["training.logging_steps=3", "evaluation.before=false", "evaluation.after=false"]
+    assert diablo(*quickstart_on(tiny_model, run, *options))[0] == 0
+    assert [step for step, _ in json.loads((run / "run.json").read_text())["training"]["loss"]] == [3, 4]
+
+
 def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_path):
     records = [
         {
@@ -374,3 +411,52 @@ def test_a_multiple_choice_task_is_scored_by_likelihood(diablo, tiny_model, tmp_
     right = sum(line["right"] for line in lines)
     assert f"boolq: acc {right / 2:.1%}, acc_norm" in out
     assert f"({right} of 2)" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "file"),
+    [
+        ("{name: peft, type: gralora, r: 8}", "gralora_A 2 x 16 x 8", "gralora_A"),
+        ("{name: peft, type: SHIRA, r: 4}", "shira_weight 256", "shira_weight"),
+        ("{name: peft, type: PROMPT_TUNING, num_virtual_tokens: 4}", "4 x 32", "prompt_embeddings"),
+    ],
+)
+def test_a_type_of_peft_from_its_plan_to_an_answer(diablo, tiny_model, tmp_path, method, kind, file):
+    run = tmp_path / "run"
+    arguments = quickstart_on(tiny_model, run, "training.learning_rate=1e-2", "training.save_steps=2")
+    arguments = [*(each for each in arguments if not each.startswith("method.")), f"method={method}"]
+    status, out, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    assert kind in out
+    assert diablo(*arguments)[0] == 0
+    record = json.loads((run / "run.json").read_text())
+    losses = [loss for _, loss in record["training"]["held_out_loss"]]
+    assert losses[-1] < losses[0]
+    trained = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(file in name for name in trained)
+
+    # From the checkpoint of half the steps on, the same adapter comes out.
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "checkpoint-4")
+    assert diablo(*arguments, "--resume")[0] == 0
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+    status, out, _ = diablo("evaluate", run, "--limit", 6)
+    assert status == 0
+    assert f"({record['scores']['after']['mawps']['right']} of 6)" in out
+    assert diablo("generate", run, "Problem: 2 and 3 ?", "--max-new-tokens", 4)[0] == 0
+    status, _, error = diablo("merge", run, tmp_path / "merged")
+    if "PROMPT" in method:
+        assert status == 2
+        assert "PROMPT_TUNING cannot be merged into the model" in error
+    else:
+        assert status == 0
+
+
+def test_a_merge_that_a_type_of_peft_has_not_is_refused_before_training(diablo, tiny_model, tmp_path):
+    arguments = quickstart_on(tiny_model, tmp_path / "run", "merge=true", "method={name: peft, type: LILY}")
+    status, _, error = diablo(*(each for each in arguments if each != "method.num_blocks=4"))
+    assert status == 2
+    assert "merge: found true: LILY cannot be merged" in error
+    assert not (tmp_path / "run").exists()

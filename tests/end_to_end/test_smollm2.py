@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import diablo
 from diablo.data import RowEncoder
 from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.merging import merge_adapter
 from diablo.models.builtin import builtin_model
 from diablo.models.loading import load_model, load_tokenizer
 from diablo.scoring.losses import summed_completion_loss
@@ -108,6 +109,21 @@ def test_a_saved_adapter_gives_the_same_logits(adapted, folder, batch, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # Trained further, its blocks stand in the weight, as those of the model that was saved.
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval(), batch), expected)
+
+
+def test_a_merged_model_no_longer_ties_the_head_that_was_adapted(folder, batch, tmp_path):
+    torch.manual_seed(0)
+    base = load_model(folder, torch.float32)
+    assert base.config.tie_word_embeddings
+    before = logits(base.eval(), batch)
+    config = diablo.DiabloConfig(num_blocks=16, target_modules=["lm_head", "q_proj"], init_weights=False)
+    adapted = get_peft_model(base, config).eval()
+    beside = logits(adapted, batch)
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=folder)
+    assert report.untied == {"lm_head.weight": "model.embed_tokens.weight"}
+    merged = logits(load_model(str(report.folder), torch.float32).eval(), batch)
+    assert (merged - beside).abs().max() < 1e-3 * (beside - before).abs().max()
 
 
 def test_a_few_steps_lower_the_loss(model, rows):

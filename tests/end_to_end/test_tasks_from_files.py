@@ -223,7 +223,8 @@ def test_several_tasks_with_several_samples_to_a_file(diablo, tiny_model, tmp_pa
     ],
 )
 def test_a_fault_is_one_line_before_a_model_is_looked_for(diablo, data, arguments, expected):
-    status, _, err = diablo("evaluate", "/no/such/model", *[str(a).replace("DATA", str(data)) for a in arguments])
+    # The folder has no model.
+    status, _, err = diablo("evaluate", data, *[str(a).replace("DATA", str(data)) for a in arguments])
     assert status == 2
     assert expected in err
     assert len(err.strip().splitlines()) == 1
@@ -231,7 +232,7 @@ def test_a_fault_is_one_line_before_a_model_is_looked_for(diablo, data, argument
 
 def test_code_runs_only_where_it_is_allowed(diablo, tiny_model, tmp_path, data, monkeypatch):
     monkeypatch.setattr(Mawps, "runs_code", True)
-    status, _, err = diablo("evaluate", "/no/such/model", "--task", "mawps")
+    status, _, err = diablo("evaluate", tiny_model, "--task", "mawps")
     assert status == 2
     assert "Task 'mawps' runs code that the model wrote; allow it with --allow-code-execution" in err
     status, _, err = diablo("evaluate", tiny_model, "--task", "mawps", "--limit", 1, "--allow-code-execution")

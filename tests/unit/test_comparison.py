@@ -68,6 +68,60 @@ def test_every_method_comes_as_close_to_diablos_parameters_as_its_ranks_do(tiny_
     assert comparison.planned_runs == 7 * (4 + 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "off"),
+    [
+        ("peft:GRALORA:r", "r = 4", 256),
+        ("peft:GRALORA:r:gralora_k=4:alpha=8", "r = 4, gralora_k 4, alpha 8", 256),
+        # It trains less the larger its blocks are, which must divide both dimensions.
+        ("peft:C3A:block_size", "block_size = 4", 0),
+        ("peft:OFT:oft_block_size", "oft_block_size = 16", 192),
+        # Its adapters are made from the values of weights.
+        ("peft:SHIRA:r", "r = 4", 256),
+        # Its vectors are shared by all layers.
+        ("peft:VBLORA:num_vectors:vector_length=16", "num_vectors = 16, vector_length 16", 0),
+        ("peft:PREFIX_TUNING:num_virtual_tokens", "num_virtual_tokens = 48", 0),
+    ],
+)
+def test_the_key_that_is_named_is_solved_for(tiny_model, tmp_path, name, size, off):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo", name])
+    contender = comparison.contenders[1]
+    assert (contender.name, contender.size) == (name, size)
+    assert abs(contender.trained - comparison.budget) == off
+    assert contender.deviation == contender.trained / comparison.budget - 1
+    run = comparison.run(contender, "test", 1e-3, 0)
+    assert make_plan(run.recipe).parameters[0] == contender.trained
+    assert run.recipe.output.name == f"{name.replace(':', '-')}-test-lr0.001-seed0"
+    assert comparison.settings["methods"] == ["diablo", name]
+
+
+def test_a_type_of_peft_shares_targets_and_dropout_with_diablo_or_is_refused(tiny_model, tmp_path):
+    def contender(method: dict[str, Any], name: str) -> Any:
+        recipe = recipe_on(tiny_model, tmp_path / "run", method={"num_blocks": 4, **method})
+        return plan_comparison(recipe, methods=[name]).contenders[0].method
+
+    shared = {"target_modules": ["q_proj", "up_proj"], "dropout": 0.1}
+    options = contender(shared, "peft:GRALORA:r").options
+    assert options == {"r": 4, "target_modules": ["q_proj", "up_proj"], "gralora_dropout": 0.1}
+    assert contender(shared, "peft:PREFIX_TUNING:num_virtual_tokens").options.keys() == {"num_virtual_tokens"}
+    with pytest.raises(UserError, match="'peft:SHIRA:r' has no shira_dropout"):
+        contender(shared, "peft:SHIRA:r")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("peft:GRALORA:alpha", ["alpha does not change how many parameters", "r, hybrid_r"]),
+        ("peft:VBLORA:r", ["fits at no r", "`vector_length` 256"]),
+    ],
+)
+def test_a_key_that_cannot_be_solved_for(tiny_model, tmp_path, name, parts):
+    with pytest.raises(UserError) as caught:
+        plan_on(tiny_model, tmp_path, methods=[name])
+    for part in parts:
+        assert part in str(caught.value)
+
+
 def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(tiny_model, tmp_path):
     comparison = plan_on(tiny_model, tmp_path, methods=["diablo"])
     assert comparison.recipe.data.validation_rows == 6
@@ -97,6 +151,14 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
             ["--methods: found 'lorra'", "allowed: diablo, lora", "mean lora?"],
         ),
         ({"methods": ["lora", "lora"]}, {}, ["--methods: found lora, lora", "once"]),
+        ({"methods": ["peft"]}, {}, ["--methods: found 'peft'", "peft:TYPE:KEY, such as peft:GRALORA:r"]),
+        ({"methods": ["peft:GRALORA"]}, {}, ["--methods: found 'peft:GRALORA'", "KEY", "can be r,"]),
+        ({"methods": ["peft:GRALORA:rr"]}, {}, ["--methods: found 'peft:GRALORA:rr'", "Did you mean r?"]),
+        ({"methods": ["peft:IA3:r"]}, {}, ["IA3 has no key that could be solved for"]),
+        ({"methods": ["peft:GRALOR:r"]}, {}, ["in 'peft:GRALOR:r'", "Did you mean GRALORA?"]),
+        ({"methods": ["peft:XLORA:r"]}, {}, ["XLORA, which no recipe trains"]),
+        ({"methods": ["peft:GRALORA:r:gralora=2"]}, {}, ["found 'gralora=2' in", "Did you mean gralora_k?"]),
+        ({"methods": ["peft:GRALORA:r:alpha=["]}, {}, ["'alpha=['", "not a valid YAML value"]),
         ({"methods": []}, {}, ["--methods: found none"]),
         ({"seeds": 0}, {}, ["--seeds: found 0", "at least 1"]),
         ({"rates": [1e-3, 0.0]}, {}, ["--lrs: found 0.001, 0", "above 0"]),
@@ -108,7 +170,7 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
 )
 def test_a_fault_is_found_before_anything_is_read(tmp_path, options, changes, parts):
     with pytest.raises(UserError) as caught:
-        plan_comparison(recipe_on(Path("no/such/model"), tmp_path / "run", **changes), **options)
+        plan_comparison(recipe_on(Path("no/model"), tmp_path / "run", **changes), **options)
     assert len(str(caught.value).splitlines()) == 1
     for part in parts:
         assert part in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -346,3 +347,102 @@ def test_what_is_merged_through_the_loaded_model_is_checked_too(tiny_model, tmp_
     report = merge_adapter(adapter, tmp_path / "merged", base=str(tmp_path / "other"), other_base=True)
     assert report.is_same_base is False
     assert merge_adapter(adapter, tmp_path / "own").is_same_base is True
+
+
+# Tied weights.
+
+
+@pytest.fixture(params=["one file", "several files"])
+def tied(request, tiny_model, tmp_path) -> Path:
+    folder = tmp_path / "tied"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder, **({} if request.param == "one file" else {"max_shard_size": "30KB"}))
+    copy_tokenizer(tiny_model, folder)
+    assert "lm_head.weight" not in stored_tensors(folder)
+    assert (folder / "model.safetensors.index.json").exists() == (request.param == "several files")
+    return folder
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(64).unsqueeze(0)).logits
+
+
+def assert_computes_as_beside(base: Path, adapter: Path, merged: Path) -> None:
+    """The merged model, read back from the disk, computes what the adapter does beside its base, and not the base."""
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert not loaded.config.tie_word_embeddings
+    assert not torch.equal(loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits_of(plain)
+    beside = logits_of(PeftModel.from_pretrained(plain, str(adapter)))
+    assert (logits_of(loaded) - beside).abs().max() < 1e-4 * (beside - before).abs().max()
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tied_weight_that_an_adapter_changes_is_untied_in_what_is_written(tied, tmp_path, diablo, targets):
+    adapter = make_adapter(tied, tmp_path / "adapter", std=0.3, num_blocks=4, target_modules=targets)
+    status, out, _ = diablo("merge", adapter, tmp_path / "merged")
+    assert status == 0
+    assert "Untied lm_head.weight from model.embed_tokens.weight" in out
+    assert "Read back 21 tensors" in out
+    written = stored_tensors(tmp_path / "merged")
+    changed = {f"model.{name}.weight" if name == "embed_tokens" else f"{name}.weight" for name in targets}
+    base = stored_tensors(tied)["model.embed_tokens.weight"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(written[name], base) == (name not in changed)
+    assert_computes_as_beside(tied, adapter, tmp_path / "merged")
+
+
+def test_a_tied_weight_that_an_adapter_leaves_alone_stays_tied(tied, tmp_path):
+    adapter = make_adapter(tied, tmp_path / "adapter", num_blocks=4)
+    report = merge_adapter(adapter, tmp_path / "merged")
+    assert not report.untied
+    assert report.verified == 20
+    assert AutoModelForCausalLM.from_pretrained(report.folder).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiabloConfig(num_blocks=4, target_modules=["lm_head"], bias="all"),
+        DiabloConfig(num_blocks=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=4, target_modules=["lm_head", "q_proj"]),
+        LoraConfig(r=4, target_modules=["embed_tokens"]),
+    ],
+    ids=["diablo", "modules_to_save", "lora", "lora-embeddings"],
+)
+def test_a_tied_weight_is_untied_also_where_the_model_is_merged_as_a_whole(tied, tmp_path, config):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), copy.deepcopy(config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert report.verified is None
+    assert report.untied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert_computes_as_beside(tied, tmp_path / "adapter", report.folder)
+
+
+def test_a_tied_weight_that_is_stored_under_the_other_name_is_untied(tied, tmp_path):
+    adapter = make_adapter(tied, tmp_path / "adapter", std=0.3, num_blocks=4, target_modules=["lm_head"])
+    tensors = stored_tensors(tied)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    report = merge_adapter(adapter, tmp_path / "merged")
+    assert report.verified == 21
+    assert_computes_as_beside(tied, adapter, report.folder)
+
+
+def test_embeddings_that_an_adapter_brings_of_its_own_are_merged_through_the_loaded_model(tiny_model, tmp_path):
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", num_blocks=4, target_modules=["lm_head"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    report = merge_adapter(adapter, tmp_path / "merged")
+    assert report.verified is None
+    expected = merged_by_peft(tiny_model, adapter, torch.float32)["lm_head.weight"]
+    assert torch.equal(stored_tensors(report.folder)["lm_head.weight"], expected)

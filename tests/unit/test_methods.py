@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo import BlockLayout, DiabloConfig
 from diablo.models.adapters import load_adapter, save_adapter, save_start
-from diablo.recipes.applying import apply_method, nearest_size
+from diablo.recipes.applying import apply_method, closest_size, nearest_size
 from diablo.recipes.methods import LoraMethod
 
 # What a layer trains at a size, by the methods' papers, to hold against what is counted.
@@ -52,6 +52,41 @@ def test_the_targets_of_the_config_play_no_part():
         )
 
     assert nearest_size(config, {(16, 16): 2}, 2 * 3 * 32) == 3
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(1, 2), st.integers(0, 9)), max_size=30),
+    wanted=st.integers(1, 150),
+    falls=st.booleans(),
+    last=st.integers(60, 2000),
+)
+def test_sizes_that_a_method_does_not_take_are_passed_over(steps, wanted, falls, last):
+    size, count, counts = 3, 5, {3: 5}
+    for factor, more in steps:
+        size, count = max(size + 1, int(factor * size)), count + more
+        counts[size] = count
+    if falls:
+        counts = dict(zip(counts, reversed(counts.values()), strict=True))
+    chosen = closest_size(counts.get, wanted, range(1, last))
+    best = min(abs(each - wanted) for size, each in counts.items() if size < last)
+    # A number that stands still for long is taken not to change any more.
+    if all(more for _, more in steps):
+        assert abs(counts[chosen] - wanted) == best
+
+
+def test_no_size_is_chosen_where_none_is_taken():
+    assert closest_size(lambda size: None, 100, range(1, 1000)) is None
+
+
+def test_few_sizes_are_counted_of_many():
+    asked = []
+
+    def parameters(size: int) -> int:
+        asked.append(size)
+        return 3 * size
+
+    assert closest_size(parameters, 3_000_001, range(1, 10**7)) == 1_000_000
+    assert len(asked) < 50
 
 
 @pytest.mark.parametrize(("name", "scale"), [("lora", 2.0), ("dora", 2.0), ("pissa", 1.0), ("rslora", 16 / 8**0.5)])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diablo.errors import UserError
-from diablo.recipes.methods import DiabloMethod, FullMethod, LoraMethod
+from diablo.recipes.methods import DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.reading import load_recipe, shipped_recipes
 from diablo.recipes.recipe import Recipe
 
@@ -69,9 +69,9 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate: found inf"]),
         ({"evaluation": {"examples": -1}}, ["evaluation.examples: found -1", "an integer of at least 0"]),
         ({"data": {"on_long": "cut"}}, ["data.on_long: found 'cut'", "allowed: error or drop"]),
-        ({"method": "lorra"}, ["method: found", "'lorra'", "diablo, lora, rslora, dora, pissa, miss, full"]),
-        ({"method": {"name": None}}, ["method: found", "diablo, lora, rslora, dora, pissa, miss, full"]),
-        ({"method": 3}, ["method: found 3", "diablo, lora, rslora, dora, pissa, miss, full"]),
+        ({"method": "lorra"}, ["method: found", "'lorra'", "diablo, lora, rslora, dora, pissa, miss, full, peft"]),
+        ({"method": {"name": None}}, ["method: found", "diablo, lora, rslora, dora, pissa, miss, full, peft"]),
+        ({"method": 3}, ["method: found 3", "diablo, lora, rslora, dora, pissa, miss, full, peft"]),
         ({"method": {"dropout": 1}}, ["method.dropout: found 1", "from 0 to below 1"]),
         ({"method": {"num_blocks": 0}}, ["method.num_blocks: found 0", "an integer from 1"]),
         ({"method": {"block_pattern": {"v_proj": "x"}}}, ["method.block_pattern: found 'x'", "to num_blocks"]),
@@ -119,6 +119,37 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({None: 2}, ["None: unknown key", "allowed: model"]),
         ({"training": {1.5: 2}}, ["training.1.5: unknown key", "allowed: learning_rate"]),
         ({"method": {3: 2}}, ["method.3: unknown key", "allowed: name, target_modules"]),
+        ({"method": "peft"}, ["method.type: missing", "a type of PEFT"]),
+        ({"method": {"name": "peft", "type": 3}}, ["method.type: found 3", "a type of PEFT"]),
+        (
+            {"method": {"name": "peft", "type": "gralore"}},
+            ["method.type: found 'gralore'", "allowed: PROMPT_TUNING,", "Did you mean GRALORA?"],
+        ),
+        ({"method": {"name": "peft", "type": "XLORA"}}, ["method.type: found XLORA", "trained already"]),
+        (
+            {"method": {"name": "peft", "type": "GRALORA", "gralora_kk": 2}},
+            ["method.gralora_kk: unknown key", "allowed: name, type, r,", "Did you mean gralora_k?"],
+        ),
+        # What PEFT fills in itself is no key, and neither is what takes a config of its own.
+        ({"method": {"name": "peft", "type": "GRALORA", "task_type": "X"}}, ["method.task_type: unknown key"]),
+        ({"method": {"name": "peft", "type": "LORA", "eva_config": {}}}, ["method.eva_config: unknown key"]),
+        ({"method": {"name": "peft", "type": "GRALORA", "r": "many"}}, ["method.r: found 'many'", "an integer"]),
+        (
+            {"method": {"name": "peft", "type": "MISS", "init_weights": "cat"}},
+            ["method.init_weights: found 'cat'", "allowed: true or false or bat or mini"],
+        ),
+        # What only the config itself knows.
+        (
+            {"method": {"name": "peft", "type": "LILY", "num_B": 1}},
+            ["method:", "num_B"],
+        ),
+        ({"method": {"name": "peft", "type": "PREFIX_TUNING"}}, ["method.num_virtual_tokens: missing; give an int"]),
+        ({"method": {"name": "peft", "type": "ADAMSS", "use_asa": True}}, ["method.use_asa: found True", "every step"]),
+        (
+            {"method": {"name": "peft", "type": "LORA", "init_lora_weights": "corda"}},
+            ["method.init_lora_weights: found 'corda'", "need data"],
+        ),
+        ({"method": {"name": "peft", "type": "GRALORA", 3: 2}}, ["method.3: unknown key"]),
     ],
 )
 def test_fault_is_one_line_with_key_found_and_allowed(tmp_path: Path, change: Any, parts: list[str]) -> None:
@@ -389,3 +420,20 @@ def test_no_settings_raise_anything_but_a_user_error(start: Any, change: Any, ch
         path.write_text(yaml.safe_dump(start | change, allow_unicode=True), encoding="utf-8")
         with contextlib.suppress(UserError):
             assert isinstance(load_recipe(path, overrides), Recipe)
+
+
+def test_a_type_of_peft_takes_its_own_keys_and_its_name_in_any_case(tmp_path: Path) -> None:
+    method = {"name": "peft", "type": "gralora", "r": 32, "alpha": 64, "target_modules": ["q_proj", "v_proj"]}
+    recipe = load_recipe(write(tmp_path, GOOD | {"method": method}), ["method.gralora_k=4"])
+    assert isinstance(recipe.method, PeftMethod)
+    assert recipe.method.type == recipe.method.title == "GRALORA"
+    assert recipe.method.target_modules == ["q_proj", "v_proj"]
+    assert recipe.method.options == {"r": 32, "alpha": 64, "target_modules": ["q_proj", "v_proj"], "gralora_k": 4}
+    # A recipe that was written down is the same recipe.
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_each_fault_of_a_type_of_peft_has_its_line(tmp_path: Path) -> None:
+    method = {"name": "peft", "type": "GRALORA", "rr": 3, "alpha": "many"}
+    lines = faults(tmp_path, GOOD | {"method": method, "seed": -1})
+    assert sorted(line.partition(":")[0] for line in lines) == ["method.alpha", "method.rr", "seed"]

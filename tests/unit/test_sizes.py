@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from diablo import DiabloConfig
 from diablo.errors import UserError
 from diablo.models.checkpointing import checkpointing_options
-from diablo.planning.sizes import Sizes, kept_for_backward, plan_sizes
+from diablo.models.loading import load_config
+from diablo.planning.sizes import Sizes, kept_for_backward, plan_sizes, sizes_of
 from diablo.recipes.applying import TargetKind
+from diablo.recipes.methods import LoraMethod
 
 
 def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):
@@ -102,7 +104,18 @@ def test_what_does_not_fit_is_refused(tiny_model, settings, match):
 def test_the_learning_rate_grows_with_the_number_of_blocks(num_blocks, rate):
     # Most of SmolLM2-135M's layers have 576 inputs: 144, 36, 9 and 3 rows a block.
     kinds = [TargetKind("up_proj", 4, (576, 1536), "", 0), TargetKind("down_proj", 1, (1536, 576), "", 0)]
-    assert Sizes(num_blocks, kinds, 0, 0, []).learning_rate == rate
+    assert Sizes("DiaBlo", num_blocks, kinds, 0, 0, torch.bfloat16, []).learning_rate == rate
+
+
+@pytest.mark.parametrize(("quantization", "bytes_each"), [(None, 4), ("int8", 1), ("nf4", 0.5 + 4 / 64)])
+def test_quantized_weights_are_those_of_the_linear_layers_but_the_head(tiny_model, quantization, bytes_each):
+    config = load_config(str(tiny_model))
+    options = {"batch_size": 1, "length": 8, "dtype": torch.float32, "quantization": quantization}
+    weights = sizes_of(config, LoraMethod(name="lora", r=2), **options).memory[0].weights
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n)
+    others = sum(parameter.numel() for parameter in model.parameters()) - linear
+    assert weights == 4 * others + linear * bytes_each
 
 
 def test_what_is_counted_is_let_go_of():

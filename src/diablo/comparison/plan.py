@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig
-from transformers import PretrainedConfig
-
+from diablo.comparison.contenders import OFFERED, Contender, check_methods, contender_of
 from diablo.data.general_text import BUILTIN_TEXT
-from diablo.errors import UserError, did_you_mean
+from diablo.errors import UserError
 from diablo.models.loading import meta_model
-from diablo.planning.plan import adapt_on_meta, check_quantized, make_plan
-from diablo.recipes.applying import Shapes, nearest_size, peft_config, shapes_of
-from diablo.recipes.methods import METHODS, AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
+from diablo.planning.plan import check_quantized, make_plan
+from diablo.recipes.applying import shapes_of
+from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.recipe import Recipe
 
-DEFAULT_METHODS = tuple(METHODS)
+DEFAULT_METHODS = tuple(OFFERED)
 DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 
 _VALIDATION_SHARE = 10
@@ -30,34 +28,11 @@ Stage = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A method at the size at which it is compared.
-
-    Attributes:
-        method: the method's section of a recipe.
-        size: N or rank, in words.
-        trained: number of trained parameters.
-        deviation: ``trained`` minus DiaBlo's number, as a share of DiaBlo's number; None for full fine-tuning, which
-            has no size to choose.
-    """
-
-    method: AnyMethod
-    size: str
-    trained: int
-    deviation: float | None
-
-    @property
-    def name(self) -> str:
-        """The method's name in a recipe."""
-        return self.method.name
-
-
-@dataclass(frozen=True)
 class Run:
     """One training run of a comparison.
 
     Attributes:
-        method: the method's name.
+        method: the contender's name.
         stage: which rows the run is judged by.
         rate: learning rate.
         seed: seed of the run.
@@ -119,7 +94,7 @@ class Comparison:
         Both stages train on the same rows; ``stage`` chooses the rows that the run is judged by.
         """
         is_test = stage == "test"
-        name = f"{contender.name}-{stage}-lr{rate:g}-seed{seed}"
+        name = f"{contender.folder}-{stage}-lr{rate:g}-seed{seed}"
         settings = self.recipe.model_dump()
         settings["method"] = contender.method.model_dump()
         settings["data"]["held_out"] = stage
@@ -146,7 +121,7 @@ def plan_comparison(
             it asks for no validation rows, a tenth of the training rows becomes the validation rows, at most 512. Where
             its ``evaluation.after`` is false, only losses are compared. Forgetting is measured on its
             ``evaluation.general``, or on the builtin text where the recipe names none.
-        methods: names of the methods to compare.
+        methods: names of the methods to compare, and ``peft:TYPE:KEY`` for one of PEFT's types whose KEY is solved for.
         seeds: number of seeds of the runs on the test rows. They count up from the recipe's seed.
         rates: the grid of learning rates.
         folder: where to write; the recipe's output with ``-comparison`` behind it where None.
@@ -166,14 +141,15 @@ def plan_comparison(
         settings["data"]["validation_rows"] = min(_MOST_VALIDATION_ROWS, max(1, rows // _VALIDATION_SHARE))
     recipe = Recipe.model_validate(settings)
     plan = make_plan(recipe)
-    check_quantized(recipe, plan.config, methods)
     budget, total = plan.parameters[0], sum(parameter.numel() for parameter in meta_model(plan.config).parameters())
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)
+    contenders = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]
+    check_quantized(recipe, plan.config, [contender.method for contender in contenders])
     return Comparison(
         recipe=recipe,
         folder=folder,
-        contenders=[_contender(name, recipe.method, plan.config, shapes, budget) for name in methods],
+        contenders=contenders,
         seeds=[recipe.seed + number for number in range(seeds)],
         rates=sorted(rates),
         budget=budget,
@@ -195,11 +171,7 @@ def parse_rates(text: str) -> list[float]:
 
 
 def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[float]) -> None:
-    for name in methods:
-        if name not in METHODS:
-            raise UserError(f"--methods: found {name!r}; allowed: {', '.join(METHODS)}.{did_you_mean(name, METHODS)}")
-    if not methods or len(set(methods)) < len(methods):
-        raise UserError(f"--methods: found {', '.join(methods) or 'none'}; name each method once.")
+    check_methods(methods)
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; give an integer of at least 1.")
     # The names of the runs' folders have the rates with six digits. Two rates with the same digits would share one.
@@ -220,26 +192,3 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[f
             "There is nothing to score the methods by: give held-out rows as data.eval, or evaluation.tasks, or a task "
             "that has a test split."
         )
-
-
-def _contender(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
-    """A method at the rank where its number of trained parameters comes closest to DiaBlo's."""
-    if name == "diablo":
-        return Contender(diablo, f"N = {diablo.num_blocks}", budget, 0.0)
-    if name == "full":
-        full = FullMethod(name="full")
-        return Contender(full, "all weights", adapt_on_meta(full, config)[1][0], None)
-    common = diablo.model_dump(include={"target_modules", "exclude_modules", "layers_to_transform", "dropout"})
-    meta = meta_model(config)
-
-    def at_rank(rank: int) -> LoraMethod | MissMethod:
-        section = MissMethod if name == "miss" else LoraMethod
-        return section.model_validate({"name": name, "r": rank, **common})
-
-    def adapter(rank: int) -> PeftConfig:
-        return peft_config(at_rank(rank), meta)
-
-    method = at_rank(nearest_size(adapter, shapes, budget))
-    trained = adapt_on_meta(method, config)[1][0]
-    size = f"r = {method.r}, alpha {method.alpha}" if isinstance(method, LoraMethod) else f"r = {method.r}"
-    return Contender(method, size, trained, trained / budget - 1)

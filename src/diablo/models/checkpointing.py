@@ -46,6 +46,18 @@ def checkpointing_options(choice: Checkpointing) -> dict[str, Any] | None:
     return {"use_reentrant": False} | ({"context_fn": selective_contexts} if choice == "selective" else {})
 
 
+def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Have a model compute again in the backward what its layers do not keep.
+
+    Args:
+        model: a transformers model, or a ``PeftModel`` around one.
+        options: from :func:`checkpointing_options`, or others for ``torch.utils.checkpoint``.
+    """
+    # Newer releases of transformers have the first, and warn that the second will go.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Two contexts for selective checkpointing: one for a forward, and one for the recomputation of that forward.
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
+from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -34,8 +35,11 @@ def load_config(name: str) -> PretrainedConfig:
     """The config alone: nothing else is read or downloaded.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or the hub does not answer.
     """
+    check_name(name)
+    if not Path(name).is_dir():
+        check_on_hub(name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -192,5 +196,5 @@ def _cannot_load(name: str, what: str, error: Exception) -> str:
         return f"model: the {what} in the folder {name!r} cannot be loaded: {reason}"
     return (
         f"model: {name!r} is no folder, and no {what} of that name could be had from the hub ({reason}). "
-        f"Give a folder, the id of a model on the hub, or {PREFIX}smollm2-135m."
+        f"{WHAT_TO_GIVE}{similar_folder(name)}"
     )

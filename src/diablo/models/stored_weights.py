@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from diablo.errors import UserError
 from diablo.models.loading import load_config, load_tokenizer, resolve_model
@@ -132,17 +132,24 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
     write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def write_settings(folder: Path, stored: StoredWeights, dtype: torch.dtype | None = None) -> None:
+def write_settings(
+    folder: Path,
+    stored: StoredWeights,
+    dtype: torch.dtype | None = None,
+    config: PretrainedConfig | None = None,
+) -> None:
     """Write a model's config, tokenizer and generation config, as they belong to weights that were made of another's.
 
     Args:
         folder: where to write.
         stored: the other model.
         dtype: dtype that the config is to state; the other's where None.
+        config: the config; the other's where None.
     """
+    config = config or stored.config
     if dtype is not None:
-        stored.config.dtype = dtype
-    stored.config.save_pretrained(folder)
+        config.dtype = dtype
+    config.save_pretrained(folder)
     load_tokenizer(stored.name).save_pretrained(folder)
     if (stored.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(stored.folder).save_pretrained(folder)

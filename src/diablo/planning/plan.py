@@ -31,8 +31,9 @@ from diablo.models.loading import (
 )
 from diablo.planning import preflight
 from diablo.planning.rows import choose_rows, encode_rows
-from diablo.recipes.applying import TargetKind, apply_method, target_kinds
-from diablo.recipes.methods import AdapterMethod, AnyMethod
+from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
+from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
+from diablo.recipes.peft_methods import check_merges, check_precision
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import Decoding, decoding_for
 from diablo.scoring.likelihood import as_multiple_choice
@@ -131,7 +132,11 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     rows = choose_rows(recipe, [task for task, _ in scored])
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
-    check_quantized(recipe, config, [recipe.method.name])
+    check_quantized(recipe, config, [recipe.method])
+    if isinstance(recipe.method, PeftMethod):
+        check_precision(recipe.method.type, dtype)
+        if recipe.merge:
+            check_merges(recipe.method.type, "merge: found true")
     targets, parameters = adapt_on_meta(recipe.method, config)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
@@ -180,7 +185,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     )
 
 
-def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[str]) -> None:
+def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[AnyMethod]) -> None:
     """Check that none of some methods would have to change weights that are quantized.
 
     Raises:
@@ -191,11 +196,11 @@ def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[
         raise UserError(
             f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
         )
-    refused = [name for name in methods if name in ("full", "pissa")]
+    refused = [method.title for method in methods if method.needs_plain_weights]
     if how and refused:
         raise UserError(
-            f"method: {', '.join(refused)} would have to change weights that {how} quantizes; take another method, or "
-            "a model that is not quantized."
+            f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
+            "method, or a model that is not quantized."
         )
 
 
@@ -214,7 +219,18 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     Raises:
         UserError: the method does not fit the model.
     """
-    adapted = apply_method(meta_model(config), method)
-    chosen = isinstance(method, AdapterMethod) and isinstance(method.target_modules, str)
+    model = meta_model(config)
+    total = count_parameters(model)[1]
+    try:
+        adapted = apply_method(model, method)
+        kinds = target_kinds(adapted)
+        parameters = count_parameters(adapted)
+    except NotImplementedError:
+        # Some methods start from the values of the weights, which there are none of.
+        assert isinstance(method, PeftMethod)
+        adapted, kinds = kinds_by_layer(method, meta_model(config))
+        trained = sum(kind.parameters for kind in kinds)
+        parameters = trained, total + trained
+    chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
-    return target_kinds(adapted), count_parameters(adapted)
+    return kinds, parameters

@@ -109,6 +109,8 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
     """
     labels = batch["labels"]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    # Prompts that were learned are put before the tokens.
+    logits = logits[:, -labels.shape[1] :]
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     reached = loss.requires_grad
     if reached:

@@ -19,13 +19,25 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.models.checkpointing import Checkpointing, selective_contexts
-from diablo.models.loading import count_parameters, load_config, meta_model, resolve_model
+from diablo.models.checkpointing import Checkpointing, enable_checkpointing, selective_contexts
+from diablo.models.loading import (
+    choose_device,
+    choose_dtype,
+    count_parameters,
+    load_config,
+    meta_model,
+    resolve_model,
+)
+from diablo.planning.plan import check_quantized
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
-from diablo.recipes.methods import DiabloMethod, FullMethod, LoraMethod
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
+from diablo.recipes.recipe import Recipe
 from diablo.tuner import DiabloLayer
 
 _ATTENTION = "diablo_sizing"
+_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA", "miss": "MiSS"}
+_QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+"""Bytes of a weight that bitsandbytes holds; with nf4, 64 of them share a scale in fp32."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +74,36 @@ class Sizes:
     """What training a model would take.
 
     Attributes:
-        num_blocks: DiaBlo's N.
-        targets: what is adapted, by kind.
+        method: the method, in words.
+        num_blocks: DiaBlo's N; None for another method.
+        targets: what is adapted, by kind; empty for full fine-tuning.
         trained: trained parameters.
         total: parameters of the model.
-        memory: an estimate for DiaBlo, for LoRA of as many trained parameters and for full fine-tuning.
+        dtype: dtype of the frozen weights and of the activations.
+        memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
+            LoRA of as many trained parameters.
     """
 
-    num_blocks: int
+    method: str
+    num_blocks: int | None
     targets: list[TargetKind]
     trained: int
     total: int
+    dtype: torch.dtype
     memory: list[Memory]
 
     @property
-    def learning_rate(self) -> float:
-        """A rate to start a sweep of a short run from, to one digit: 0.1 over the rows of a block.
+    def learning_rate(self) -> float | None:
+        """A rate to start a sweep of a short run from, to one digit: 0.1 over the rows of a block; None without blocks.
 
         A step of Adam moves every entry by about the rate, and an output by the sum over the rows of its block. Larger
         N, which makes blocks smaller, therefore takes a larger rate; ``docs/experiments/choice-of-n.md`` has it from
         32 steps of SmolLM2-135M.
         """
-        rows = [BlockLayout(*kind.shape, self.num_blocks).block_in for kind in self.targets for _ in range(kind.count)]
+        if self.num_blocks is None:
+            return None
+        shapes = shapes_of(self.targets).items()
+        rows = [BlockLayout(*shape, self.num_blocks).block_in for shape, count in shapes for _ in range(count)]
         return float(f"{0.1 / statistics.median(rows):.0e}")
 
 
@@ -98,7 +118,9 @@ def plan_sizes(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: str = "none",
 ) -> Sizes:
-    """Work out what training a model would take. Only its config is read; the model is built on the meta device.
+    """Work out what training a model by DiaBlo would take.
+
+    Only its config is read; the model is built on the meta device.
 
     Args:
         model: a folder, a hub id or ``builtin:NAME``.
@@ -126,24 +148,93 @@ def plan_sizes(
     if budget is not None:
         num_blocks = _fitting_num_blocks(config, budget, target_modules)
     method = DiabloMethod(num_blocks=num_blocks or 64, target_modules=target_modules)
+    return sizes_of(config, method, batch_size=batch_size, length=length, dtype=dtype, checkpointing=checkpointing)
+
+
+def sizes_of(
+    config: PretrainedConfig,
+    method: AnyMethod,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    checkpointing: str = "none",
+    quantization: str | None = None,
+) -> Sizes:
+    """Work out what training a model by a method would take, on the meta device.
+
+    Args:
+        config: the model's config.
+        method: the method of a recipe.
+        batch_size: rows of a forward.
+        length: tokens of a row.
+        dtype: dtype of the frozen weights and of the activations.
+        checkpointing: ``training.gradient_checkpointing`` of the recipe.
+        quantization: how bitsandbytes holds the frozen weights of linear layers: ``"nf4"``, ``"int8"`` or, for as they
+            are, None.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
     adapted = _adapted(config, method, dtype)
     total = sum(parameter.numel() for parameter in meta_model(config).parameters())
     trained, _ = count_parameters(adapted)
     targets = target_kinds(adapted)
-    rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained)
-    lora = LoraMethod(name="lora", r=rank, target_modules=target_modules)
     # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
-    full = _adapted(config, FullMethod(name="full"), dtype)
+    full = FullMethod(name="full")
+    compared: list[AnyMethod] = [] if isinstance(method, FullMethod) else [full]
+    if isinstance(method, DiabloMethod):
+        rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained)
+        compared.insert(0, LoraMethod(name="lora", r=rank, target_modules=method.target_modules))
 
-    def kept(adapted: nn.Module) -> int:
-        return _kept_on_meta(adapted, batch_size, length, checkpointing)
+    def memory(method: AnyMethod, adapted: Any) -> Memory:
+        kept = _kept_on_meta(adapted, batch_size, length, checkpointing)
+        if isinstance(method, FullMethod):
+            return _memory(in_words(method), adapted, kept, full=True)
+        return _memory(in_words(method), adapted, kept, _frozen_bytes(adapted, quantization))
 
-    memory = [
-        _memory(f"DiaBlo, N = {method.num_blocks}", adapted, kept(adapted)),
-        _memory(f"LoRA, r = {rank}", other := _adapted(config, lora, dtype), kept(other)),
-        _memory("full fine-tuning", full, kept(full), full=True),
-    ]
-    return Sizes(method.num_blocks, targets, trained, total, memory)
+    return Sizes(
+        method=in_words(method),
+        num_blocks=method.num_blocks if isinstance(method, DiabloMethod) else None,
+        targets=targets,
+        trained=trained,
+        total=total,
+        dtype=dtype,
+        memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype)) for each in compared)],
+    )
+
+
+def recipe_sizes(recipe: Recipe) -> Sizes:
+    """Work out what a recipe's training would take, from its model's config alone, for rows of the longest length.
+
+    Args:
+        recipe: the recipe.
+
+    Raises:
+        UserError: there is no such model, or the method does not fit it.
+    """
+    config = load_config(resolve_model(recipe.model))
+    check_quantized(recipe, config, [recipe.method])
+    return sizes_of(
+        config,
+        recipe.method,
+        batch_size=recipe.training.batch_size,
+        length=recipe.training.max_length,
+        dtype=choose_dtype(recipe.precision, choose_device()),
+        checkpointing=recipe.training.gradient_checkpointing,
+        quantization=recipe.quantization,
+    )
+
+
+def in_words(method: AnyMethod) -> str:
+    """A method and its size."""
+    if isinstance(method, FullMethod):
+        return "full fine-tuning"
+    if isinstance(method, DiabloMethod):
+        return f"DiaBlo, N = {method.num_blocks}"
+    if isinstance(method, PeftMethod):
+        return method.type
+    return f"{_TITLES[method.name]}, r = {method.r}"
 
 
 def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype) -> Any:
@@ -155,13 +246,11 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     """The smallest N that trains at most a share of the model's parameters."""
     model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    shapes = [
-        (kind.shape, kind.count)
-        for kind in target_kinds(apply_method(model, DiabloMethod(num_blocks=1, target_modules=target_modules)))
-    ]
-    most = min(min(shape) for shape, _ in shapes)
+    whole = DiabloMethod(num_blocks=1, target_modules=target_modules)
+    shapes = shapes_of(target_kinds(apply_method(model, whole)))
+    most = min(map(min, shapes))
     for number in range(1, most + 1):
-        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes)
+        blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes.items())
         if blocks <= budget * total:
             return number
     raise UserError(
@@ -170,9 +259,8 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     )
 
 
-def _memory(name: str, model: nn.Module, activations: int, *, full: bool = False) -> Memory:
+def _memory(name: str, model: nn.Module, activations: int, frozen: int = 0, *, full: bool = False) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     adapter = sum(parameter.nbytes for parameter in trained)
     # In place, the diagonal of each weight is kept as it was: as many values as there are in the blocks.
@@ -184,12 +272,28 @@ def _memory(name: str, model: nn.Module, activations: int, *, full: bool = False
     return Memory(
         method=name,
         trained=count,
-        weights=4 * count if full else sum(parameter.nbytes for parameter in frozen),
+        weights=4 * count if full else frozen,
         adapter=0 if full else adapter,
         gradients=4 * count,
         optimizer=8 * count,
         activations=activations,
     )
+
+
+def _frozen_bytes(model: Any, quantization: str | None) -> int:
+    """Bytes of the weights that are not trained; bitsandbytes leaves the output layer and embeddings as they are."""
+    frozen = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+    if quantization is None:
+        return frozen
+    head = model.get_output_embeddings()
+    left = {id(parameter) for module in (head, model.get_input_embeddings()) for parameter in module.parameters()}
+    held = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in left
+    ]
+    saved = sum(weight.nbytes - weight.numel() * _QUANTIZED_BYTES[quantization] for weight in held)
+    return frozen - round(saved)
 
 
 def kept_for_backward(forward: Callable[[], torch.Tensor]) -> int:
@@ -225,7 +329,7 @@ def _kept_on_meta(model: Any, batch_size: int, length: int, checkpointing: str) 
         finally:
             counts.append(made.alive())
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    enable_checkpointing(model, {"use_reentrant": False, "context_fn": contexts})
     with _Made() as made:
         loss = _loss_on_meta(model, batch_size, length)
         counts.append(made.alive())

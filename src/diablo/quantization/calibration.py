@@ -10,7 +10,7 @@ import torch
 
 from diablo.data.general_text import BUILTIN_TEXT, read_texts
 from diablo.errors import UserError, did_you_mean
-from diablo.tasks import TASKS, check_split, get_task
+from diablo.tasks import TASKS, check_folder, check_split, get_task
 
 
 def calibration_rows(
@@ -49,13 +49,32 @@ def calibration_rows(
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
-def _texts(source: str, folder: Path | None) -> list[str]:
+def check_calibration(source: str, folder: Path | None = None) -> None:
+    """Check what calibration text is to be taken from, before it is read.
+
+    Args:
+        source: as for :func:`calibration_rows`.
+        folder: a local folder of the tasks' datasets.
+
+    Raises:
+        UserError: there is no such file or task, or the folder would not be read from.
+    """
     if source in TASKS:
         check_split("--calibration", source, "train")
-        return [f"{each.row.prompt}{each.row.completion}" for each in get_task(source, folder=folder).problems("train")]
-    if source != BUILTIN_TEXT and not Path(source).is_file():
+        if folder is not None:
+            check_folder("--data-folder", folder, [source])
+        return
+    if source != BUILTIN_TEXT and not (source.endswith((".txt", ".jsonl")) and Path(source).is_file()):
         raise UserError(
             f"--calibration: found {source!r}; give a .txt or .jsonl file, the name of a task with a train split, or "
             f"builtin.{did_you_mean(source, TASKS)}"
         )
+    if folder is not None:
+        raise UserError(f"--data-folder: found {str(folder)!r}, from which {source} reads nothing; leave it out.")
+
+
+def _texts(source: str, folder: Path | None) -> list[str]:
+    check_calibration(source, folder)
+    if source in TASKS:
+        return [f"{each.row.prompt}{each.row.completion}" for each in get_task(source, folder=folder).problems("train")]
     return read_texts(source)

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diablo.errors import UserError
+from diablo.models.adapters import check_new_folder
 from diablo.models.loading import choose_device, choose_dtype
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.quantization.scheme import Scheme, check_library, dequantize, quantize_weight
@@ -69,8 +70,7 @@ def quantize_model(
             ``OUT.partial`` was made by something else or with other settings.
     """
     check_library()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the quantized model.")
+    check_new_folder(folder, "quantized model")
     source = StoredWeights(model)
     if getattr(source.config, "quantization_config", None) is not None:
         raise UserError(f"model: {model!r} is quantized already; give the model that it was made from.")

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.miss import MissLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diablo.errors import UserError
 from diablo.models.loading import count_parameters
-from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
+from diablo.recipes.peft_methods import build_config, takes_default_targets
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.targets import default_target_modules, linear_kinds, matches_any
 
 
 @dataclass(frozen=True)
 class TargetKind:
-    """The adapted modules of one kind.
+    """The adapted modules of one kind, or the trained tensors of one name that belong to no single module.
 
     Attributes:
-        kind: last part of the modules' names.
+        kind: last part of the modules' names, or the tensors' name.
         count: how many there are.
-        shape: ``(in_features, out_features)`` of each.
+        shape: ``(in_features, out_features)`` of each; None for tensors, and for modules that are no matrices.
         adapter: what the adapter holds for each, in words: number and shape of blocks, or shapes of factors.
         parameters: trainable parameters of all of them together.
     """
 
     kind: str
     count: int
-    shape: tuple[int, int]
+    shape: tuple[int, int] | None
     adapter: str
     parameters: int
 
@@ -44,14 +46,21 @@ Shapes = Mapping[tuple[int, int], int]
 """How many target layers there are of each ``(in_features, out_features)``."""
 
 
-def peft_config(method: DiabloMethod | LoraMethod | MissMethod, model: nn.Module) -> PeftConfig:
-    """PEFT's configuration for a method; every method's targets default to DiaBlo's, so that they can be compared."""
-    targets = method.target_modules
-    if targets is None:
-        targets = default_target_modules(model, getattr(model.config, "model_type", None))
+def peft_config(method: DiabloMethod | LoraMethod | MissMethod | PeftMethod, model: nn.Module) -> PeftConfig:
+    """PEFT's configuration for a method; the targets of all that adapt linear layers default to DiaBlo's.
+
+    Raises:
+        UserError: the config of a type that PEFT knows refuses its keys.
+        ValueError: no targets are given, and no default is known.
+    """
+    if isinstance(method, PeftMethod):
+        options = method.options
+        if takes_default_targets(method.type) and not (method.target_modules or options.get("target_parameters")):
+            options["target_modules"] = _default_targets(model)
+        return build_config(method.type, options)
     common: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "target_modules": sorted(targets) if isinstance(targets, set) else targets,
+        "target_modules": _default_targets(model) if method.target_modules is None else method.target_modules,
         "exclude_modules": method.exclude_modules,
         "layers_to_transform": method.layers_to_transform,
     }
@@ -100,26 +109,72 @@ def apply_method(model: Any, method: AnyMethod) -> Any:
         adapted = get_peft_model(model, peft_config(method, model))
     except (ValueError, TypeError) as error:
         raise UserError(f"method: {error}") from None
+    if not any(parameter.requires_grad and parameter.numel() for parameter in adapted.parameters()):
+        raise UserError("method: with these settings nothing would be trained; raise the size of what it trains.")
     return adapted
 
 
+def _default_targets(model: Any) -> list[str] | str:
+    targets = default_target_modules(model, getattr(model.config, "model_type", None))
+    return sorted(targets) if isinstance(targets, set) else targets
+
+
 def target_kinds(adapted: nn.Module) -> list[TargetKind]:
-    """What a method adapts, grouped by kind, shape and adapter; empty for full fine-tuning."""
-    groups: dict[tuple[str, tuple[int, int], str], list[int]] = defaultdict(list)
-    for name, module in adapted.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = module
-            parameters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-            shape = (int(layer.in_features), int(layer.out_features))
-            groups[name.rpartition(".")[2], shape, _describe(layer)].append(parameters)
+    """What a method adapts and trains, grouped by kind, shape and adapter; empty for full fine-tuning.
+
+    Modules that are adapted come first. Tensors that several of them share, or that are in none, follow.
+    """
+    if not isinstance(adapted, PeftModel):
+        return []
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    owners = Counter(id(parameter) for _, layer in layers for parameter in _trained(layer).values())
+    groups: dict[tuple[str, tuple[int, int] | None, str], list[int]] = defaultdict(list)
+    for name, layer in layers:
+        own = {name: parameter for name, parameter in _trained(layer).items() if owners[id(parameter)] == 1}
+        size: Any = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+        shape = None if None in size else (int(size[0]), int(size[1]))
+        parameters = sum(parameter.numel() for parameter in own.values())
+        groups[name.rpartition(".")[2], shape, _describe(layer, own)].append(parameters)
+    for name, parameter in _trained(adapted).items():
+        if owners[id(parameter)] != 1:
+            groups[_short(name), None, _size(parameter)].append(parameter.numel())
     return [TargetKind(kind, len(sizes), shape, text, sum(sizes)) for (kind, shape, text), sizes in groups.items()]
 
 
+def kinds_by_layer(method: PeftMethod, model: Any) -> tuple[Any, list[TargetKind]]:
+    """What a method adapts whose adapters are made from the values of the weights, which the meta device has not.
+
+    One layer of each shape is adapted on the CPU, with random weights.
+
+    Args:
+        method: the method.
+        model: the model on the meta device; it is changed.
+
+    Returns:
+        The model with a stand-in for the method on the same modules, and the kinds.
+    """
+    config = peft_config(method, model)
+    shared = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    given: dict[str, Any] = {name: getattr(config, name, None) for name in shared}
+    stand_in = get_peft_model(model, LoraConfig(r=1, task_type="CAUSAL_LM", **given))
+    kinds = []
+    for kind in target_kinds(stand_in):
+        if kind.shape is None:
+            kinds.append(kind)
+            continue
+        [alone] = [each for each in target_kinds(_adapt_layer(config, kind.shape)) if each.shape is not None]
+        kinds.append(TargetKind(kind.kind, kind.count, kind.shape, alone.adapter, alone.parameters * kind.count))
+    return stand_in, kinds
+
+
 def shapes_of(kinds: Iterable[TargetKind]) -> Shapes:
-    """The shapes of what a method adapts, with how many modules have each."""
+    """The shapes of the matrices that a method adapts, with how many modules have each."""
     shapes: dict[tuple[int, int], int] = defaultdict(int)
     for kind in kinds:
-        shapes[kind.shape] += kind.count
+        if kind.shape is not None:
+            shapes[kind.shape] += kind.count
     return shapes
 
 
@@ -142,27 +197,137 @@ def nearest_size(
     """
 
     def parameters(size: int) -> int:
-        return sum(count * _trained_in_layer(config(size), shape) for shape, count in shapes.items())
+        trained = {shape: count_parameters(_adapt_layer(config(size), shape))[0] for shape in shapes}
+        return sum(count * trained[shape] for shape, count in shapes.items())
 
-    ordered = sorted(range(1, min(map(min, shapes)) + 1) if sizes is None else sizes)
-    if parameters(ordered[0]) > parameters(ordered[-1]):
-        ordered.reverse()
-    above = bisect.bisect_left(ordered, wanted, key=parameters)
-    return min(ordered[max(above - 1, 0) : above + 1], key=lambda size: abs(parameters(size) - wanted))
+    chosen = closest_size(parameters, wanted, sorted(range(1, min(map(min, shapes)) + 1) if sizes is None else sizes))
+    assert chosen is not None  # every size can be counted
+    return chosen
 
 
-def _trained_in_layer(config: PeftConfig, shape: tuple[int, int]) -> int:
-    holder = nn.ModuleDict({"layer": nn.Linear(*shape, bias=False, device="meta")})
+def closest_size(parameters: Callable[[int], int | None], wanted: int, sizes: Sequence[int]) -> int | None:
+    """The size at which a number of parameters comes closest to another, found by few counts.
+
+    Args:
+        parameters: counts the parameters at a size; None where the method does not take the size, as where blocks must
+            divide a dimension. The number must grow with the sizes, or shrink.
+        wanted: the number that is wanted.
+        sizes: the sizes, in ascending order. Of those that are taken, one may have twice the place of the one before.
+
+    Returns:
+        The size, of two that are equally close the one with fewer parameters; None where none of the smallest sizes is
+        taken.
+    """
+    counts: dict[int, int | None] = {}
+
+    def taken(places: Iterable[int]) -> int | None:
+        for place in places:
+            if place not in counts:
+                counts[place] = parameters(sizes[place])
+            if counts[place] is not None:
+                return place
+        return None
+
+    def off(place: int) -> int:
+        return (counts[place] or 0) - wanted
+
+    low = taken(range(min(_MOST_TRIES, len(sizes))))
+    if low is None:
+        return None
+    # Sizes are doubled until the number is passed, moves away or stands still.
+    still, last = 0, len(sizes) - 1
+    high = low
+    while low < last and still < _STANDS_STILL:
+        high = min(2 * low + 1, last)
+        next_taken = taken(range(high, min(2 * high + 2, len(sizes))))
+        if next_taken is None or off(low) * off(next_taken) <= 0 or abs(off(next_taken)) > abs(off(low)):
+            high = high if next_taken is None else next_taken
+            break
+        still = still + 1 if off(next_taken) == off(low) else 0
+        low = high = next_taken
+    while (middle := taken(_outwards(low, high))) is not None:
+        if off(low) * off(middle) <= 0:
+            high = middle
+        else:
+            low = middle
+
+    def closest() -> int:
+        known = [place for place, count in counts.items() if count is not None]
+        return min(known, key=lambda place: (abs(off(place)), off(place)))
+
+    # Where a dimension is not divided evenly, the number of blocks' values goes up and down a little.
+    best, before = closest(), None
+    while best != before:
+        for beside in range(max(best - 2, 0), min(best + 2, last) + 1):
+            taken([beside])
+        before, best = best, closest()
+    return sizes[best]
+
+
+_MOST_TRIES = 64
+"""Sizes that are tried in search of the smallest that a method takes."""
+
+_STANDS_STILL = 3
+"""Doublings of a size after which a number that has not changed is taken not to depend on it."""
+
+
+def _outwards(low: int, high: int) -> Iterator[int]:
+    """The numbers between two others, from the middle on."""
+    middle = (low + high) // 2
+    for distance in range(high - low):
+        for number in dict.fromkeys((middle - distance, middle + distance)):
+            if low < number < high:
+                yield number
+
+
+def _adapt_layer(config: PeftConfig, shape: tuple[int, int]) -> Any:
+    """A layer alone, adapted: without weights, or with random ones on the CPU where the adapter is made from them."""
     config = copy.copy(config)
-    alone = {"target_modules": {"layer"}, "exclude_modules": None, "layers_to_transform": None, "task_type": None}
-    vars(config).update(alone)
-    with torch.device("meta"):
-        return count_parameters(get_peft_model(holder, config))[0]
+    alone = {
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")),
+        "target_modules": {"layer"},
+    }
+    vars(config).update({name: value for name, value in alone.items() if hasattr(config, name)})
+
+    def adapt(device: str) -> Any:
+        with torch.device(device):
+            return get_peft_model(nn.ModuleDict({"layer": nn.Linear(*shape, bias=False)}), copy.copy(config))
+
+    try:
+        return adapt("meta")
+    except NotImplementedError:
+        return adapt("cpu")
 
 
-def _describe(layer: Any) -> str:
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _describe(layer: Any, trained: Mapping[str, nn.Parameter]) -> str:
     if isinstance(layer, DiabloLayer):
         layout = layer.diablo_layout[layer.active_adapters[0]]
         return f"{layout.num_stored_blocks} blocks of {layout.block_in} x {layout.block_out}"
-    ranks = layer.miss_r if hasattr(layer, "miss_r") else layer.r
-    return f"rank {ranks[layer.active_adapters[0]]}"
+    ranks = layer.miss_r if isinstance(layer, MissLayer) else layer.r if isinstance(layer, LoraLayer) else None
+    if ranks is not None:
+        return f"rank {ranks[layer.active_adapters[0]]}"
+    words = {f"{_short(name)} {_size(parameter)}" for name, parameter in trained.items()}
+    if not words:
+        return "shared"
+    return ", ".join(sorted(words)) if len(trained) == len(words) <= _MOST_WORDS else f"{len(trained)} tensors"
+
+
+_MOST_WORDS = 4
+"""Tensors of an adapted module that are named one by one."""
+
+
+def _short(name: str) -> str:
+    """The part of a tensor's name that tells what it is: the last one that says more than where it lies."""
+    parts = [part for part in name.split(".") if not part.isdigit() and part not in _SAYS_LITTLE]
+    return parts[-1] if parts else name
+
+
+_SAYS_LITTLE = {"default", "weight", "bias", "modules_to_save", "base_layer"}
+
+
+def _size(parameter: nn.Parameter) -> str:
+    return " x ".join(map(str, parameter.shape)) or "1"

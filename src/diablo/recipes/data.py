@@ -23,7 +23,7 @@ from diablo.data.hub import HubDataset
 from diablo.data.sources import Source
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
-from diablo.recipes.section import Section, refused
+from diablo.recipes.section import Section, explained
 
 _SOURCES = "a file, a folder of files, a section with path or hub, or a list of these"
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -62,6 +62,7 @@ class DataSource(Section):
         return Source(place, self.columns or columns, self.weight, self.limit)
 
 
+@explained()
 def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Paths and sections, or a list of them, as sections."""
     if value is None:
@@ -69,14 +70,15 @@ def _as_sources(value: Any, info: ValidationInfo) -> Any:
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     sections = [{"path": each} if isinstance(each, (str, Path)) else each for each in several]
     if not several or not all(isinstance(each, (dict, DataSource)) for each in sections):
-        raise refused(f"data.{info.field_name}: found {shortened(value)}; allowed: {_SOURCES}.")
+        raise UserError(f"data.{info.field_name}: found {shortened(value)}; allowed: {_SOURCES}.")
     return sections
 
 
+@explained()
 def _as_held_out(value: Any, info: ValidationInfo) -> Any:
     """A number or a share of the training rows as it is, and sources as :func:`_as_sources` has them."""
     if isinstance(value, (bool, float)) or (isinstance(value, int) and value < 1):
-        raise refused(
+        raise UserError(
             f"data.eval: found {value!r}; allowed: rows as an integer of at least 1, a share such as 5%, or {_SOURCES}."
         )
     if isinstance(value, int):
@@ -84,7 +86,7 @@ def _as_held_out(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, str) and value.strip().endswith("%"):
         share = _SHARE.fullmatch(value.strip())
         if share is None or not 0 < float(share[1]) < 100:
-            raise refused(f"data.eval: found {value!r}; a share is above 0% and below 100%, such as 5%.")
+            raise UserError(f"data.eval: found {value!r}; a share is above 0% and below 100%, such as 5%.")
         return value.strip()
     return _as_sources(value, info)
 
@@ -147,16 +149,17 @@ class Data(Section):
         return self.eval if isinstance(self.eval, int) else 0
 
     @model_validator(mode="after")
+    @explained()
     def _check_sources(self) -> Data:
         for key, sources in (("data.train", self.train or ()), ("data.eval", self.eval_sources)):
             for source in sources:
                 _check_source(key, source)
         if self.eval_sources and any(source.weight != 1 for source in self.eval_sources):
-            raise refused(
+            raise UserError(
                 "data.eval: found weight, which is for data.train: every held-out row counts once; leave it out."
             )
         if self.eval is not None and self.train is None and not self.eval_sources:
-            raise refused(
+            raise UserError(
                 f"data.eval: found {self.eval}, which is cut out of data.train, and there is none. Of a task's rows, "
                 "data.validation_rows with data.held_out=validation are held out."
             )
@@ -181,16 +184,16 @@ class Data(Section):
 def _check_source(key: str, source: DataSource) -> None:
     if (source.path is None) == (source.hub is None):
         what = "both path and hub" if source.path else "neither path nor hub"
-        raise refused(f"{key}: found {what}; give path (a file or a folder) or hub (the id of a dataset).")
+        raise UserError(f"{key}: found {what}; give path (a file or a folder) or hub (the id of a dataset).")
     options = ("name", "split", "revision", "streaming")
     if source.path is not None and (given := [option for option in options if getattr(source, option)]):
-        raise refused(
+        raise UserError(
             f"{key}: found {', '.join(given)} beside path {str(source.path)!r}; {given[0]} is for hub: leave it out."
         )
     if source.streaming and source.limit is None:
-        raise refused(f"{key}: found streaming: true, which takes the first rows; say how many with limit.")
+        raise UserError(f"{key}: found streaming: true, which takes the first rows; say how many with limit.")
     if source.hub is not None and source.split is None and key == "data.eval":
-        raise refused(
+        raise UserError(
             f"{key}: found hub {source.hub!r} without split; say which rows are held out, such as split: test."
         )
     _check_columns(key, source.columns)
@@ -202,4 +205,4 @@ def _check_columns(key: str, columns: dict[str, str] | None) -> None:
     try:
         Columns(columns)
     except UserError as error:
-        raise refused(f"{key}.{error}") from None
+        raise UserError(f"{key}.{error}") from None

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from diablo.recipes.section import LayerIndices, ModuleNames, Section
+from diablo.recipes.section import LayerIndices, ModuleNames, Section, explained
 
 
-class AdapterMethod(Section):
-    """What the methods that adapt some modules have in common."""
+class NamedMethod(Section):
+    """What all methods have in common."""
 
     name: str = Field(description="the name of a method")
+
+    @property
+    def title(self) -> str:
+        """What the method is called in messages and tables."""
+        return self.name
+
+    @property
+    def needs_plain_weights(self) -> bool:
+        """Whether the method has no use for weights that are quantized."""
+        return self.name in ("full", "pissa")
+
+
+class AdapterMethod(NamedMethod):
+    """What the methods that adapt some modules have in common."""
+
     target_modules: ModuleNames = Field(
         None, description="a list of module names, a regular expression or all-linear: what is adapted"
     )
@@ -71,7 +86,54 @@ class MissMethod(AdapterMethod):
     r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target: the rank")
 
 
-class FullMethod(Section):
+def _known_type(value: str) -> str:
+    # PEFT takes seconds to import; only recipes that name one of its types wait for it.
+    from diablo.recipes.peft_methods import peft_type
+
+    with explained():
+        return peft_type(value)
+
+
+class PeftMethod(NamedMethod):
+    """Any method that PEFT has, by its type; all other keys are those of the method's own config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Literal["peft"] = Field(description="peft: the type says which of PEFT's methods")
+    type: Annotated[str, AfterValidator(_known_type)] = Field(description="a type of PEFT, such as GRALORA")
+
+    @property
+    def title(self) -> str:
+        """What the method is called in messages and tables."""
+        return self.type
+
+    @property
+    def needs_plain_weights(self) -> bool:
+        """Whether the method has no use for weights that are quantized."""
+        from diablo.recipes.peft_methods import takes_quantized
+
+        return not takes_quantized(self.type)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The config's keys, as the recipe has them."""
+        return dict(self.model_extra or {})
+
+    @property
+    def target_modules(self) -> Any:
+        """The target modules; None where none are given or the method takes none."""
+        return self.options.get("target_modules")
+
+    @model_validator(mode="after")
+    def _takes_options(self) -> PeftMethod:
+        from diablo.recipes.peft_methods import build_config
+
+        with explained():
+            build_config(self.type, self.options)
+        return self
+
+
+class FullMethod(NamedMethod):
     """Full fine-tuning: every weight is trained, in fp32 under autocast."""
 
     name: Literal["full"] = Field(description="full: every weight is trained")
@@ -85,6 +147,7 @@ METHODS: dict[str, type[Section]] = {
     "pissa": LoraMethod,
     "miss": MissMethod,
     "full": FullMethod,
+    "peft": PeftMethod,
 }
 
 
@@ -94,8 +157,9 @@ def _method_by_name(value: Any) -> Any:
     return {"name": "diablo", **value} if isinstance(value, dict) else value
 
 
-AnyMethod = DiabloMethod | LoraMethod | MissMethod | FullMethod
-_Name = Annotated[str, WithJsonSchema({"enum": list(METHODS)})]
+AnyMethod = DiabloMethod | LoraMethod | MissMethod | PeftMethod | FullMethod
+# `peft` alone does not say which type.
+_Name = Annotated[str, WithJsonSchema({"enum": [name for name in METHODS if name != "peft"]})]
 Method = Annotated[
     AnyMethod,
     Field(discriminator="name"),

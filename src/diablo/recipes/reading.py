@@ -14,7 +14,7 @@ from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.recipe import Evaluation, Recipe, Training
-from diablo.recipes.section import Section
+from diablo.recipes.section import EXPLAINED, Section
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -105,8 +105,8 @@ _LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSourc
 
 
 def _explain(fault: Any) -> str:
-    """One line about one of pydantic's findings."""
-    if not fault["loc"] or fault["type"] == "refused":
+    """What one of pydantic's findings says to the user: one line, or several from a check that finds several."""
+    if not fault["loc"] or fault["type"] == EXPLAINED:
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
     key, last = ".".join(path), path[-1].partition("[")[0]

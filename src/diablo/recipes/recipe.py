@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from diablo.errors import UserError, shortened
 from diablo.models.checkpointing import Checkpointing
+from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.section import Section, TaskNames
@@ -98,7 +99,8 @@ class Recipe(Section):
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     method: Method = Field(
-        default=DiabloMethod(), description=f"one of {', '.join(METHODS)}, or a section with that as its name"
+        default=DiabloMethod(),
+        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
     )
     training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")
@@ -132,6 +134,14 @@ class Recipe(Section):
         if self.data.held_out == "validation":
             return True
         return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
+
+    @model_validator(mode="after")
+    def _name_of_model(self) -> Recipe:
+        try:
+            check_name(self.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _source_of_rows(self) -> Recipe:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
+
+from diablo.errors import UserError
 
 
 def _names_or_expression(value: Any) -> Any:
@@ -42,6 +46,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def refused(message: str) -> PydanticCustomError:
-    """A fault whose message is said as it is, in place of what its key allows; it may be raised at any key."""
-    return PydanticCustomError("refused", "{message}", {"message": message})
+EXPLAINED = "explained"
+"""The type of a finding of pydantic's whose message is one for the user, key and all."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Let pydantic report an error for the user in its own words."""
+    try:
+        yield
+    except UserError as error:
+        raise PydanticCustomError(EXPLAINED, "{words}", {"words": str(error)}) from None

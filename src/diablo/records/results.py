@@ -112,12 +112,14 @@ def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if train:
-        axes.plot(*zip(*train, strict=True), label="training")
+        # The dot shows a run that logged once.
+        axes.plot(*zip(*train, strict=True), ".-", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
     axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or held_out:
+        axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

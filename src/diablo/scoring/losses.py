@@ -68,13 +68,13 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
     They are in the order of the rows. The output layer takes a third of a small model's work, so it is applied only to
     the positions that predict a supervised token. Whatever the model does to its logits afterwards (scaling,
     soft-capping) is still done. No attention mask is given: rows are padded on the right, where no token of a causal
-    model looks.
+    model looks. Prompts that were learned are put before the tokens, and have no part in the logits.
     """
-    positions = batch["predicting"]
+    positions, length = batch["predicting"], batch["input_ids"].shape[1]
 
     def keep_predicting(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
-        return hidden.flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
+        return hidden[:, -length:].flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
 
     handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
     try:

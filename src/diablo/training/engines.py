@@ -265,6 +265,11 @@ def check_shardable(plan: Plan) -> None:
             f"method.name: found {method}, which changes the weights themselves, and of a sharded model only what "
             f"is beside them is saved: choose another method, or {without}."
         )
+    if method == "peft":
+        raise UserError(
+            f"method.name: found peft, and it is not known which tensors of {plan.recipe.method.title} a sharded model "
+            f"has whole: choose a method that has a name of its own, or {without}."
+        )
     if quantization is not None or stored_quantization(load_config(plan.model_name)):
         raise UserError(
             f"model, quantization: found quantized weights, which cannot be sharded: take a plain model, or {without}."

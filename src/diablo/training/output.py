@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -17,7 +17,9 @@ from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, plot_losses, write_json
 from diablo.training import saving
 from diablo.training.processes import Processes
-from diablo.training.trainer import Losses
+
+if TYPE_CHECKING:
+    from diablo.training.trainer import Losses
 
 
 def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
@@ -107,6 +109,6 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
 def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
-    title = f"{recipe.method.name} on {recipe.model}"
+    title = f"{recipe.method.title} on {recipe.model}"
     plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
     write_json(recipe.output / "run.json", record)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
 from diablo.models.adapters import save_adapter
+from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
@@ -37,7 +38,9 @@ from diablo.training.engines import Engine, check_shardable
 from diablo.training.output import check_effective_batch, check_output, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
-from diablo.training.trainer import CompletionTrainer, Losses, make_trainer
+
+if TYPE_CHECKING:
+    from diablo.training.trainer import CompletionTrainer, Losses
 
 
 @dataclass
@@ -90,6 +93,9 @@ def train(
     if spelling:
         console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
     _check_processes(processes, plan, checkpoint)
+    # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
+    from diablo.training.trainer import Losses, make_trainer
+
     timings: dict[str, float] = {}
     set_seed(recipe.seed)
 
@@ -154,14 +160,14 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], plan.encoder.tokenizer.pad_token_id)
-    checkpointing = plan.recipe.training.gradient_checkpointing != "none"
+    options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    if options is not None:
+        enable_checkpointing(model, options)
     moved = {name: values.to(model.device) for name, values in probe.items()}
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
-        preflight.check_gradients(model, moved, checkpointing=checkpointing)
+        preflight.check_gradients(model, moved, checkpointing=options is not None)
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> User
         more = "selective" if training.gradient_checkpointing == "none" else "full"
         advice.append(f"set training.gradient_checkpointing={more}")
     advice.append("lower training.max_length")
-    if recipe.quantization is None and recipe.method.name not in ("full", "pissa"):
+    if recipe.quantization is None and not recipe.method.needs_plain_weights:
         advice.append("set quantization=nf4")
     return UserError(
         f"Out of memory in training with {size} row{'s' * (size > 1)} of up to {longest} tokens at a time: "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -240,6 +242,14 @@ class HeldOutLoss(TrainerCallback):
                 self.losses.measure_held_out(model, self.plan, state.global_step)
 
 
+class LastLoss(TrainerCallback):
+    """Has the last step's loss logged too, which ``training.logging_steps`` may pass over."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for it."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+
 class _MeteredCollator:
     """Makes batches that know the numbers of their rows, and counts their tokens."""
 
@@ -256,6 +266,30 @@ class _MeteredCollator:
 def _number(row: EncodedRow) -> str:
     """The number of a row, with its file where there are several."""
     return f"{row.number} of {row.source}" if row.source else str(row.number)
+
+
+@contextmanager
+def _adapted_head_allowed(model: Any) -> Iterator[None]:
+    """TRL refuses an adapted output layer, which its own losses pass by; the loss here is of the model's logits.
+
+    Raises:
+        UserError: the output layer is adapted, and the loss is TRL's own.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(
+            "method.target_modules: the output layer is among them, and the balancing loss of this mixture's router is "
+            "not computed with an adapted one: leave it out, or set output_router_logits to false in the model's "
+            "config."
+        )
+    model.get_output_embeddings = head.get_base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def make_trainer(
@@ -308,6 +342,8 @@ def make_trainer(
         dataloader_pin_memory=plan.device.type == "cuda",
         # Its filter asks the device in each step whether the loss is finite.
         logging_nan_inf_filter=False,
+        # That every trained parameter gets a gradient is checked before the first step.
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
@@ -318,18 +354,19 @@ def make_trainer(
     finite = FiniteLosses(training.on_nonfinite, can_look=not engine.shards)
     # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
     trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    trainer = CompletionTrainer(
-        plan=plan,
-        progress=progress,
-        finite=finite,
-        engine=engine,
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
-        processing_class=plan.encoder.tokenizer,
-        data_collator=_MeteredCollator(pad_token_id, meter),
-        callbacks=[progress, asking, finite, HeldOutLoss(plan, meter, losses)],
-    )
+    with _adapted_head_allowed(model):
+        trainer = CompletionTrainer(
+            plan=plan,
+            progress=progress,
+            finite=finite,
+            engine=engine,
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
+            processing_class=plan.encoder.tokenizer,
+            data_collator=_MeteredCollator(pad_token_id, meter),
+            callbacks=[progress, asking, finite, LastLoss(), HeldOutLoss(plan, meter, losses)],
+        )
     for parameter, values in trained:
         parameter.data = values
     for callback in (PrinterCallback, ProgressCallback):

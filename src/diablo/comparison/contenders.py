@@ -1,0 +1,189 @@
+"""Who is compared: methods at the size at which they train as many parameters as DiaBlo."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+from pydantic import ValidationError
+from transformers import PretrainedConfig
+
+from diablo.errors import UserError, did_you_mean
+from diablo.models.loading import meta_model
+from diablo.planning.plan import adapt_on_meta
+from diablo.recipes.applying import Shapes, closest_size, nearest_size, peft_config
+from diablo.recipes.methods import METHODS, AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
+from diablo.recipes.peft_methods import config_keys, peft_type, size_keys, takes_default_targets
+
+OFFERED = [name for name in METHODS if name != "peft"]
+"""The methods that have a name of their own."""
+
+_FORM = "peft:TYPE:KEY, such as peft:GRALORA:r, with further settings behind it as :key=value"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method at the size at which it is compared.
+
+    Attributes:
+        name: what the user calls it: a method's name in a recipe, or ``peft:TYPE:KEY``.
+        method: the section of the recipe.
+        size: N, rank or KEY, in words.
+        trained: trained parameters.
+        deviation: by how much that is more than DiaBlo's, as a share of DiaBlo's; None for full fine-tuning, which has
+            no size to choose.
+    """
+
+    name: str
+    method: AnyMethod
+    size: str
+    trained: int
+    deviation: float | None
+
+    @property
+    def folder(self) -> str:
+        """The name, as folders may be called."""
+        return urllib.parse.quote(self.name.replace(":", "-"), safe="=")
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Check the names of the methods that are to be compared.
+
+    Raises:
+        UserError: one is not known, or none is given, or one is given twice.
+    """
+    for name in names:
+        if name.startswith("peft:"):
+            _read_type(name)
+        elif name not in OFFERED:
+            raise UserError(
+                f"--methods: found {name!r}; allowed: {', '.join(OFFERED)}, {_FORM}.{did_you_mean(name, OFFERED)}"
+            )
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--methods: found {', '.join(names) or 'none'}; name each method once.")
+
+
+def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
+    """A method with as many trained parameters as DiaBlo has, or as close to that as its sizes come.
+
+    Args:
+        name: a name that :func:`check_methods` lets pass.
+        diablo: DiaBlo's section of the recipe, whose targets and dropout all methods share.
+        config: the model's config.
+        shapes: the layers that DiaBlo adapts.
+        budget: the parameters that DiaBlo trains.
+
+    Raises:
+        UserError: no size of the method fits the model, or it cannot share the targets or the dropout.
+    """
+    if name == "diablo":
+        return Contender(name, diablo, f"N = {diablo.num_blocks}", budget, 0.0)
+    if name == "full":
+        full = FullMethod(name="full")
+        return Contender(name, full, "all weights", adapt_on_meta(full, config)[1][0], None)
+    if name.startswith("peft:"):
+        return _of_type(name, diablo, config, shapes, budget)
+    common = diablo.model_dump(include={"target_modules", "exclude_modules", "layers_to_transform", "dropout"})
+    meta = meta_model(config)
+
+    def at_rank(rank: int) -> LoraMethod | MissMethod:
+        section = MissMethod if name == "miss" else LoraMethod
+        return section.model_validate({"name": name, "r": rank, **common})
+
+    def adapter(rank: int) -> PeftConfig:
+        return peft_config(at_rank(rank), meta)
+
+    method = at_rank(nearest_size(adapter, shapes, budget))
+    trained = adapt_on_meta(method, config)[1][0]
+    size = f"r = {method.r}, alpha {method.alpha}" if isinstance(method, LoraMethod) else f"r = {method.r}"
+    return Contender(name, method, size, trained, trained / budget - 1)
+
+
+def _read_type(name: str) -> tuple[str, str, dict[str, Any]]:
+    """A type, the key that is solved for, and further settings, from ``peft:TYPE:KEY:key=value``."""
+    _, kind, *rest = name.split(":")
+    try:
+        kind = peft_type(kind)
+    except UserError as error:
+        raise UserError(f"--methods: in {name!r}, {error}") from None
+    key, settings = (rest or [""])[0], {}
+    if key not in size_keys(kind):
+        allowed = size_keys(kind)
+        raise UserError(
+            f"--methods: found {name!r}; give {_FORM}. "
+            + (
+                f"The KEY that is solved for can be {', '.join(allowed)}.{did_you_mean(key, allowed)}"
+                if allowed
+                else f"{kind} has no key that could be solved for, and so cannot be compared at equal parameters."
+            )
+        )
+    for each in rest[1:]:
+        setting, equals, text = each.partition("=")
+        if not equals or setting == key or setting not in config_keys(kind):
+            allowed = [known for known in config_keys(kind) if known != key]
+            raise UserError(
+                f"--methods: found {each!r} in {name!r}; give key=value, where key is one of {', '.join(allowed)}."
+                f"{did_you_mean(setting, allowed)}"
+            )
+        try:
+            settings[setting] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise UserError(f"--methods: {each!r} in {name!r} is not a valid YAML value.") from None
+    return kind, key, settings
+
+
+def _of_type(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
+    kind, key, settings = _read_type(name)
+    settings = _shared_with(diablo, kind, name) | settings
+    counts: dict[int, int] = {}
+    refusals: list[str] = []
+
+    def at_size(size: int) -> PeftMethod:
+        try:
+            return PeftMethod.model_validate({"name": "peft", "type": kind, key: size, **settings})
+        except ValidationError as error:
+            raise UserError(error.errors()[0]["msg"]) from None
+
+    def parameters(size: int) -> int | None:
+        try:
+            counts[size] = adapt_on_meta(at_size(size), config)[1][0]
+        except UserError as error:
+            refusals.append(str(error))
+            return None
+        return counts[size]
+
+    # No method trains fewer parameters than it has ranks, tokens or frequencies.
+    size = closest_size(parameters, budget, range(1, max(budget, min(map(min, shapes))) + 1))
+    if size is None:
+        raise UserError(f"--methods: {name!r} fits at no {key}: {refusals[-1]}")
+    if len(counts) > 1 and len(set(counts.values())) == 1:
+        raise UserError(
+            f"--methods: found {name!r}, where {key} does not change how many parameters are trained; {kind} has "
+            f"these keys: {', '.join(size_keys(kind))}."
+        )
+    words = [f"{setting} {value}" for setting, value in _read_type(name)[2].items()]
+    trained = counts[size]
+    return Contender(name, at_size(size), ", ".join([f"{key} = {size}", *words]), trained, trained / budget - 1)
+
+
+def _shared_with(diablo: DiabloMethod, kind: str, name: str) -> dict[str, Any]:
+    """DiaBlo's targets and dropout, by the names that a type has for them."""
+    if not takes_default_targets(kind):
+        return {}
+    given = {
+        "target_modules": diablo.target_modules,
+        "exclude_modules": diablo.exclude_modules,
+        "layers_to_transform": diablo.layers_to_transform,
+        f"{kind.lower()}_dropout": diablo.dropout or None,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if absent := given.keys() - config_keys(kind).keys():
+        raise UserError(
+            f"--methods: {name!r} has no {', '.join(sorted(absent))}, so that it cannot share what the recipe sets "
+            "there for DiaBlo; leave the method out, or that setting."
+        )
+    return given
