@@ -1,4 +1,4 @@
-"""Merging an adapter into its base model, also where it was trained over weights that were quantized."""
+"""Merging an adapter into its base model, also an adapter that was trained over quantized weights."""
 
 from __future__ import annotations
 
@@ -48,15 +48,14 @@ class MergeReport:
 
     Attributes:
         folder: where the merged model is.
-        dtype: dtype of its weights, or of its products where it is quantized.
-        is_same_base: whether the base's weights are those that the adapter was trained on; None where that cannot be
-            told.
+        dtype: dtype of its weights, or, if it is quantized, of its products.
+        is_same_base: whether the base weights are those that the adapter was trained on; None if that cannot be told.
         logits: the largest absolute difference of a logit between the merged and the adapted model on a probe, and the
-            largest logit there, to hold it against; None where the model does not fit into the memory.
-        verified: tensors that were read back and equal the base's plus the blocks to the bit; None where the model was
+            largest absolute logit there, to compare it with; None if the model does not fit into the memory.
+        verified: how many tensors were read back and equal the base's plus the blocks to the bit; None if the model was
             merged as a whole.
-        losses: loss per token, in nats, of the adapted and of the merged model; None where nothing was quantized.
-        measured_on: what the losses are of.
+        losses: loss per token, in nats, of the adapted and of the merged model; None if nothing was quantized.
+        measured_on: the rows that the losses are of, in words.
         untied: names of weights that were tied in the base model and are not in the merged one, since the adapter
             changes one of those that shared them; each with the one which it was tied to.
     """
@@ -85,22 +84,22 @@ def merge_adapter(
 ) -> MergeReport:
     """Write the base model with an adapter merged into it, as a transformers folder.
 
-    Where the base weights are plain and the adapter has nothing but blocks, the base's files are read, merged, written
-    and checked one by one: the memory of the largest is enough. Otherwise the model is loaded.
+    If the base weights are plain and the adapter has nothing but blocks, the base's files are read, merged, written and
+    checked one by one. The memory of the largest file is then enough. Otherwise the model is loaded.
 
     Args:
         adapter: the adapter's folder.
-        folder: where to write; it must not exist or be empty, and is never left half written.
+        folder: where to write. It must not exist, or must be empty. It is never left half written.
         base: base model to use in place of the one that the adapter names.
-        dtype: dtype of the merged weights; as the base weights are stored where None.
-        into: what to merge into where the adapter was trained over quantized weights, one of :data:`CHOICES`:
-            ``"stored"`` takes the weights as they are stored, from before they were quantized on the fly;
-            ``"dequantized"`` takes what the quantized weights stand for; ``"requantized"`` does so, and quantizes the
-            sum again as :func:`~diablo.quantization.quantize_model` did the base.
-        calibration: gives the calibration rows for ``"requantized"``, from the tokenizer.
-        other_base: merge also where the base has other weights than the one that the adapter was trained on.
-        trained_as: the recipe of the run; as it is recorded with the adapter where None.
-        console: where progress is written; standard error where None.
+        dtype: dtype of the merged weights; that of the stored base weights if None.
+        into: what to merge into if the adapter was trained over quantized weights, one of :data:`CHOICES`. ``"stored"``
+            takes the weights as they are stored, before they are quantized on the fly. ``"dequantized"`` takes the
+            values that the quantized weights stand for. ``"requantized"`` takes these too, and quantizes the sum again
+            as :func:`~diablo.quantization.quantize_model` did the base.
+        calibration: makes the calibration rows for ``"requantized"`` from the tokenizer.
+        other_base: whether to merge even if the base has other weights than those that the adapter was trained on.
+        trained_as: the recipe of the run; as it is recorded with the adapter if None.
+        console: where progress is written; standard error if None.
 
     Raises:
         UserError: the adapter does not fit, it was trained on other base weights, the folder has files, the merged
@@ -182,20 +181,20 @@ def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | 
 
 
 def _check_base(adapter: Path, name: str, found: str | None, other_base: bool) -> bool | None:
-    """Refuse a base model of other weights than the adapter was trained on, unless it is asked for."""
+    """Refuse a base model with other weights than the adapter was trained on, unless the user asked for it."""
     config = read_adapter_config(adapter)
     is_same = is_same_base(getattr(config, "base_digest", None), found)
     if is_same is False and not other_base:
         raise UserError(
             f"The adapter {str(adapter)!r} was trained on {config.base_model_name_or_path}, whose weights differ "
-            f"at its targets from those of {name!r}: merged, they would not do what was trained. Give the model "
-            "that it was trained on with --base, or --other-base to merge all the same."
+            f"at its targets from those of {name!r}: the merged model would not compute what was trained. Give the "
+            "model that it was trained on with --base, or --other-base to merge all the same."
         )
     return is_same
 
 
 def _quietly(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Load without the warnings of another base, which are told apart and reported here."""
+    """Load without the warnings of another base. The merge compares the bases itself, and reports the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=OtherBaseWarning)
         return load(*args, **kwargs)
@@ -204,7 +203,7 @@ def _quietly(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _compare_logits(
     adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int
 ) -> tuple[float, float] | None:
-    """The adapted model's logits against the written one's, one after the other; None where neither would fit."""
+    """Compare the logits of the adapted and the written model, loaded one after the other; None if they do not fit."""
     stored = stored_dtype(resolve_model(base or base_model_of(adapter)))
     if 1.5 * size * dtype.itemsize / stored.itemsize > _free_memory():
         return None
@@ -216,7 +215,7 @@ def _compare_logits(
 
 
 def _free_memory() -> int:
-    """Bytes that can still be had: of the machine, or of the part of it that a container or a job may use."""
+    """Free bytes of memory: of the machine, or of the part of it that a container or a job may use."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
@@ -263,7 +262,7 @@ def _scheme_of(name: str, stored: dict[str, Any]) -> Scheme:
 
 
 def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str]:
-    """Rows to tell by what merging changed: a run's held-out rows, or general text."""
+    """Rows on which to measure what merging changes, and what they are: a run's held-out rows, or general text."""
     trained_as = recipe_of_run(adapter)
     if trained_as:
         try:
@@ -277,7 +276,7 @@ def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str
 
 @torch.no_grad()
 def _measure(model: Any, rows: list[EncodedRow], tokenizer: Any) -> tuple[torch.Tensor, float]:
-    """Logits of a probe, and the loss of rows; 0 for none."""
+    """The logits of a probe, and the loss of the rows; a loss of 0 if there are none."""
     probe = torch.arange(32, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
     return model.eval()(input_ids=probe).logits.float().cpu(), loss

@@ -1,4 +1,4 @@
-"""Merging file by file: the memory of one file of the base model is enough, whatever the model's size."""
+"""Merging file by file. The memory of one file of the base model is enough, whatever the model's size."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def find_changes(adapter: Path, stored: StoredWeights) -> Changes | None:
     config: Any = read_adapter_config(adapter)
     if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication:
         return None
-    # PEFT would say that it is another one.
+    # With a name, PEFT would warn that this model is another one.
     config.base_model_name_or_path = None
     ties = ties_of(meta_model(stored.config))
     copies = copies_for(ties, stored.files)
@@ -160,14 +160,15 @@ def merge_shards(
         stored: the base model's files.
         changes: from :func:`find_changes`.
         folder: an empty folder.
-        dtype: dtype of the written weights; each tensor's own where None.
-        console: where progress is written; standard error where None.
+        dtype: dtype of the written weights; each tensor's own if None.
+        console: where progress is written; standard error if None.
 
     Returns:
-        How many tensors were read back and found to be the base's, plus the blocks on the diagonals, to the bit.
+        How many tensors were read back and found equal, to the bit, to the base's plus the blocks on the diagonals.
 
     Raises:
-        UserError: the sum would not be finite, the disk is full, or a file reads back otherwise than it was written.
+        UserError: a sum would not be finite, the disk is full, or a file that is read back differs from what was
+            written.
     """
     kept = _kept_in_fp32(stored, dtype) if dtype is not None else ()
     updates, copies = changes.updates, changes.copies
@@ -210,14 +211,15 @@ def _add(name: str, tensor: torch.Tensor, blocks: torch.Tensor, update: Update, 
 
 
 def _check_written(path: Path, name: str, base: torch.Tensor, update: Update | None, blocks: Any) -> None:
-    """Check a tensor on disk against the base's, the blocks and nothing else that was used to write it."""
+    """Check a tensor on disk against the base's and the blocks. Nothing else that was used to write it is used."""
     with safe_open(path, framework="pt") as written:
         tensor = written.get_tensor(name)
     if update is not None:
         found, wanted = update.weight.matrix(tensor), update.weight.matrix(base)
         values = blocks.get_tensor(update.key)
         for tile in update.layout.tiles:
-            # The diagonal's sum is held against what stands there, and then leaves the rest to be compared.
+            # The expected sum is written into the diagonal of the base's tensor. Then both tensors are compared as a
+            # whole.
             ours = tile.of_weight(found)
             wide = torch.promote_types(ours.dtype, torch.float32)
             tile.of_weight(wanted).copy_(tile.of_weight(wanted).to(wide) + tile.of_blocks(values).to(wide))
@@ -232,7 +234,7 @@ def _cast(tensor: torch.Tensor, name: str, dtype: torch.dtype | None, kept: tupl
 
 
 def _kept_in_fp32(stored: StoredWeights, dtype: torch.dtype) -> tuple[str, ...]:
-    """Parts of the names of tensors that transformers loads in fp32 where it is asked for a dtype."""
+    """Parts of the names of tensors that transformers loads in fp32, even if it is asked for another dtype."""
     model = meta_model(stored.config)
     names = {*(model._keep_in_fp32_modules_strict or ())} if dtype in (torch.float16, torch.bfloat16) else set()
     return tuple(names | ({*(model._keep_in_fp32_modules or ())} if dtype == torch.float16 else set()))

@@ -80,8 +80,8 @@ class DiagonalSweep:
 def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch.Tensor]) -> _Table:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "A CUDA graph is being recorded in the first step of an adapted model, or the first one after a weight, a "
-            "parameter or the choice of adapters has changed: run a step before, as torch.cuda.graph asks for."
+            "A CUDA graph is being recorded, and the adapted model has not run since it was made or since a weight, a "
+            "parameter or the choice of adapters changed: run one step before recording, as torch.cuda.graph asks for."
         )
     # `clone` keeps the order in which the weights' values lie in memory, so that both are read and written in order:
     # the sweep is limited by the bandwidth of the memory.

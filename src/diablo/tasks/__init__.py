@@ -89,15 +89,15 @@ def get_task(name: str, *, folder: Path | None = None, protocol: Protocol = "str
 
 
 def check_split(key: str, name: str, split: Split) -> None:
-    """Check that there is a task of that name, and that it has a split.
+    """Check that there is a task of that name, and that it has the split.
 
     Args:
-        key: what the user set to the name, for the message.
+        key: the setting or option that holds the name, for the message.
         name: the name.
         split: ``"train"`` to be trained on, ``"test"`` to be scored on.
 
     Raises:
-        UserError: it is not so; the message lists the tasks that have the split.
+        UserError: there is no such task, or it lacks the split. The message lists the tasks that have the split.
     """
     allowed = [other for other, task in TASKS.items() if split in task.splits]
     if name not in allowed:
@@ -109,12 +109,12 @@ def check_folder(key: str, folder: Path, names: Collection[str]) -> None:
     """Check a folder of datasets that the user gave.
 
     Args:
-        key: what the user set to the folder, for the message.
+        key: the setting or option that holds the folder, for the message.
         folder: the folder.
         names: the tasks that are to read from it.
 
     Raises:
-        UserError: there is no such folder, or none of the tasks reads from one.
+        UserError: there is no such folder, or none of the tasks reads from a folder.
     """
     if not folder.is_dir():
         raise UserError(f"{key}: there is no folder {str(folder)!r}; paths count from the current folder.")
@@ -124,11 +124,11 @@ def check_folder(key: str, folder: Path, names: Collection[str]) -> None:
 
 
 def check_code_execution(name: str, allowed: bool) -> None:
-    """Check that the user has allowed what a task needs.
+    """Check that the user has allowed a task to run code, if it needs to.
 
     Raises:
-        UserError: scoring the task runs code that the model wrote, and that was not allowed, or this system cannot
-            run it.
+        UserError: scoring the task runs code that the model wrote, and this was not allowed, or this system cannot
+            isolate such code.
     """
     if not TASKS[name].runs_code:
         return
@@ -143,17 +143,17 @@ def check_code_execution(name: str, allowed: bool) -> None:
 def chosen_tasks(
     trained_as: dict[str, Any], names: str | None, folder: Path | None, protocol: str | None, *, allow: bool
 ) -> list[Task]:
-    """The tasks that are asked for on the command line, or that a run is scored on.
+    """The tasks that the command line asks for, or else those that a run is scored on.
 
     Args:
-        trained_as: the run's recipe, whose settings are used where none are given; empty where there is no run.
-        names: names of tasks, separated by commas.
+        trained_as: the run's recipe; empty if there is no run. Its settings are used where none are given.
+        names: names of tasks, separated by commas; None if none are given.
         folder: a local folder of datasets to read in place of the hub.
         protocol: how answers are read.
         allow: whether tasks may run code that the model wrote.
 
     Raises:
-        UserError: there are no such tasks, or they cannot be scored so.
+        UserError: a task does not exist, or cannot be scored in this way.
     """
     data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
     own = evaluation.get("tasks") or trained_as.get("task", [])

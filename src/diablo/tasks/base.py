@@ -1,4 +1,4 @@
-"""What a task is: rows to train on, and a score for what a model writes."""
+"""The base class of tasks: rows to train on, and a score for what a model writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem:
 
     Attributes:
         row: prompt and completion, as trained on.
-        answer: what a right completion amounts to.
+        answer: the answer that a right completion gives.
     """
 
     row: Row
@@ -30,7 +30,7 @@ class Problem:
 
 
 class Task(ABC):
-    """A task: problems by split, how an answer is read from generated text, and when it is right.
+    """A task: problems by split, how an answer is read from generated text, and when an answer is right.
 
     The loops over problems live in :mod:`diablo.scoring` and :mod:`diablo.training`. The first paragraph of a
     subclass's docstring is what ``diablo tasks`` says about it.
@@ -45,25 +45,25 @@ class Task(ABC):
     """Where the records are; None where they are in the package."""
     splits: ClassVar[tuple[Split, ...]] = ("train", "test")
     sizes: ClassVar[tuple[int, ...]] = ()
-    """How many records each of the splits has as it is published; empty where that depends on the user's files."""
+    """How many records each of the splits has as it is published; empty if that depends on the user's files."""
     licence: ClassVar[str | None] = None
-    """The licence of the data, as those who publish it state it; None where we know of none."""
+    """The licence of the data, as its publishers state it; None if we know of none."""
     max_new_tokens: ClassVar[int]
-    """Length of the longest answer that is waited for."""
+    """The most tokens that are generated for an answer."""
     stops_at_newline: ClassVar[bool] = False
     """Whether an answer is one line, so that generation can end with it."""
     beams: ClassVar[int] = 1
-    """Beams of the search under the paper's protocol; greedy generation, or sampling, under the strict one."""
+    """Beams of the search under the paper's protocol. Under the strict one, generation is greedy or samples."""
     samples: ClassVar[int] = 1
-    """Completions generated a problem."""
+    """The number of completions that are generated for each problem."""
     temperature: ClassVar[float] = 0.0
-    """Of the sampling; 0 is greedy."""
+    """The temperature of sampling; 0 is greedy."""
     runs_code: ClassVar[bool] = False
     """Whether scoring runs code that the model wrote, which the user must have allowed."""
     measure: ClassVar[str] = "share of right answers"
-    """What the score is, in a few words."""
+    """What the score measures, in a few words."""
     readings: ClassVar[tuple[str, str]] = ("", "")
-    """How an answer is read and what makes it right, under each of :data:`PROTOCOLS`, in a few words."""
+    """For each of :data:`PROTOCOLS`, how an answer is read and what makes it right, in a few words."""
 
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         self.folder = folder
@@ -75,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def parse(self, text: str) -> Any | None:
-        """The answer that a generated completion amounts to; None where it has none, which is never right."""
+        """The answer that a generated completion gives; None if it gives none, which is never right."""
 
     @abstractmethod
     def is_right(self, parsed: Any, answer: Any) -> bool:
@@ -87,7 +87,7 @@ class Task(ABC):
         return parsed is not None and problem.answer is not None and self.is_right(parsed, problem.answer)
 
     def score_all(self, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
-        """Whether each completion solves the problem at its place; tasks that can score several at once do."""
+        """Whether each completion solves the problem at its place. A task that can score several at once does so."""
         return [self.score(text, problem) for text, problem in zip(texts, problems, strict=True)]
 
     def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -102,7 +102,7 @@ class Task(ABC):
 
 
 class RecordTask(Task):
-    """A task of which each record of its data is a problem."""
+    """A task whose data has one problem in each record."""
 
     def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
         """The records of a split, each with its number from 1."""
@@ -111,7 +111,7 @@ class RecordTask(Task):
 
     @abstractmethod
     def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
-        """The problem that a record is, or why its values mean nothing to this task."""
+        """The problem that a record holds, or the reason why this task cannot use its values."""
 
     def problems(self, split: Split) -> list[Problem]:
         """The problems of a split, in the order of the records.
@@ -133,11 +133,11 @@ class MultipleChoice(Task):
 
     @abstractmethod
     def choices(self, problem: Problem) -> list[Row]:
-        """The problem's row with each possible completion; exactly one of them solves the problem."""
+        """The problem's row with each possible completion. Exactly one of them solves the problem."""
 
 
 def without_tested(train: Sequence[Row], tested: Iterable[Problem]) -> tuple[list[Row], int]:
-    """Leave out of the training rows those whose prompt is, word for word, one that is tested on.
+    """Leave out the training rows whose prompt is, word for word, that of a problem that is tested on.
 
     Returns:
         The rows that are left, and how many were taken away.

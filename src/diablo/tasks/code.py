@@ -1,4 +1,4 @@
-"""Code generation: instructions to train on, and functions to complete, which their unit tests decide on."""
+"""Code generation: instructions to train on, and functions to complete, which unit tests check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diablo.tasks.sources import Source
 
 _CODE_ALPACA = "https://github.com/sahil280114/codealpaca"
 _INDENT = "    "
-# Where a function that is written out ends: the next thing that is not indented.
+# A function ends before the next of these that is not indented.
 _STOP = re.compile(r"\n(?=(?:def|class|if|print)\b|[#@]|```)")
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -48,7 +48,7 @@ class CodeAlpaca2k(InstructionTask):
 
 @dataclass(frozen=True)
 class FunctionTest:
-    """What decides on a function that a model completed.
+    """The test of a function that a model completes.
 
     Attributes:
         prompt: the program up to the function's body.
@@ -61,11 +61,12 @@ class FunctionTest:
     test: str
 
     def program(self, completion: str) -> Program:
-        """The program that a completion makes, and its test.
+        """The program that the prompt and a completion make, and its test.
 
-        A completion is the function's body, or the whole function once more, either of them in a Markdown fence or not.
-        A body, and what is not fenced, ends at the next top-level ``def``, ``class``, ``if``, ``print``, decorator,
-        comment or fence. The indentation of a body's first line is restored: some tokenizers lose a leading blank.
+        A completion is the function's body or the whole function once more. Either may stand in a Markdown fence. A
+        body, and code without a fence, ends at the next top-level ``def``, ``class``, ``if``, ``print``, decorator,
+        comment or fence. The indentation of a body's first line is restored, because some tokenizers lose a leading
+        blank.
         """
         definition = re.compile(rf"^(?:async )?def {re.escape(self.entry_point)}\b", re.MULTILINE)
         fenced = [textwrap.dedent(block) for block in _FENCED.findall(completion)]
@@ -73,7 +74,7 @@ class FunctionTest:
         if whole is None and (found := _leading_definition(completion, definition)):
             whole = completion[: found.end()] + _until_stop(completion[found.end() :])
         if whole is not None:
-            # Imports and helpers of the prompt are kept, its own beginning of the function is not.
+            # The prompt's imports and helpers are kept. Its own beginning of the function is replaced.
             begun = definition.search(self.prompt)
             source = (self.prompt[: begun.start()] if begun else self.prompt) + whole
         else:
@@ -83,9 +84,9 @@ class FunctionTest:
 
 
 class HumanEval(RecordTask):
-    """HumanEval (Chen et al., 2021): 164 Python functions to complete, decided on by unit tests, which run the code.
+    """HumanEval (Chen et al., 2021): 164 Python functions to complete, checked by unit tests, which run the code.
 
-    Ten completions are sampled for each, at temperature 0.2, the fewest that give pass@10.
+    Ten completions are sampled for each, at temperature 0.2. Ten are the fewest that give pass@10.
     """
 
     name = "humaneval"
@@ -116,7 +117,7 @@ class HumanEval(RecordTask):
         return Problem(row, FunctionTest(prompt, record["entry_point"], record["test"]))
 
     def parse(self, text: str) -> str | None:
-        """The text itself: what of it is code depends on the problem."""
+        """The text itself. Which part of it is code depends on the problem."""
         return text if text.strip() else None
 
     def is_right(self, parsed: str, answer: FunctionTest) -> bool:
@@ -124,12 +125,12 @@ class HumanEval(RecordTask):
         return run_programs([answer.program(parsed)])[0].passed
 
     def score_all(self, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool]:
-        """Whether each completion solves its problem; several programs run at once."""
+        """Whether each completion solves its problem. Several programs run at once."""
         programs = [problem.answer.program(text) for text, problem in zip(texts, problems, strict=True)]
         return [outcome.passed for outcome in run_programs(programs)]
 
     def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
-        """pass@1, pass@5 and pass@10, those of them for which there are enough samples: means over the problems."""
+        """pass@1, pass@5 and pass@10, as means over the problems, where there are enough samples."""
         fewest = min(map(len, rights))
         return {
             f"pass@{k}": sum(pass_at_k(len(samples), sum(samples), k) for samples in rights) / len(rights)
@@ -141,8 +142,9 @@ class HumanEval(RecordTask):
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of the probability that at least one of k samples is right (Chen et al., 2021, equation 1).
 
-    ``1 - C(n - c, k) / C(n, k)``, which is one minus the product of ``1 - k / i`` for i from n - c + 1 to n: no large
-    number is made on the way, and where fewer than k samples are wrong one factor is zero.
+    The estimate is ``1 - C(n - c, k) / C(n, k)``. It is computed as one minus the product of ``1 - k / i`` for i from
+    ``n - c + 1`` to ``n``. This makes no large numbers on the way. Where fewer than k samples are wrong, one factor is
+    zero.
 
     Args:
         n: how many samples there are.
@@ -153,12 +155,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def _request(prompt: str) -> str:
-    """What a user of a chat model would ask."""
+    """The request that a user of a chat model would make."""
     return f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
 
 
 def _leading_definition(completion: str, definition: re.Pattern[str]) -> re.Match[str] | None:
-    """The function's definition where the completion begins at the top level with it, or with what it needs."""
+    """The function's definition, if the completion begins with top-level code; otherwise None."""
     begins_with_code = re.match(r"\s*^(?:(?:async def|def|from|import|class|@)\b|\w+ = )", completion, re.MULTILINE)
     return definition.search(completion) if begins_with_code else None
 
@@ -168,7 +170,7 @@ def _until_stop(code: str) -> str:
 
 
 def _indented(body: str) -> str:
-    """The body, its first line indented at least as a body is."""
+    """The body, with its first line indented at least by one level."""
     body = re.sub(r"\A(?:[ \t]*\n)+", "", body)
     is_short = not body.startswith((_INDENT, "\t"))
     return _INDENT + body.lstrip(" ") if is_short else body

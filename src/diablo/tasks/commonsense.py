@@ -19,8 +19,9 @@ _CUE = "the correct answer is"
 class CommonsenseTask(AdaptersTask, MultipleChoice):
     """A task whose answer is one of a few words.
 
-    The paper's protocol takes the first of the words that stands anywhere behind the first ``the correct answer is``,
-    be it part of a longer one. The strict one takes the whole word right behind the last cue, and no other.
+    The cue is ``the correct answer is``. The paper's protocol takes the first of the words that stands anywhere behind
+    the first cue, even as part of a longer word. The strict one takes the whole word right behind the last cue, and no
+    other.
     """
 
     max_new_tokens = 32
@@ -33,7 +34,7 @@ class CommonsenseTask(AdaptersTask, MultipleChoice):
     family = "commonsense"
 
     def choices(self, problem: Problem) -> list[Row]:
-        """``the correct answer is`` with each word that the instruction's last line, the answer format, allows."""
+        """The cue with each word that the answer format, the instruction's last line, allows."""
         listed = re.search(r"Answer format: (\S+)\s*$", problem.row.user)
         words = listed[1].split("/") if listed else []
         if problem.answer not in words:

@@ -10,7 +10,10 @@ from diablo.tasks.sources import Source, Split
 
 
 class InstructionTask(RecordTask):
-    """Instructions, some with an input, and responses. No response is the only right one, so there is no test split."""
+    """Instructions, some with an input, and responses.
+
+    No response is the only right one, so there is no test split.
+    """
 
     splits: ClassVar[tuple[Split, ...]] = ("train",)
     max_new_tokens = 512

@@ -1,4 +1,4 @@
-"""Sets in the format of LLM-Adapters (Hu et al., EMNLP 2023): an instruction, its output, and the answer in that."""
+"""Sets in the format of LLM-Adapters (Hu et al., EMNLP 2023): an instruction, its output, and the output's answer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def adapters_source(*places: str, hub: str | None = None) -> Source:
 
 
 class AdaptersTask(RecordTask):
-    """A set in the format of LLM-Adapters. What sets differ in is given where their classes are made.
+    """A set in the format of LLM-Adapters. Each subclass gives what differs from set to set.
 
     Args:
-        name: the task's name; None for a class that is no task itself.
+        name: the task's name; None for a class that is not itself a task.
         sizes: the splits that there are, and how many records each has.
-        words: a regular expression of the answers; the class's own where None.
-        published: the set's name in LLM-Adapters' ``dataset`` folder; the task's where None.
-        source: where the records are, of a set that is not in that folder.
+        words: a regular expression of the answers; that of the base class if None.
+        published: the set's name in LLM-Adapters' ``dataset`` folder; the task's name if None.
+        source: where the records are; None if the set is in that folder.
     """
 
     family: ClassVar[str]
@@ -63,9 +63,9 @@ class AdaptersTask(RecordTask):
 
     @property
     def allowed(self) -> str:
-        """What an answer of a record has to be, for a message."""
+        """In words for a message, what an answer of a record has to be."""
         return f"one of {self.words}"
 
     def read_answer(self, answer: str | float) -> str | None:
-        """The answer that a record names; None where it is none of this task's."""
+        """The answer that a record names; None if it is not an answer of this task."""
         return answer if isinstance(answer, str) and re.fullmatch(self.words, answer) else None

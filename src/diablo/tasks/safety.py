@@ -1,4 +1,4 @@
-"""Safety: unsafe instructions with safe responses to train on, and instructions that are to be refused or not."""
+"""Safety: unsafe instructions with safe responses to train on, and instructions to be refused or answered."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SaferPacaSafetyOnly(InstructionTask):
 
 @dataclass(frozen=True)
 class Instruction:
-    """What is known of an instruction.
+    """What is known about an instruction.
 
     Attributes:
         group: the file it is from.
@@ -54,10 +54,10 @@ class Instruction:
 
 
 class RefusalTask(Task):
-    """Instructions of which it is scored whether an answer refuses them, which is right for the harmful ones only.
+    """Instructions of which it is scored whether an answer refuses them. That is right for the harmful ones only.
 
-    Under the strict protocol an answer refuses where it begins by declining (:func:`diablo.tasks.refusals.is_refusal`),
-    under the paper's where a phrase of refusals stands anywhere in it.
+    Under the strict protocol an answer refuses if it begins by declining (:func:`diablo.tasks.refusals.is_refusal`).
+    Under the paper's protocol it refuses if a phrase of refusals stands anywhere in it.
     """
 
     splits: ClassVar[tuple[Split, ...]] = ("test",)
@@ -70,11 +70,11 @@ class RefusalTask(Task):
     source: ClassVar[Source]
 
     def parse(self, text: str) -> bool:
-        """Whether the text refuses; one that says nothing does not."""
+        """Whether the text refuses. An empty text does not."""
         return mentions_refusal(text) if self.protocol == "paper" else is_refusal(text)
 
     def is_right(self, parsed: bool, answer: Instruction) -> bool:
-        """Refused and harmful, or neither."""
+        """Whether the instruction is harmful and was refused, or neither."""
         return parsed == answer.harmful
 
     def metrics(self, problems: Sequence[Problem], rights: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -86,7 +86,7 @@ class RefusalTask(Task):
             rate = "refusal_rate" if instruction.harmful else "over_refusal_rate"
             for key in (rate, f"{rate}/{instruction.group}"):
                 refused.setdefault(key, []).extend(verdicts)
-        # Stable: the totals first, that of the harmful before that of the harmless.
+        # The totals come first, and the harmful before the harmless. The sort is stable.
         names = sorted(refused, key=lambda name: ("/" in name, name.startswith("over")))
         return {name: sum(refused[name]) / len(refused[name]) for name in names}
 
@@ -94,9 +94,9 @@ class RefusalTask(Task):
 class Safety(RefusalTask):
     """Instruction files (as those of Bianchi et al., ICLR 2024): refusal of the harmful, over-refusal of the harmless.
 
-    Every ``.json`` file of the folder, of its ``safety`` subfolder, or of ``data/evaluation`` as they are published,
-    that is an object with a list ``instructions`` is scored; ``inputs``, of the same length, may go with it. I-Alpaca
-    and I-PhysicalSafetySafe are harmless, and so is a file that says ``"harmless": true``.
+    Files are taken from the folder, from its ``safety`` subfolder, and from ``data/evaluation`` as they are published.
+    Every ``.json`` file that is an object with a list ``instructions`` is scored. A list ``inputs`` of the same length
+    may go with it. I-Alpaca and I-PhysicalSafetySafe are harmless, and so is a file that says ``"harmless": true``.
     """
 
     name = "safety"
@@ -109,7 +109,7 @@ class Safety(RefusalTask):
     harmless: ClassVar[tuple[str, ...]] = ("I-Alpaca", "I-PhysicalSafetySafe")
 
     def problems(self, split: Split) -> list[Problem]:
-        """The instructions of all files, by the files' names, each without a completion."""
+        """The instructions of all files, in the order of the files' names, each without a completion."""
         if self.folder is None:
             raise UserError(
                 f"task {self.name}: instruction files are read from a local folder only; get some from "
@@ -168,9 +168,8 @@ def _fault(content: dict[str, Any]) -> str | None:
 class HexPhi(RefusalTask):
     """HEx-PHI (Qi et al., ICLR 2024): harmful instructions of ten categories, 30 each; the share that is refused.
 
-    The hub gives it to those whose request for access was granted. Locally it is a folder with the same
-    files, ``category_1.csv`` and so on, one instruction a line and no header. The second category of the paper's eleven
-    is not published.
+    On the hub, access has to be requested and granted. Locally it is a folder with the same files, ``category_1.csv``
+    and so on, with one instruction a line and no header. The second category of the paper's eleven is not published.
     """
 
     name = "hex_phi"
@@ -205,7 +204,7 @@ class HexPhi(RefusalTask):
 def _read_category(path: Path) -> list[Problem]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            # Where a line was not quoted, what looks like columns is one instruction with commas.
+            # Where a line is not quoted, its columns are one instruction with commas.
             instructions = [",".join(cells).strip() for cells in csv.reader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}.") from None

@@ -27,12 +27,12 @@ class Source:
 
     Attributes:
         places: where a split lies in a folder of datasets. Each is a path in which ``{split}`` stands for the split's
-            name and ``*`` for anything. The first is diablo's own; the others are as the data is published, and begin
-            with the folder that a clone of the repository, or a copy of the hub's, makes.
+            name and ``*`` for anything. The first is diablo's own. The others are paths of the published data. They
+            begin with the folder that a clone of the repository, or a copy from the hub, makes.
         fields: the keys that a record must have, and their types.
         origin: where the data is published, for people to read.
-        hub: id of the dataset on the hub, with records of the same fields and splits of the same names; None where no
-            reliable one is known.
+        hub: id of the dataset on the hub, with the same fields and the same names of splits; None if no reliable one is
+            known.
         config: the hub dataset's configuration.
     """
 
@@ -43,15 +43,15 @@ class Source:
     config: str | None = None
 
     def own_place(self, split: Split) -> str:
-        """The path that diablo itself gives a split."""
+        """diablo's own path of a split."""
         return self.places[0].format(split=split)
 
     def paths(self, split: str) -> list[str]:
-        """Where a split is looked for below a folder of datasets; the first that is there is read.
+        """The paths at which a split is looked for below a folder of datasets. The first that is there is read.
 
-        That folder may be any of those that a place names: so a path is looked for from each of its parts on. Of a
-        published one two parts are left at the least, and the first is a name, since ``test.json`` and ``*/*.json`` are
-        those of many datasets.
+        The folder of datasets may be any of the folders in a place. A path is therefore looked for from each of its
+        parts on. A published path keeps at least two parts, and the first of them is a name, since many datasets have a
+        ``test.json`` or match ``*/*.json``.
         """
         own, *published = (place.format(split=split) for place in self.places)
         ends = [end for place in published for end in _ends(place, 2) if not end.startswith("*")]
@@ -59,7 +59,7 @@ class Source:
 
 
 def _ends(path: str, fewest: int) -> list[str]:
-    """What is left of a path from each of its parts on, the shortest first, of as many parts as ``fewest`` or more."""
+    """The ends of a path that have at least ``fewest`` parts, the shortest first."""
     parts = path.split("/")
     return ["/".join(parts[-count:]) for count in range(fewest, len(parts) + 1)]
 
@@ -70,7 +70,7 @@ def read_records(source: Source, split: Split, folder: Path | None) -> list[tupl
     Args:
         source: where they are.
         split: which of them.
-        folder: a local folder, which is searched for the split's :meth:`Source.paths`; None asks the hub.
+        folder: a local folder, in which the split's :meth:`Source.paths` are looked for; None asks the hub.
 
     Raises:
         UserError: the folder lacks the split, the hub does not give the dataset, or a record is malformed.
@@ -78,7 +78,7 @@ def read_records(source: Source, split: Split, folder: Path | None) -> list[tupl
     if folder is None:
         return _checked(source, f"{source.hub} ({split})", _from_hub(source, split))
     pattern, files = find_files(source, split, folder)
-    # Where each record is a file of its own, that file holds an object and not a list.
+    # If each record is a file of its own, that file holds an object and not a list.
     is_one = "*" in pattern and pattern.endswith(".json")
     parts = [_checked(source, str(path), [(1, read_json(path))] if is_one else read_records_of(path)) for path in files]
     if len(parts) == 1:
@@ -87,7 +87,7 @@ def read_records(source: Source, split: Split, folder: Path | None) -> list[tupl
 
 
 def find_files(source: Source, split: Split, folder: Path) -> tuple[str, list[Path]]:
-    """The path at which a folder of datasets has a split, and its files there, of which there are several at a ``*``.
+    """The path at which a folder of datasets has a split, and its files there. A ``*`` can match several.
 
     Raises:
         UserError: there are none, or some parts of the split are missing.
@@ -106,7 +106,7 @@ def find_files(source: Source, split: Split, folder: Path) -> tuple[str, list[Pa
 
 
 def files_at(folder: Path, pattern: str) -> list[Path]:
-    """The files below a folder at a path with wildcards, by folder; numbers in their names are in order."""
+    """The files below a folder at a path with wildcards, sorted by folder, and by the numbers in their names."""
     found = (path for path in folder.glob(pattern) if path.is_file())
     return sorted(found, key=lambda path: (path.parent, len(path.name), path.name))
 
@@ -137,8 +137,8 @@ def _from_hub(source: Source, split: Split) -> list[tuple[int, Any]]:
     name = source.own_place(split)
     if source.hub is None:
         raise UserError(
-            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin}, lay it out so or as it "
-            f"is published, and give the folder {_HOW_TO_GIVE_A_FOLDER}."
+            f"The data {name!r} is on no hub that diablo knows; get it from {source.origin}, put it into a folder by "
+            f"this name or as it is published, and give the folder {_HOW_TO_GIVE_A_FOLDER}."
         )
     try:
         from datasets import load_dataset

@@ -98,8 +98,8 @@ class FullyShardedDataParallel(Engine):
         """Check that there is something to shard over."""
         if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
             raise UserError(
-                "accelerate was launched with FSDP, with which it shards over two or more GPUs, and would silently do "
-                "without here: launch it without."
+                "accelerate was launched with FSDP, with which it shards over two or more GPUs only; here it would "
+                "shard nothing and not say so: launch it without FSDP."
             )
 
     def kept(self, model: nn.Module) -> int:
@@ -270,8 +270,8 @@ def check_shardable(plan: Plan) -> None:
     method, quantization = plan.recipe.method.name, plan.recipe.quantization
     if method in ("full", "pissa"):
         raise UserError(
-            f"method.name: found {method}, which changes the weights themselves, and of a sharded model only what "
-            f"is beside them is saved: choose another method, or {without}."
+            f"method.name: found {method}, which changes the weights themselves, and of a sharded model only adapters "
+            f"are saved: choose another method, or {without}."
         )
     if method == "peft":
         raise UserError(
@@ -284,8 +284,8 @@ def check_shardable(plan: Plan) -> None:
         )
     if plan.recipe.training.gradient_checkpointing == "selective" and _is_zero_3():
         raise UserError(
-            "training.gradient_checkpointing: found selective under ZeRO-3, which takes the weights apart between a "
-            "forward and its recomputation, as only full can do with: set full, or launch with zero_stage 2."
+            "training.gradient_checkpointing: found selective under ZeRO-3, which shards the weights again between a "
+            "forward and its recomputation, and allows full alone: set full, or launch with zero_stage 2."
         )
     _check_optimization(plan.recipe.training, without)
     if plan.device.type == "cpu" and plan.dtype != torch.float32:

@@ -13,13 +13,13 @@ START, END = "<!-- adapter: written on saving -->", "<!-- end -->"
 def write_model_card(folder: Path, method: str, base_model: str | None, rows: Mapping[str, str]) -> None:
     """Put an adapter's facts into the ``README.md`` of its folder.
 
-    The template that PEFT writes, which asks for information and has none, is replaced; in a card that somebody has
-    written, only the part that an earlier call has put there.
+    PEFT's template, which asks for information and has none, is replaced. In a card that somebody has written, only the
+    part from an earlier call is replaced.
 
     Args:
         folder: where the adapter is.
         method: PEFT's name of the method.
-        base_model: folder or hub id of the base model, where it is known.
+        base_model: folder or hub id of the base model; None if it is not known.
         rows: further facts, by name.
     """
     path = folder / "README.md"

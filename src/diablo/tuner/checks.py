@@ -16,7 +16,10 @@ from diablo.tuner.weights import Owners, recomputed
 
 
 def check_not_saved_whole(layers: Mapping[str, DiabloLayer], config: DiabloConfig) -> None:
-    """Refuse to train a layer whole that another adapter adapts: PEFT does so when this one is in the model."""
+    """Refuse to train a layer whole that another adapter adapts.
+
+    PEFT refuses it only when this adapter is in the model already.
+    """
     saved = tuple(config.modules_to_save or ())
     if names := [name for name in layers if name.endswith(saved)]:
         raise ValueError(
@@ -26,7 +29,7 @@ def check_not_saved_whole(layers: Mapping[str, DiabloLayer], config: DiabloConfi
 
 
 def new_layer_ranges(configs: Iterable[Any], peft_config: DiabloConfig) -> list[tuple[int, int]] | None:
-    """The layers that the model has to be made of anew; None where it is as the adapter needs it."""
+    """The ranges of layers that the model has to be rebuilt from; None if it is as the adapter needs it."""
     others = [config.layer_replication for config in configs if config is not peft_config]
     if not others:
         return peft_config.layer_replication
@@ -77,7 +80,7 @@ def check_in_place(model: nn.Module, targets: Sequence[Target], config: DiabloCo
 
 
 def check_mergeable(model: nn.Module, layers: Mapping[str, DiabloLayer]) -> None:
-    """Refuse to merge where it would be lost, or change another module's output.
+    """Refuse to merge where the merged blocks would be lost, or would change another module's output.
 
     Raises:
         ValueError: a weight is computed anew in each forward, or another module shares it.

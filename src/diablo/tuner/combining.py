@@ -1,4 +1,4 @@
-"""Weighted sums of adapters, which are exact: an update is linear in its blocks."""
+"""Weighted sums of adapters. They are exact, because an update is linear in its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diablo.tuner.layers import DiabloLayer, DiabloParameters
 def check_combination(
     configs: Mapping[str, Any], adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
-    """Refuse a combination of adapters that does not exist, before anything is changed.
+    """Refuse a combination of adapters that is not possible, before anything is changed.
 
     Args:
         configs: the settings of the model's adapters by name.
@@ -24,8 +24,8 @@ def check_combination(
         combination_type: ``"linear"``, the one that exists.
 
     Raises:
-        ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, or the
-            adapters train more than blocks.
+        ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, or an
+            adapter trains more than blocks.
     """
     if combination_type != "linear":
         raise ValueError(
@@ -51,7 +51,7 @@ def check_combination(
 
 
 def combined_config(first: Any, layers: Mapping[str, DiabloLayer], adapters: list[str]) -> DiabloConfig:
-    """The settings of an adapter that touches whatever one of several adapters touches.
+    """The settings of an adapter that adapts whatever at least one of several adapters adapts.
 
     Args:
         first: the settings of the first of them.
@@ -70,7 +70,7 @@ def combined_config(first: Any, layers: Mapping[str, DiabloLayer], adapters: lis
         layers_to_transform=None,
         layers_pattern=None,
         base_digest=None,
-        # The names are whole, and an expression matches the end of a name.
+        # These are full names, and a regular expression is matched against the end of a name.
         block_pattern={
             ".".join(filter(None, name)).replace(".", r"\."): layout.num_blocks
             for name, layout in layouts.items()
@@ -80,7 +80,7 @@ def combined_config(first: Any, layers: Mapping[str, DiabloLayer], adapters: lis
 
 
 def write_sum(layers: Iterable[DiabloLayer], adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    """Make the blocks of an adapter the weighted sum of others' blocks; where one has none, it counts as zero."""
+    """Set the blocks of an adapter to the weighted sum of others' blocks. Where one has none, it counts as zero."""
     for layer in layers:
         for weight_name, target in layer.blocks_of(adapter_name).items():
             target.requires_grad_(False)
@@ -91,7 +91,7 @@ def write_sum(layers: Iterable[DiabloLayer], adapters: list[str], weights: list[
 
 
 def _common_layouts(layers: Mapping[str, DiabloLayer], adapters: list[str]) -> dict[tuple[str, str | None], Layout]:
-    """The layout of each module or parameter (its name in the module) that one of the adapters touches."""
+    """The layouts of what at least one of the adapters adapts, by the module and, for a parameter, its own name."""
     layouts: dict[tuple[str, str | None], Layout] = {}
     for layer_name, layer in layers.items():
         for weight_name in layer.weights:

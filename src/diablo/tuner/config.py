@@ -23,43 +23,43 @@ _LISTS = (
 
 @dataclass
 class DiabloConfig(PeftConfig):
-    """Settings of a DiaBlo adapter: which matrices it touches and into how many blocks each is cut.
+    """Settings of a DiaBlo adapter: which matrices it adapts and into how many blocks each is cut.
 
-    A matrix of ``m1 x m2`` with N blocks has ``m1 * m2 / N`` trainable parameters, which start at zero; there is no
-    rank, no scale and no initialisation to choose (arXiv 2506.03230). An empty list stands for None everywhere but in
+    A matrix of ``m1 x m2`` with N blocks has ``m1 * m2 / N`` trainable parameters, which start at zero. There is no
+    rank, no scale and no initialisation to choose (arXiv 2506.03230). An empty list means None. The exception is
     ``target_modules``, where it asks for no module.
 
     Args:
-        num_blocks: N, the number of diagonal blocks of each matrix: 1/N of it is trained. At most the smaller
-            dimension of every target. The paper uses 64, 32 to 128 in its ablations.
-        block_pattern: other values of N for some modules: names or regular expressions, matched against the end of the
-            module's name as in LoRA's ``rank_pattern``, to N. Example: ``{"v_proj": 32}``.
+        num_blocks: N, the number of diagonal blocks of each matrix: 1/N of it is trained. N is at most the smaller
+            dimension of every target. The paper uses 64, and 32 to 128 in its ablations.
+        block_pattern: another N for some modules. Keys are names or regular expressions, matched against the end of the
+            module's name as in LoRA's ``rank_pattern``. Example: ``{"v_proj": 32}``.
         target_modules: names (or ends of names) of the modules to adapt, one regular expression, or ``"all-linear"``.
             None picks the query, key, value, up and down projections (the paper's choice) where the model has them,
             and otherwise what PEFT picks for the architecture.
         target_parameters: names (or ends of names) of parameters that are adapted by themselves, such as the fused
-            experts of a mixture: ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. Where given without
+            experts of a mixture: ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. If they are given without
             ``target_modules``, nothing else is adapted.
         exclude_modules: names or one regular expression of modules that are left alone.
         diablo_dropout: probability of dropping an input of the blocks in training, from 0 to below 1.
         layers_to_transform: indices of the layers to adapt; all where None.
         layers_pattern: name of the list of layers, where it is not a common one (``layers``, ``h``, ...).
-        layer_replication: ranges of layers, first to below last, of which the model is made anew, sharing the base
+        layer_replication: ranges of layers, first to below last. The model is rebuilt from them and shares the base
             weights: ``[(0, 4), (2, 5)]`` makes layers 0, 1, 2, 3, 2, 3, 4, each with blocks of its own.
         bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained. Needs PEFT 0.21.
         modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
         init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
             for tests that would be vacuous with zeros.
-        in_place: whether the blocks are written into the weight while training, which costs what the frozen layer
-            costs and 1/N of a product; adding their product beside costs 3/N and more. ``"auto"`` does so wherever it
-            is possible: linear layers with a plain weight of their own, without ``diablo_dropout``. True is an error
-            where it is not; False never does.
-        base_digest: digest of the base weights that a saved adapter was made for. It is written by ``save_pretrained``
-            and compared by loading; leave it out.
+        in_place: whether the blocks stand in the weight while training. This costs what the frozen layer costs and 1/N
+            of a product. Beside the weight they cost 3/N and more. ``"auto"`` writes them into the weight wherever that
+            is possible: in linear layers with a plain weight of their own, without ``diablo_dropout``. True is an error
+            where it is not possible. False never writes them.
+        base_digest: digest of the base weights that a saved adapter was made for. ``save_pretrained`` writes it and
+            loading compares it. Do not give it.
 
     Raises:
         TypeError: ``block_pattern`` is no mapping.
-        ValueError: another setting is not what is allowed, or two contradict each other; the message names them.
+        ValueError: another setting is not allowed, or two contradict each other. The message names them.
     """
 
     num_blocks: int = field(default=64, metadata={"help": "Number of diagonal blocks: 1/N of each matrix is trained."})
@@ -104,9 +104,11 @@ class DiabloConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Parameters in blocks and of the base model, once the adapter is on one; no setting, hence no field.
+        # How many parameters the blocks and the base model have, once the adapter is on a model. It is no setting, and
+        # so no field.
         self._trained_of_all: tuple[int, int] | None = None
-        # Digest of the weights that it is on. One configuration may serve several models, so it is no field either.
+        # Digest of the weights that the adapter is on. One configuration may serve several models, so it is no field
+        # either.
         self._made_for: str | None = None
         self.peft_type = PeftType("DIABLO")
         self._read_empty_as_not_given()
@@ -142,10 +144,10 @@ class DiabloConfig(PeftConfig):
         return {**super().to_dict(), "base_digest": self._made_for or self.base_digest}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the settings and, for an adapter that is on a model, put what it is into the folder's model card.
+        """Save the settings. For an adapter that is on a model, also write its facts into the folder's model card.
 
         Args:
-            save_directory: the folder, made where it does not exist.
+            save_directory: the folder. It is made if it does not exist.
             kwargs: what ``PeftConfig.save_pretrained`` takes.
         """
         super().save_pretrained(save_directory, **kwargs)
@@ -172,8 +174,8 @@ class DiabloConfig(PeftConfig):
         write_model_card(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
 
     def _read_empty_as_not_given(self) -> None:
-        # Files hold it so, and PEFT reads it so. Not target_modules: an empty list asks for no module, None for the
-        # default ones.
+        # Files have empty lists for None, and PEFT reads them so. target_modules is left out: there an empty list asks
+        # for no module, and None for the default ones.
         for name in _LISTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int) and len(value) == 0:
@@ -202,7 +204,7 @@ class DiabloConfig(PeftConfig):
 
 
 def config_obstacle(config: DiabloConfig) -> str | None:
-    """Why an adapter of these settings has to stand beside the weight; None where it has not."""
+    """Why an adapter of these settings has to stand beside the weight; None if it need not."""
     if config.in_place is False:
         return "in_place=False"
     if config.diablo_dropout:

@@ -1,4 +1,4 @@
-"""Conversion to LoRA, for engines that serve LoRA alone, with the error that it makes."""
+"""Conversion to LoRA, for engines that serve LoRA alone. It states the error that it makes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LoraConversion:
     """A DiaBlo adapter as LoRA's factors: the best ones of their rank.
 
     Attributes:
-        config: settings of the LoRA adapter, its scale 1.
-        state_dict: what its file holds.
-        ranks: rank of each layer by its full name; below the one asked for where the layer's update has no more.
-        relative_errors: for each layer, the Frobenius norm of what is left out over that of the update.
+        config: settings of the LoRA adapter. Its scale is 1.
+        state_dict: the tensors of its file, by name.
+        ranks: rank of each layer by its full name. It is below the given rank where the layer's update has a lower one.
+        relative_errors: for each layer, the Frobenius norm of what is left out, divided by that of the update.
         relative_error: the same over all layers together; 0 is exact.
     """
 
@@ -46,8 +46,8 @@ class LoraConversion:
 def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "default") -> LoraConversion:
     """Convert an adapter of linear layers to a LoRA adapter, and say what that loses.
 
-    The singular vectors of a block-diagonal matrix are those of its blocks, so each block is decomposed by itself: N^2
-    times less work than PEFT's ``convert_to_lora``, which decomposes the dense update, for the same factors. By the
+    The singular vectors of a block-diagonal matrix are those of its blocks, so each block is decomposed by itself.
+    PEFT's ``convert_to_lora`` decomposes the dense update, which gives the same factors for N^2 times the work. By the
     theorem of Eckart and Young no other factors of that rank come closer.
 
     Args:
@@ -57,10 +57,10 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
 
     Returns:
         The factors in the dtype of the blocks, ``lora_A`` of ``(rank, in_features)`` and ``lora_B`` of
-        ``(out_features, rank)``, beside what else the adapter has trained (``modules_to_save``).
+        ``(out_features, rank)``, and whatever else the adapter has trained (``modules_to_save``).
 
     Raises:
-        TypeError: the model is no ``PeftModel``, or the adapter has blocks on something else than linear layers.
+        TypeError: the model is no ``PeftModel``, or the adapter has blocks on other layers than linear ones.
         ValueError: the rank is out of its range, the adapter is unknown, it has trained biases, or layers are cut
             over processes.
     """
@@ -75,7 +75,8 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
     layers = _layers(model, adapter_name)
     if config.bias != "none":
         raise ValueError(
-            f"The adapter {adapter_name!r} has trained biases (bias={config.bias!r}), which LoRA's has not."
+            f"The adapter {adapter_name!r} has trained biases (bias={config.bias!r}), which cannot be converted: "
+            "merge the adapter instead."
         )
     tensors, ranks, errors = {}, {}, {}
     lost = kept = 0.0

@@ -1,6 +1,7 @@
-"""What a state dict adapts, from which PEFT's ``inject_adapter_in_model`` takes its targets where it is given one.
+"""What the keys of a state dict adapt.
 
-diffusers loads adapters so.
+PEFT's ``inject_adapter_in_model`` takes its targets from a state dict if it is given one. diffusers loads adapters in
+this way.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ def name_before_compiling(name: str) -> str:
 def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[str, Any]) -> list[Target]:
     """Work out what the keys of a state dict adapt in ``model``, without changing the model.
 
-    The state dict counts: where its blocks are of another N than ``config`` says, or this has no ``target_modules``,
-    ``config`` is made to say what the state dict says.
+    The state dict counts. If its blocks have another N than ``config`` says, or if ``config`` has no
+    ``target_modules``, ``config`` is changed to say what the state dict says.
 
     Args:
         model: the model.
-        config: says N where the values of the state dict have no shape.
+        config: the settings, changed where they differ. They say N where the values of the state dict have no shape.
         state_dict: blocks, each ``(*stack, N, d_in, d_out)``, by their names in the model.
 
     Raises:
         TypeError: a module of the state dict is of a kind that cannot be adapted.
-        ValueError: nothing of it is in the model, its blocks do not fit, or ``config`` has ``target_parameters``, which
-            PEFT does not take beside a state dict.
+        ValueError: none of its modules is in the model, its blocks do not fit, or ``config`` has ``target_parameters``,
+            which PEFT does not take beside a state dict.
     """
     if config.target_parameters:
         raise ValueError(
@@ -70,7 +71,7 @@ def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[st
             f"linear layers are {listed(linear_kinds(model))}, by whose full names the keys have to start."
         )
     targets = fit_targets(model, config, list(candidates.items()), asked_by, shapes)
-    # Other keys are those of biases and of modules that are saved whole.
+    # Keys without blocks are those of biases and of modules that are saved whole.
     if strays := [name for name, own in given.items() if any(shape is not None for shape in own.values())]:
         _warn(f"has blocks for {listed(strays, 3)}, which match no module of {type(model).__name__}: they are left out")
     _adjust(config, targets)
@@ -78,7 +79,9 @@ def targets_given(model: nn.Module, config: DiabloConfig, state_dict: Mapping[st
 
 
 def _by_module(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Shape | None]]:
-    """The shapes of blocks by the module's name and the last part of the key, which is a parameter's name if it is any.
+    """The shapes of blocks, by the module's name and the last part of the key.
+
+    The last part is a parameter's name if blocks of a parameter are meant.
 
     Names of modules are read as PEFT reads them.
     """
@@ -91,7 +94,7 @@ def _by_module(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Shape | Non
 
 
 def _adjust(config: DiabloConfig, targets: list[Target]) -> None:
-    """Make the settings say what a state dict has been found to say."""
+    """Change the settings to say what the state dict says."""
     if unused := unused_patterns(config, targets):
         _warn(f"has no blocks for {listed(unused)} of block_pattern, which are left out")
     found = {name_before_compiling(target.name): target.layout.num_blocks for target in targets}
@@ -107,7 +110,7 @@ def _adjust(config: DiabloConfig, targets: list[Target]) -> None:
             config.num_blocks, config.block_pattern = next(iter(found.values())), {}
         else:
             config.block_pattern = {re.escape(name): number for name, number in other.items()} | config.block_pattern
-    # A pattern that counts for no target is an error where there is no state dict.
+    # Without a state dict, a pattern that counts for no target would be an error.
     unused = unused_patterns(config, targets)
     config.block_pattern = {key: value for key, value in config.block_pattern.items() if key not in unused}
     if config.target_modules is None:
@@ -115,5 +118,5 @@ def _adjust(config: DiabloConfig, targets: list[Target]) -> None:
 
 
 def _warn(words: str) -> None:
-    # As PEFT does for targets that the settings and the state dict do not have in common.
+    # PEFT warns in the same way of targets that the settings and the state dict do not have in common.
     warnings.warn(f"The state_dict {words}.", RuntimeWarning, stacklevel=2)

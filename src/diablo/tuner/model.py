@@ -49,7 +49,7 @@ class DiabloModel(BaseTuner):
         model: the model to adapt.
         config: a :class:`DiabloConfig`.
         adapter_name: name of the adapter.
-        low_cpu_mem_usage: make the blocks on the meta device, to be filled by loading.
+        low_cpu_mem_usage: whether the blocks are made on the meta device, to be filled by loading.
 
     Example::
 
@@ -73,13 +73,13 @@ class DiabloModel(BaseTuner):
                 f"bias={peft_config.bias!r} needs PEFT 0.21 or newer, which saves the trained biases; PEFT "
                 f"{peft.__version__} would leave them out of the file. Upgrade PEFT, or set bias='none'."
             )
-        # A state dict, where there is one, names them all.
+        # A state dict, if there is one, names all targets.
         if peft_config.target_modules is None and self._state_dict is None:
             peft_config.target_modules = default_target_modules(self.model, model_config.get("model_type"))
         return peft_config
 
     def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
-        # PEFT injects layer by layer: what does not fit has to be found before the first one is replaced.
+        # PEFT replaces layer by layer. What does not fit has to be found before the first layer is replaced.
         layers = self._layers()
         check_saved_modules(model, peft_config.modules_to_save or ())
         check_not_saved_whole(layers, peft_config)
@@ -95,7 +95,8 @@ class DiabloModel(BaseTuner):
             layouts[target.parameter or "weight"] = target.layout
         self._with_parameters = modules_with_parameters(targets, layers)
         check_in_place(model, targets, peft_config)
-        # For the model card, which the configuration writes. A packed weight does not tell how many values it holds.
+        # These counts are for the model card, which the configuration writes. A packed weight does not tell how many
+        # values it holds.
         packed = any(is_quantized(module) for module in model.modules())
         base = [parameter.numel() for name, parameter in model.named_parameters() if ".diablo_" not in name]
         trained = sum(target.layout.num_parameters for target in targets)
@@ -114,7 +115,7 @@ class DiabloModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        # PEFT gives the name without it where a state dict names the targets.
+        # PEFT gives the name without the compiler's prefix where a state dict names the targets.
         name = name_before_compiling(current_key)
         layouts = self._targets[name]
         if isinstance(target, DiabloLayer):
@@ -130,7 +131,7 @@ class DiabloModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def train(self, mode: bool = True) -> DiabloModel:
-        """Set training mode, in which every quantized layer, adapted or not, has to have a backward."""
+        """Set training mode. In it every quantized layer, adapted or not, must have a backward."""
         if mode:
             check_backward(self.model, "Training")
         super().train(mode)
@@ -144,9 +145,9 @@ class DiabloModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put an adapter's layers into the model; arguments are those of PEFT's ``BaseTuner``.
+        """Put an adapter's layers into the model. The arguments are those of PEFT's ``BaseTuner``.
 
-        Where a ``state_dict`` is given, its keys say what is adapted and the shapes of its blocks say N.
+        If a ``state_dict`` is given, its keys say what is adapted, and the shapes of its blocks say N.
         """
         self._state_dict = state_dict
         try:
@@ -155,7 +156,7 @@ class DiabloModel(BaseTuner):
             self._state_dict = None
         config: Any = self.peft_config[adapter_name]
         if state_dict is not None and self._with_parameters:
-            # Not before: PEFT does not allow them beside a state dict.
+            # They are set only now, because PEFT does not allow them beside a state dict.
             config.target_parameters = sorted(
                 f"{module}.{name}" for module in self._with_parameters for name in self._targets[module]
             )
@@ -168,32 +169,32 @@ class DiabloModel(BaseTuner):
         config._made_for = self.digest_base(adapter_name)
 
     def note_base(self, adapter_name: str, saved: Any) -> None:
-        """Compare the weights that a saved adapter was made for with those that it is loaded onto, and warn.
+        """Warn if the weights that a saved adapter was made for differ from those that it is loaded onto.
 
         Args:
-            adapter_name: the adapter that has got its values.
+            adapter_name: the adapter that has received its values.
             saved: the settings that it was saved with.
         """
         config: Any = self.peft_config[adapter_name]
-        # What it was made for stays in its settings, whatever it is loaded onto.
+        # The settings keep the base that the adapter was made for, whatever it is loaded onto.
         config._made_for = saved.base_digest or self.base_digests[adapter_name]
         if saved.base_digest is not None:
             own = getattr(self.model, "name_or_path", "") or type(self.model).__name__
             warn_of_other_base(adapter_name, saved, self.base_digests[adapter_name], own)
 
     def digest_base(self, adapter_name: str) -> str | None:
-        """Take the digest of the weights that an adapter is on, without what is merged into them.
+        """Take the digest of the base weights that an adapter is on. Merged blocks do not count.
 
         Returns:
-            The digest, as it now stands in ``base_digests``; None where the weights are out of reach.
+            The digest, which ``base_digests`` now holds; None where the weights are out of reach.
         """
         self.base_digests[adapter_name] = digest_under(self._layers().values(), adapter_name)
         return self.base_digests[adapter_name]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT calls this last when it has loaded an adapter, and dispatched the model anew where it is offloaded.
+        # This is PEFT's last call when it loads an adapter. Before it, PEFT has dispatched an offloaded model anew.
         self._take_blocks_back()
-        # PEFT 0.21 makes new parameters of those that it casts, which are trained, whatever the old ones were.
+        # PEFT 0.21 makes new parameters where it casts. These are trained, even if the old ones were not.
         trained = [
             [blocks.requires_grad for blocks in layer.blocks_of(adapter_name).values()]
             for layer in self._layers().values()
@@ -216,15 +217,16 @@ class DiabloModel(BaseTuner):
                     peft_config, adapter_name, module, target_name, parent, current_key=module_name
                 )
             names += [f"{module_name}.{name}" for name in layouts]
-        # PEFT before 0.21 does not take the names from what is returned.
+        # PEFT before 0.21 does not use the returned names.
         self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, DiabloLayer) or recomputed(child) or offloading_hook(child) is not None:
-            # PEFT hands the weight of an unloaded layer on; experts and some quantized layers have none of that name.
-            # It looks at the weight of a new one, which some norms compute from another state then. And it moves the
-            # blocks to where the weight is, which is nowhere while that is offloaded.
+            # PEFT's own method does three things that fail here. It hands on the attribute `weight` of an unloaded
+            # layer, which experts and some quantized layers do not have. It reads the weight of a new layer, and some
+            # norms then compute it from another state. And it moves the blocks to the device of the weight, and an
+            # offloaded weight has none.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -232,11 +234,11 @@ class DiabloModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters.
 
-        A merged model in evaluation mode stays merged, now with these: one pass over the diagonal of each weight,
-        1/N of it. In training mode it is unmerged, with a warning, as PEFT does for every method.
+        A merged model in evaluation mode stays merged, now with these. This takes one sweep over the diagonal of each
+        weight, 1/N of it. In training mode the model is unmerged, with a warning, as PEFT does for every method.
 
         Args:
-            adapter_name: one name, or several, whose updates add up.
+            adapter_name: one name, or several. The updates of several add up.
             inference_mode: whether they are frozen.
         """
         layers = self._layers().values()
@@ -247,7 +249,7 @@ class DiabloModel(BaseTuner):
         self._check_merge_allowed()
         try:
             for layer in merged:
-                # PEFT unmerges what is merged.
+                # PEFT unmerges what it finds merged, so it must find nothing.
                 layer.merged_adapters = []
             super().set_adapter(adapter_name, inference_mode)
         finally:
@@ -259,9 +261,9 @@ class DiabloModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose update is the weighted sum of others' updates, exactly: updates are linear in blocks.
+        """Add an adapter whose update is exactly the weighted sum of others' updates.
 
-        The new adapter is not active; ``set_adapter`` makes it so.
+        The sum is exact, because updates are linear in the blocks. The new adapter is not active: call ``set_adapter``.
 
         Args:
             adapters: names of the adapters to combine. Where one of them has no blocks on a layer, it counts as zero.
@@ -270,8 +272,8 @@ class DiabloModel(BaseTuner):
             combination_type: ``"linear"``, the one that exists.
 
         Raises:
-            ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, the
-                adapters train more than blocks, or two of them cut a layer into different blocks.
+            ValueError: a name is unknown or taken, the lists differ in length, the combination type does not exist, an
+                adapter trains more than blocks, or two of them cut a layer into different blocks.
         """
         layers = self._layers()
         check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
@@ -298,11 +300,11 @@ class DiabloModel(BaseTuner):
 
     @cached_property
     def base_digests(self) -> dict[str, str | None]:
-        """The digest of the base weights at each adapter's targets, as they were when it was put on, or None."""
+        """By adapter, the digest of the base weights at its targets when it was put on the model, or None."""
         return {}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; where it is merged, the weights become what they would be without it, to the bit.
+        """Delete an adapter. If it is merged, the weights become what they would be without it, to the bit.
 
         PEFT refuses to delete a merged adapter, since for most methods unmerging is not exact. Here it is.
         """
@@ -314,19 +316,19 @@ class DiabloModel(BaseTuner):
         self.base_digests.pop(adapter_name, None)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge where it would be lost, or change another module's output.
+        """Refuse to merge where the merged blocks would be lost, or would change another module's output.
 
         Raises:
             ValueError: a weight is computed anew in each forward, or another module shares it.
         """
         super()._check_merge_allowed()
-        # PEFT fetches what is offloaded before it merges, as accelerate does.
+        # PEFT fetches offloaded weights through accelerate before it merges, and the blocks must be in place by then.
         self._take_blocks_back()
         check_mergeable(self.model, self._layers())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # PEFT loads adapters with strict=False and at most warns; torch raises what stands in error_msgs, the last
-        # argument, in either mode.
+        # PEFT loads adapters with strict=False and at most warns. torch raises what stands in error_msgs, the last
+        # argument, whether strict or not.
         error_msgs: list[str] = args[-1]
         expected = {f"{prefix}model.{layer}.{key}" for layer, key in self._block_keys()}
         given = {key for key in state_dict if ".diablo_blocks" in key}
@@ -340,7 +342,7 @@ class DiabloModel(BaseTuner):
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 error_msgs.append(f"the adapter's file {fault} {', '.join(keys[:3])}{more}.")
-        # Of what does not fit, torch says so.
+        # If a tensor does not fit, torch reports it, and the bases need no comparison.
         if not (missing or unexpected) and all(state_dict[key].shape == own[key].shape for key in given):
             for adapter_name in adapters:
                 self.note_base(adapter_name, self.peft_config[adapter_name])
@@ -354,9 +356,9 @@ class DiabloModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT enters around a forward or a whole generation: one pass for all of it.
+        """Open one pass for a forward or a whole generation. PEFT enters this context around it.
 
-        ``adapter_names`` are handed to every adapted layer meanwhile: rows of one batch differ in adapter.
+        Meanwhile ``adapter_names`` are handed to every adapted layer, so that rows of one batch can differ in adapter.
         """
         names: list[str] | None = kwargs.get("adapter_names")
         if torch.compiler.is_compiling() and names is None:

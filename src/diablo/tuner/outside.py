@@ -1,4 +1,4 @@
-"""What of a model lies outside of the adapters that it may already have."""
+"""The parts of a model that lie outside of the adapters that it may already have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The named modules of a model, without the insides of what adapters that it may already have have put into it."""
+    """The named modules of a model. What lies inside of modules that adapters have put there is left out."""
     found: list[tuple[str, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -24,7 +24,10 @@ def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def held_modules(model: nn.Module) -> dict[str, str]:
-    """What adapters of the model train and save whole, and all modules inside of it: by name, the name of the whole."""
+    """The modules that adapters train and save whole, and all modules inside of them.
+
+    Each name is mapped to the name of the module that is saved whole.
+    """
     return {
         f"{name}.{inner}".rstrip("."): name
         for name, module in modules_outside_adapters(model)
@@ -34,7 +37,9 @@ def held_modules(model: nn.Module) -> dict[str, str]:
 
 
 def check_not_held(model: nn.Module, names: Iterable[str], asked_by: str) -> None:
-    """Refuse to adapt what another adapter trains whole: blocks would be in its copy as well, and saved by its name.
+    """Refuse to adapt what another adapter trains whole.
+
+    The blocks would be in that adapter's copy as well, and would be saved by the name of the copy.
 
     Args:
         model: the model.
@@ -65,7 +70,7 @@ def base_layer_of(module: nn.Module) -> nn.Module:
 
 
 def listed(items: Any, most: int = 8) -> str:
-    """Names for a message; of many the first ones, and how many more there are."""
+    """Names for a message. Of many names, the first ones and how many more there are."""
     names = [str(item) for item in items]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"

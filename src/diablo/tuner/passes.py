@@ -30,8 +30,8 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 _HAS_FORWARD = methodcaller("__contains__", "forward")
 _MOST_PLANS = 4
 _TWO_THREADS = (
-    "Two threads run one model that needs different values in its weights for each: run one after the other, set "
-    "in_place=False, or load the adapters for inference, where they stand beside the weights."
+    "Two threads run one model that needs different values in its weights for each: run one thread after the other, "
+    "set in_place=False, or load the adapters for inference, so that their blocks stand beside the weights."
 )
 
 

@@ -1,4 +1,4 @@
-"""What a configuration would adapt in a model, and what it would leave alone and why, before anything is changed."""
+"""A preview of what a configuration would adapt in a model, and of what it would leave alone and why."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class TargetPreview:
-    """The outcome of :func:`preview_targets`; ``str`` of it is a table.
+    """The outcome of :func:`preview_targets`. Its ``str`` is a table.
 
     Attributes:
         targets: what would be adapted, in the model's order.
-        skipped: what would not.
-        obstacles: for each target, by its name, why its blocks have to stand beside the weight while they are trained;
-            None where they are written into it.
+        skipped: what would be left alone.
+        obstacles: by the target's name, why its blocks have to stand beside the weight while they are trained; None
+            where they stand in it.
     """
 
     targets: list[Target]
@@ -60,7 +60,7 @@ class TargetPreview:
 
     @property
     def num_parameters(self) -> int:
-        """Entries of all blocks together."""
+        """The number of entries of all blocks together."""
         return sum(target.layout.num_parameters for target in self.targets)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class TargetPreview:
 
 
 def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
-    """List what a configuration would adapt in a model and what not; neither of the two is changed.
+    """List what a configuration would adapt in a model and what not. Neither model nor configuration is changed.
 
     Args:
         model: the model, which may lie on the meta device or have adapters already.
@@ -93,8 +93,8 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
 
     Raises:
         TypeError: a target is of a kind that cannot be adapted.
-        ValueError: nothing matches, a name or pattern is never used, or ``num_blocks`` does not fit; as when the
-            adapter is added.
+        ValueError: nothing matches, a name or pattern is never used, or ``num_blocks`` does not fit. Adding the adapter
+            raises the same error.
     """
     config = copy.deepcopy(config)
     model = with_replicated_layers(model, config)
@@ -124,7 +124,7 @@ def preview_targets(model: nn.Module, config: DiabloConfig) -> TargetPreview:
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """Shape of a module's weight, which is not computed for it; empty where it has none."""
+    """Shape of a module's weight; empty if it has none. A weight that is computed anew is not computed for this."""
     if (weight := module._parameters.get("weight")) is not None:
         return tuple(weight.shape)
     if recomputed(module):

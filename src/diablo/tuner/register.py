@@ -1,10 +1,10 @@
 """Make DIABLO a PEFT method, from outside of PEFT.
 
 PEFT looks a method up by a member of the enum ``peft.PeftType`` and writes the member's value into
-``adapter_config.json``. An enum is closed once its class exists and ``register_peft_method`` refuses a name that is no
-member, so the member has to be added first, by writing the tables in which the enum keeps its members. Everything that
-depends on how CPython builds these tables is in this file, and is checked after the fact: an enum or a PEFT that has
-changed in a way that matters gives an error here, not a puzzling one later.
+``adapter_config.json``. An enum is closed once its class exists, and ``register_peft_method`` refuses a name that is no
+member. The member therefore has to be added first, by writing to the tables in which the enum keeps its members.
+Everything that depends on how CPython builds these tables is in this file, and is checked afterwards. If a new Python
+or PEFT differs in a way that matters, the error comes here, and not as a puzzling one later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def register() -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(f"PEFT {peft.__version__} refuses to register {NAME}: {error}") from error
     elif _is_ours(registered):
-        # A reload made new classes of the same names; instances of the new config must find the new tuner.
+        # A reload has made new classes of the same names. Instances of the new config must find the new tuner.
         PEFT_TYPE_TO_CONFIG_MAPPING[member] = DiabloConfig
         PEFT_TYPE_TO_TUNER_MAPPING[member] = DiabloModel
     else:
@@ -62,9 +62,9 @@ def register() -> None:
 def _register_swapping(member: PeftType) -> None:
     """Let ``peft.utils.hotswap.hotswap_adapter`` take the method's adapters too.
 
-    PEFT asks a table whether it can swap a method's adapters, and then calls a function that is written for LoRA. That
-    function is called as before for every other method. A PEFT that goes about it otherwise is left alone: it says
-    itself that it does not know the method.
+    PEFT looks in a table whether it can swap a method's adapters, and then calls a function that is written for LoRA.
+    For every other method that function is called as before. A PEFT that does this in another way is left alone. It
+    says itself that it does not know the method.
     """
     peft_hotswap: Any = hotswap
     names = ("check_hotswap_configs_compatible", "hotswap_adapter_from_state_dict")
@@ -72,7 +72,7 @@ def _register_swapping(member: PeftType) -> None:
     if not isinstance(tables, dict) or not set(names) <= set(peft_hotswap.hotswap_adapter.__code__.co_names):
         return
     given = peft_hotswap.hotswap_adapter_from_state_dict
-    # After a reload it is one of a package of the same name that is there no more.
+    # After a reload, the function there is that of the package before the reload. PEFT's own is kept in it.
     of_peft = getattr(given, "_diablo_others", given)
 
     @wraps(of_peft)
@@ -86,7 +86,8 @@ def _register_swapping(member: PeftType) -> None:
 
     hotswap_adapter_from_state_dict._diablo_others = of_peft  # type: ignore[attr-defined]
     peft_hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-    # What has to agree is checked when it is swapped, for the adapter that is, which need not be the active one.
+    # PEFT would check settings of the active adapter. Swapping itself checks those of the adapter that is swapped,
+    # which may be another one.
     tables[member] = []
 
 
@@ -95,7 +96,7 @@ def _is_ours(config_cls: type) -> bool:
 
 
 def _add_member() -> None:
-    """Add the member to ``PeftType``, check that it behaves as one, and take it back where it does not."""
+    """Add the member to ``PeftType`` and check that it behaves as one. If it does not, remove it again."""
     enum: Any = PeftType
     member: Any = str.__new__(PeftType, NAME)
     member._name_ = NAME
@@ -138,7 +139,8 @@ def _check_member(member: PeftType) -> None:
 
 
 def _remove_member() -> None:
-    # Only tables that took the member are touched: one that refused it would refuse this too, and hide the first error.
+    # Only tables that took the member are touched. One that refused it would refuse this too, and that error would hide
+    # the first one.
     for table in (PeftType._member_map_, PeftType._value2member_map_):
         if NAME in table:
             del table[NAME]

@@ -1,4 +1,4 @@
-"""Rows of one batch that have different adapters: each adapted layer is told the adapter of each row."""
+"""Rows of one batch can have different adapters: each adapted layer is told the adapter of each row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BASE = "__base__"
 
 @contextmanager
 def names_for_rows(model: nn.Module, names: Sequence[str], beams: int) -> Iterator[None]:
-    """Hand ``adapter_names`` to every adapted layer and every module that is saved whole, meanwhile.
+    """Within this context, hand ``adapter_names`` to every adapted layer and every module that is saved whole.
 
     Args:
         model: the model.
         names: the adapter of each row of the batch.
-        beams: beams of a beam search, which repeats each row as often; 1 where there is none.
+        beams: the number of beams of a beam search, which repeats each row that many times; 1 where there is none.
     """
     repeated = [name for name in names for _ in range(beams)]
     # The encoder of an encoder-decoder model sees the rows before the beam search repeats them.
@@ -55,6 +55,6 @@ def _give_names(
     module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[Any, dict[str, Any]]:
     if isinstance(module, AuxiliaryTrainingWrapper):
-        # PEFT's wrappers fail for an adapter that has not saved their module; it uses the base's.
+        # PEFT's wrappers fail for an adapter that has not saved their module. Such an adapter uses the base module.
         adapter_names = [name if name in module._adapters else BASE for name in adapter_names]
     return args, {**kwargs, "adapter_names": adapter_names}

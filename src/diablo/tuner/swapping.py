@@ -1,4 +1,4 @@
-"""Replacing an adapter's values in place, so that a compiled or merged model goes on without being made anew."""
+"""Replacing an adapter's values in place. A compiled or merged model can be used on as it is."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from diablo.tuner.targets import resolve_targets
 def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
     """Overwrite an adapter's values with those of a saved adapter of the same targets.
 
-    Nothing is allocated but one tensor of the file at a time; parameters stay the objects they are, so a compiled model
-    is not compiled again and an optimizer keeps its references. Where the adapter is merged, the diagonal of each
-    weight is rewritten from its pristine values. Everything is checked before the first value is written.
+    Nothing is allocated but one tensor of the file at a time. The parameters stay the same objects: a compiled model is
+    not compiled again, and an optimizer keeps its references. If the adapter is merged, the diagonal of each weight is
+    rewritten from its base values. Everything is checked before the first value is written.
 
-    The saved adapter may have another ``num_blocks``, or ``block_pattern``, where nothing is compiled. The parameters
-    then get other shapes, and their gradients are dropped: an optimizer of theirs has to be made anew. The adapter's
-    settings follow, so that it is saved as what it now is. Its dropout and ``in_place`` stay.
+    If nothing is compiled, the saved adapter may have another ``num_blocks`` or ``block_pattern``. The parameters then
+    get other shapes and lose their gradients, and their optimizer has to be made anew. The adapter's settings follow,
+    so that it is saved as what it now is. Its dropout and ``in_place`` stay.
 
     ``peft.utils.hotswap.hotswap_adapter`` does the same for DiaBlo's adapters.
 
     Args:
         model: a ``PeftModel`` with DiaBlo adapters, or one that ``torch.compile`` has wrapped.
-        folder: folder of the saved adapter, which has ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: folder of the saved adapter, with ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: the adapter to overwrite.
 
     Raises:
-        FileNotFoundError: the folder has no safetensors file; other formats run code and are not read.
+        FileNotFoundError: the folder has no safetensors file. Other formats run code and are not read.
         TypeError: the model is no ``PeftModel``, or one of the two adapters is of another method.
-        ValueError: the model has no such adapter, tensors are missing, left over or of another shape, the model is
-            compiled and the blocks are of other sizes, or layers are cut over processes.
+        ValueError: the model has no such adapter; tensors are missing, left over or of another shape; the model is
+            compiled and the blocks have other sizes; or layers are cut over processes.
     """
     _check_model(model, adapter_name)
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
@@ -58,7 +58,7 @@ def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default
 def swap_state_dict(
     model: Any, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: DiabloConfig
 ) -> None:
-    """:func:`hotswap_adapter` given the tensors, in place of a folder, as PEFT's own function calls it.
+    """Do what :func:`hotswap_adapter` does, from tensors in place of a folder. PEFT's own function calls this.
 
     Args:
         model: as there.
@@ -112,8 +112,8 @@ def _swap(
     current: Any = peft_model.peft_config[adapter_name]
     if _ranges(config) != _ranges(current):
         raise ValueError(
-            f"The saved adapter is for layer_replication={config.layer_replication!r} and the model has "
-            f"{current.layer_replication!r}: adapters can be swapped that are of the same layers."
+            f"The saved adapter has layer_replication={config.layer_replication!r} and the model has "
+            f"{current.layer_replication!r}: swap adapters of the same layer_replication."
         )
     targets = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     targets = {_plain(key): value for key, value in targets.items()}
@@ -132,7 +132,7 @@ def _swap(
         )
     for layer, own in layouts.items():
         layer.set_layouts(adapter_name, own)
-    # Those of other sizes have other memory now.
+    # Blocks of other sizes have other memory now.
     targets |= {key: layer.blocks_of(adapter_name)[name].data for key, layer, name in places}
     for key, target in targets.items():
         target.copy_(read(key))
@@ -170,7 +170,7 @@ def _check_fit(
 def _other_layouts(
     peft_model: PeftModel, config: DiabloConfig, adapter_name: str
 ) -> dict[DiabloLayer, dict[str, Layout]]:
-    """The layouts of the layers whose blocks have other shapes in the saved adapter."""
+    """The saved adapter's layouts, for the layers where its blocks have other shapes."""
     found = {
         (target.module, target.parameter or "weight"): target.layout
         for target in resolve_targets(peft_model.get_base_model(), copy.deepcopy(config))
@@ -192,7 +192,7 @@ def _layers(peft_model: PeftModel) -> Iterator[tuple[str, DiabloLayer]]:
 
 
 def _places(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, DiabloLayer, str]]:
-    """For each tensor of blocks its name in a file, its layer, and the name of the weight that it belongs to."""
+    """For each tensor of blocks: its name in a file, its layer, and the name of the weight that it belongs to."""
     for module, layer in _layers(peft_model):
         for name in layer.blocks_of(adapter_name):
             parameter = f".{name}" if isinstance(layer, DiabloParameters) else ""
@@ -200,7 +200,7 @@ def _places(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, Dia
 
 
 def _plain(name: str) -> str:
-    """A name in a model some of whose modules are compiled, as it is in one that is not."""
+    """A name as it is in a model without compiled modules."""
     return name.replace("_orig_mod.", "")
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration adapts, worked out and checked before anything is changed."""
+"""Which modules of a model a configuration adapts. This is worked out and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Target:
 
     @property
     def module(self) -> str:
-        """Full name of the module, or of that which holds the parameter."""
+        """Full name of the module, or of the module that holds the parameter."""
         return self.name if self.parameter is None else self.name.removesuffix(f".{self.parameter}")
 
     @property
@@ -68,14 +68,15 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
     """What ``target_modules=None`` stands for.
 
     Returns:
-        The paper's five projections where the model has them all, and otherwise PEFT's choice for ``model_type``.
+        The paper's five projections if the model has them all, and otherwise PEFT's choice for ``model_type``.
 
     Raises:
-        ValueError: neither is known; the message lists the kinds of linear layers that the model has.
+        ValueError: there is neither. The message lists the kinds of linear layers that the model has.
     """
     from_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
     kinds = linear_kinds(model)
-    # An expression confines PEFT's choice to one tower of a multimodal model; plain names would reach into all.
+    # Where PEFT's choice is an expression, it is confined to one tower of a multimodal model. Plain names would match
+    # in all towers.
     if not isinstance(from_peft, str) and kinds.keys() >= set(PAPER_TARGETS):
         return set(PAPER_TARGETS)
     if from_peft is None:
@@ -87,7 +88,7 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
 
 
 def linear_kinds(model: nn.Module) -> Counter[str]:
-    """How many linear layers the model has of each kind (last part of the name), adapted ones counted once."""
+    """How many linear layers the model has of each kind (last part of the name). An adapted layer counts once."""
     kinds: Counter[str] = Counter()
     for name, module in modules_outside_adapters(model):
         if linear_shape(base_layer_of(module)) is not None:
@@ -96,19 +97,20 @@ def linear_kinds(model: nn.Module) -> Counter[str]:
 
 
 def resolve_targets(model: nn.Module, config: DiabloConfig) -> list[Target]:
-    """Work out what ``config`` adapts in ``model``, without changing the model; it may lie on the meta device.
+    """Work out what ``config`` adapts in ``model``. The model is not changed, and may lie on the meta device.
 
-    ``config.target_modules`` must be set; ``"all-linear"`` is replaced in ``config`` by the names that it stands for.
+    ``config.target_modules`` must be set. In ``config``, ``"all-linear"`` is replaced by the names that it stands for.
 
     Raises:
         TypeError: a target is of a kind that cannot be adapted.
-        ValueError: nothing matches, a pattern is never used, or ``num_blocks`` does not fit; all faults in one message.
+        ValueError: nothing matches, a pattern is never used, or ``num_blocks`` does not fit. One message names all
+            faults.
     """
     held = held_modules(model)
     asked_for = config.target_modules
     _maybe_include_all_linear_layers(config, model)
     if config.target_modules is not asked_for:
-        # The expression was "all-linear", and is a set of names now.
+        # It was "all-linear", and is a set of names now.
         config.target_modules = set(config.target_modules or ()) - held.keys()
     matched = (name for name in held if any(_matches(config, name, model.get_submodule(name))))
     check_not_held(model, matched, _targets_in_words(config))
@@ -143,7 +145,7 @@ def num_blocks_of(config: DiabloConfig, name: str) -> int:
 
 
 def unused_patterns(config: DiabloConfig, targets: Sequence[Target]) -> list[str]:
-    """The keys of ``block_pattern`` that count for none of the targets."""
+    """The keys of ``block_pattern`` that decide N for none of the targets."""
     patterns = list(config.block_pattern)
     return sorted(set(patterns) - {get_pattern_key(patterns, target.name) for target in targets})
 
@@ -160,13 +162,13 @@ def fit_targets(
     Args:
         model: the model.
         config: says into how many blocks each is cut.
-        candidates: full name of each, and a parameter's own name.
+        candidates: for each its full name, and for a parameter also its own name (otherwise None).
         asked_by: what asks for them, for messages.
-        shapes: shapes that the blocks of some have by their names, which then count in place of ``config``.
+        shapes: shapes of the blocks of some of them, by full name. There the shape counts in place of ``config``.
 
     Raises:
         TypeError: one is of a kind that cannot be adapted.
-        ValueError: ``num_blocks`` or a shape does not fit; all faults in one message.
+        ValueError: ``num_blocks`` or a shape does not fit. One message names all faults.
     """
     targets: list[Target] = []
     unsupported: list[str] = []
@@ -219,10 +221,10 @@ def fit_targets(
 
 
 def with_replicated_layers(model: nn.Module, config: DiabloConfig) -> nn.Module:
-    """The model that ``config.layer_replication`` makes, for looking at: a copy that shares all tensors.
+    """The model that ``config.layer_replication`` makes, to look at: a copy that shares all tensors.
 
     Raises:
-        ValueError: a range is outside of the model's layers, or these cannot be found.
+        ValueError: a range is outside of the model's layers, or the layers cannot be found.
     """
     if not config.layer_replication:
         return model
@@ -239,7 +241,7 @@ def with_replicated_layers(model: nn.Module, config: DiabloConfig) -> nn.Module:
 
 
 def other_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """What only ``target_parameters`` can adapt: full name, module and own name of each parameter."""
+    """The parameters that only ``target_parameters`` can adapt: full name, module and own name of each."""
     return [
         (f"{name}.{parameter}", base_layer_of(module), parameter)
         for name, module in modules_outside_adapters(model)
@@ -256,7 +258,7 @@ def _matches(config: DiabloConfig, name: str, module: nn.Module) -> Iterator[tup
     if check_target_module_exists(config, name):
         yield name, None
     if config.target_parameters:
-        # PEFT's matching of modules, filters included, serves for parameters as well.
+        # PEFT's matching of modules, with its filters, is used for parameters as well.
         parameters = copy.copy(config)
         parameters.target_modules = set(config.target_parameters)
         for parameter, value in base_layer_of(module)._parameters.items():
@@ -312,12 +314,12 @@ def _other_parameters(model: nn.Module) -> str:
 
 
 def _names(target_modules: Any) -> list[str]:
-    """The names of a list of targets; none where it is an expression."""
+    """The names of a list of targets; none for an expression."""
     return [] if isinstance(target_modules, str) else sorted(target_modules)
 
 
 def matches_any(target: str, model: nn.Module) -> bool:
-    """Whether a name, or end of a name, is that of any module."""
+    """Whether any module has this name or a name that ends with it."""
     return _ends_one_of(target, [name for name, _ in modules_outside_adapters(model)])
 
 
@@ -350,7 +352,7 @@ def target_obstacle(model: nn.Module, target: Target, config: DiabloConfig, owne
         model: the model.
         target: what is to be adapted.
         config: the adapter's settings.
-        owners: of the model's weights.
+        owners: the modules that own each of the model's weights.
     """
     module = base_layer_of(model.get_submodule(target.module))
     name = target.parameter or "weight"

@@ -65,7 +65,7 @@ def module_weight(module: nn.Module) -> Weight:
     """
     if is_quantized(module):
         if isinstance(module, nn.Embedding):
-            raise TypeError(f"a quantized {type(module).__name__}, of which only linear layers can be adapted")
+            raise TypeError(f"a quantized {type(module).__name__}; of quantized layers only linear ones can be adapted")
         return Weight(int(module.in_features), int(module.out_features), (), (0, 1))  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         return Weight(module.in_features, module.out_features, (), (0, 1))

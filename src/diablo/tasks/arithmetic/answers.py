@@ -1,8 +1,8 @@
 r"""How the answer is read from a worked solution: the number, the choice or the expression that it ends in.
 
-Two readings of each. The strict one takes only what the text itself calls its answer, in the last place where it does
-so, and compares by value, with math-verify (github.com/huggingface/Math-Verify). The paper's (``paper_...``) is that of
-the authors' scripts and of those that they build on, so that figures can be held against theirs.
+Each has two readings. The strict one takes only what the text itself calls its answer, in the last place where it does
+so. It compares by value, with math-verify (github.com/huggingface/Math-Verify). The paper's reading (``paper_...``) is
+that of the authors' scripts and of those that they build on, so that figures can be compared with theirs.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ class ValueTask(RecordTask):
 def stated_answer(text: str) -> str | None:
     r"""What a text calls its answer, as it stands there.
 
-    The cues are ``answer is``, ``answer:`` and ``####``, and the last one counts. Behind it, or anywhere in a text
-    without a cue, the last ``\boxed{}`` is the answer; else it is the first line behind the cue that is not blank.
+    The cues are ``answer is``, ``answer:`` and ``####``, and the last one counts. If there is a ``\boxed{}`` behind it,
+    or anywhere in a text without a cue, the last one is the answer. Otherwise the answer is the first line behind the
+    cue that is not blank.
 
     Returns:
-        The answer, or None where there is no cue, or nothing behind it.
+        The answer, or None if there is no cue, or nothing behind it.
     """
     cues = list(_CUE.finditer(text))
     behind = text[cues[-1].end() :] if cues else text
@@ -102,7 +103,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` of a text holds, to the brace that closes it."""
+    r"""The contents of the last ``\boxed{...}`` of a text, up to the brace that closes it."""
     _, command, behind = text.rpartition(r"\boxed{")
     depth = 1 if command else 0
     for position, character in enumerate(behind):
@@ -116,8 +117,8 @@ def last_boxed(text: str) -> str | None:
 def strict_number(text: str) -> str | None:
     """The one number that a text calls its answer, as LaTeX for :func:`same_value`.
 
-    Understood are signs, thousands' commas, decimals, fractions and mixed numbers, exponents, percent, currencies,
-    units and scale words, in plain text or LaTeX. Two numbers are no answer, nor is a sum that was left standing; of
+    It understands signs, thousands' commas, decimals, fractions and mixed numbers, exponents, percent, currencies,
+    units and scale words, in plain text or LaTeX. Two numbers are no answer, and neither is an open sum. Of
     ``3 * 6 = 18`` the right-hand side counts.
     """
     stated = stated_answer(text)
@@ -125,7 +126,7 @@ def strict_number(text: str) -> str | None:
 
 
 def read_number(text: str) -> str | None:
-    """The one number that stands in a short text, as LaTeX; None where there is none, or several."""
+    """The one number that stands in a short text, as LaTeX; None if there is none, or several."""
     plain = _SENTENCE_END.split(_to_plain(text), maxsplit=1)[0].partition("\n")[0]
     if "=" in plain and _SEVERAL.search(plain):
         return None
@@ -145,7 +146,7 @@ def read_number(text: str) -> str | None:
 def _to_plain(text: str) -> str:
     text = text.translate(_MINUS_SIGNS)
     text = "".join(
-        # A vulgar fraction such as one half is spelt out, apart from a whole number before it.
+        # A vulgar fraction such as one half is spelt out, and separated from a whole number before it.
         " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/")
         if unicodedata.decomposition(character).startswith("<fraction>")
         else character
@@ -186,7 +187,7 @@ def _parsed(latex: str) -> tuple[Any, ...]:
 
 
 def same_value(given: str, right: str) -> bool:
-    """Whether two answers in LaTeX are equal: as written, but for layout, or in value to six decimals."""
+    """Whether two answers in LaTeX are equal: in writing, up to layout, or in value, to six decimals."""
     from math_verify import verify
 
     if normalise_latex(given) == normalise_latex(right):
@@ -195,14 +196,18 @@ def same_value(given: str, right: str) -> bool:
 
 
 def _time_limit() -> int | None:
-    """Seconds for one formula: math-verify keeps time by a signal, which only the main thread receives."""
+    """Seconds for one formula; None for no limit.
+
+    math-verify keeps time by a signal, which only the main thread receives.
+    """
     return 5 if threading.current_thread() is threading.main_thread() else None
 
 
 def paper_number(text: str) -> float | None:
     """The first number behind ``The final answer is:``, or else the last one of the text.
 
-    GSM8K: the authors' script. Without that cue it is the rule of LLM-Adapters for the other word problems.
+    The rule with the cue is that of the authors' script for GSM8K. The rule without it is that of LLM-Adapters for the
+    other word problems.
     """
     text = text.replace(",", "")
     behind = text.partition(_PAPER_CUE)[2]
@@ -217,7 +222,7 @@ def paper_choice(text: str) -> str | None:
 
 
 def paper_expression(text: str) -> str | None:
-    """The text behind the last ``The answer is:``, to the full stop that ends its line, normalised."""
+    """The text behind the last ``The answer is:``, up to the full stop that ends its line, normalised."""
     _, cue, behind = text.rpartition(_PAPER_EXPRESSION_CUE)
     if not cue:
         return None

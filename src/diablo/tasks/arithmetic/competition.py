@@ -51,7 +51,7 @@ class Math(ExpressionTask):
     )
 
     def problem(self, number: int, record: dict[str, Any]) -> Problem | str:
-        r"""The problem as the instruction; its answer is what the solution puts in its last ``\boxed{}``."""
+        r"""The problem as the instruction. Its answer stands in the solution's last ``\boxed{}``."""
         answer = answers.last_boxed(record["solution"])
         if answer is None:
             return r"solution has no \boxed{} answer"

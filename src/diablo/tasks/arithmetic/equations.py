@@ -19,8 +19,8 @@ from diablo.tasks.sources import Split
 class Mawps(RecordTask):
     """MAWPS (Koncel-Kedziorski et al., NAACL 2016): a word problem to the equation that solves it.
 
-    1,898 problems to train on and 238 to test, in the package. A completion is right where its first line is an
-    equation in one unknown whose solution equals the problem's answer, under either protocol.
+    1,898 problems to train on and 238 to test, in the package. Under either protocol, a completion is right if its
+    first line is an equation in one unknown whose solution equals the problem's answer.
     """
 
     name = "mawps"
@@ -32,7 +32,7 @@ class Mawps(RecordTask):
     readings = ("the first line, an equation in one unknown; its solution is right to a relative 1e-4",) * 2
 
     def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
-        """Those in the package."""
+        """The records in the package."""
         return read_packaged(split)
 
     def problem(self, number: int, record: dict[str, Any]) -> Problem:
@@ -46,7 +46,7 @@ class Mawps(RecordTask):
         return solve_equation(first_line)
 
     def is_right(self, parsed: float, answer: float) -> bool:
-        """Equal to a relative 1e-4: answers such as 1/3 are rounded in the data."""
+        """Whether the two are equal to a relative 1e-4: answers such as 1/3 are rounded in the data."""
         return math.isclose(parsed, answer, rel_tol=1e-4, abs_tol=1e-6)
 
 
@@ -67,10 +67,10 @@ _OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 def solve_equation(equation: str) -> float | None:
     """The value of the unknown in an equation that is linear in it, such as ``x = 3 * 4`` or ``7 = 3 + x``.
 
-    Only numbers, one unknown, the four operations, signs and parentheses are understood; nothing is executed.
+    It understands only numbers, one unknown, the four operations, signs and parentheses. Nothing is executed.
 
     Returns:
-        The value, or None where there is no equation in one unknown, or no single finite solution.
+        The value, or None if there is no equation in one unknown, or no single finite solution.
     """
     sides = equation.split("=")
     try:

@@ -1,7 +1,7 @@
-r"""One spelling for the several that LaTeX has for a formula, so that answers of MATH can be compared as text.
+r"""One spelling for a formula that LaTeX can write in several ways, so that answers of MATH can be compared as text.
 
-The set of differences that are levelled is that of the data set's own comparison (Hendrycks et al., "Measuring
-Mathematical Problem Solving With the MATH Dataset", 2021), which MetaMath's evaluation and the paper's use as well.
+The differences that are removed are those of the data set's own comparison (Hendrycks et al., "Measuring Mathematical
+Problem Solving With the MATH Dataset", 2021). MetaMath's evaluation and the paper's use it as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LEVELLED = (
 
 
 def normalise_latex(text: str) -> str:
-    """The formula in the one spelling; two that are equal but for layout come out the same."""
+    """The formula in the one spelling. Two formulas that differ only in layout come out the same."""
     for pattern, spelling in _LEVELLED:
         text = pattern.sub(spelling, text)
     return text

@@ -18,7 +18,7 @@ _PAPER_TOLERANCE = 1e-3
 
 
 class NumberTask(answers.ValueTask):
-    """A task whose answer is a number, which is kept as text: under the strict protocol no digit is lost."""
+    """A task whose answer is a number. It is kept as text, so that under the strict protocol no digit is lost."""
 
     max_new_tokens = 512
     measure = "share of right numbers"
@@ -33,7 +33,7 @@ class NumberTask(answers.ValueTask):
         return answers.paper_number(text) if self.protocol == "paper" else answers.strict_number(text)
 
     def is_right(self, parsed: Any, answer: str) -> bool:
-        """Equal in value, to six decimals; under the paper's protocol to 1e-3, as LLM-Adapters has it."""
+        """Whether the two are equal, to six decimals; under the paper's protocol to 1e-3, as in LLM-Adapters."""
         if self.protocol == "paper":
             return abs(parsed - float(answer)) <= _PAPER_TOLERANCE
         return answers.same_value(parsed, answer)
@@ -43,7 +43,7 @@ class Gsm8k(NumberTask):
     """GSM8K (Cobbe et al., 2021): grade-school word problems, worked out step by step to a number.
 
     7,473 problems to train on and 1,319 to test. A training completion is the worked answer without its calculator
-    annotations; its last line, ``#### N`` in the data, reads ``The final answer is: N``.
+    annotations. Its last line, ``#### N`` in the data, reads ``The final answer is: N``.
     """
 
     name = "gsm8k"
@@ -76,15 +76,15 @@ class WordProblems(AdaptersTask, NumberTask):
 
     family = "math"
     numbers: ClassVar[bool] = True
-    """Whether an answer may be a number; one of the task's words it may be in any case."""
+    """Whether an answer may be a number. It may always be one of the task's words."""
 
     @property
     def allowed(self) -> str:
-        """What an answer of a record has to be, for a message."""
+        """In words for a message, what an answer of a record has to be."""
         return " or ".join([super().allowed] * bool(self.words) + ["a number"] * self.numbers)
 
     def read_answer(self, answer: str | float) -> str | None:
-        """The answer that a record names; None where it is none of this task's."""
+        """The answer that a record names; None if it is not an answer of this task."""
         return super().read_answer(answer) or (_number(str(answer)) if self.numbers else None)
 
 
@@ -135,7 +135,7 @@ class Math10k(
     measure = "share of right numbers and letters"
 
     def parse(self, text: str) -> Any | None:
-        """A letter where the answer begins with one, else a number."""
+        """A letter if the answer begins with one, else a number."""
         if self.protocol == "strict":
             return answers.strict_choice(text) or answers.strict_number(text)
         return super().parse(text)
@@ -156,11 +156,11 @@ class MawpsCot(NumberTask):
     licence = "MIT"
 
     def records(self, split: Split) -> list[tuple[int, dict[str, Any]]]:
-        """Those of MAWPS."""
+        """The records of MAWPS."""
         return read_packaged(split)
 
     def problem(self, number: int, record: dict[str, Any]) -> Problem:
-        """The question as the instruction; the data has no worked answers, and so the completion states the number."""
+        """The question as the instruction. The completion states the number, since the data has no worked answers."""
         answer = str(record["answer"])
         return Problem(instruction_row(number, record["question"], f"The final answer is: {answer}"), answer)
 

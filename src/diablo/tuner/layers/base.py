@@ -1,4 +1,4 @@
-"""What every adapted layer has: the blocks of each adapter, and their merging into the weight."""
+"""What every adapted layer has: the blocks of each adapter, and their place in passes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from diablo.tuner.weights import Weight, recomputed
 
 _NUMBERS = itertools.count()
 
-# torch's functions would take the adapted layer for the parametrized one, and change what it does not have.
+# If this were shown, torch's functions would take the adapted layer for the parametrized one, and change attributes
+# that it does not have.
 _NOT_SHOWN = frozenset({"parametrizations"})
 
 
 class DiabloLayer(MergingLayer):
     """A module whose weights have DiaBlo adapters.
 
-    This class says what an adapter is and makes each forward part of a pass; how adapters are merged, its base class
-    says. A subclass says how its module computes with the blocks.
+    This class says what an adapter is, and makes each forward part of a pass. Its base class says how adapters are
+    merged. A subclass says how its module computes with the blocks.
 
     The public attributes that the module has when it is adapted, such as the ``stride`` of a convolution, are read and
-    set through this layer, where it has none of that name itself.
+    set through this layer. Names that this layer has itself are excepted.
 
     Args:
         base_layer: the module to adapt, frozen by PEFT.
@@ -40,15 +41,16 @@ class DiabloLayer(MergingLayer):
 
     Attributes:
         diablo_dropout: dropout on the input of the blocks, by the adapter's name.
-        diablo_in_place: ``in_place`` of its settings, False where another one rules it out, by the adapter's name.
-        passes: the passes of the model that the layer is part of.
+        diablo_in_place: by the adapter's name, ``in_place`` of its settings; False if another setting rules it out.
+        passes: the passes of the model that the layer belongs to.
         number: its number in ``LAYERS``.
     """
 
     adapter_layer_names: tuple[str, ...] = ("diablo_blocks",)
     other_param_names: tuple[str, ...] = ("diablo_dropout", "diablo_layout", "diablo_in_place")
 
-    # Names of the base layer's attributes that are read and set through this one; none before the constructor has run.
+    # Names of the base layer's attributes that are read and set through this layer. There are none before the
+    # constructor has run.
     _shown: frozenset[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module, weights: Mapping[str, Weight]) -> None:
@@ -64,12 +66,13 @@ class DiabloLayer(MergingLayer):
         self.diagonals = Diagonals()
         self.passes = Passes()
         self._take_number()
-        # Those that it has now: libraries that prepare every module (hooks, counters) mean each by itself.
+        # Only attributes that it has now are shown. Libraries that prepare every module later (hooks, counters) mean
+        # each module by itself.
         public = {name for name in dir(base_layer) if not name.startswith("_")}
         self._shown = frozenset(public.difference(dir(self), _NOT_SHOWN))
 
     def __getattr__(self, name: str) -> Any:
-        # Called for what is not found otherwise, torch's parameters and modules among it.
+        # Python calls this for names that it does not find otherwise, among them torch's parameters and modules.
         return getattr(self.base_layer, name) if name in self._shown else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,21 +88,21 @@ class DiabloLayer(MergingLayer):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base layer's output, with the blocks of the active adapters.
 
-        It is part of the pass that runs, or a pass by itself.
+        It is part of the running pass, or else a pass of its own.
 
         Args:
             args: what the base layer takes.
-            adapter_names: for each row of the batch the adapter to use in place of the active ones, or ``"__base__"``
-                for none.
+            adapter_names: for each row of the batch, the adapter to use in place of the active ones; ``"__base__"`` is
+                none.
             kwargs: what else the base layer takes.
 
         Raises:
-            RuntimeError: ``in_place=True`` has become impossible since the adapter was added; the message says why.
-            ValueError: ``adapter_names`` do not fit the rows, or are given while adapters are merged.
+            RuntimeError: ``in_place=True`` has become impossible since the adapter was added. The message says why.
+            ValueError: ``adapter_names`` does not fit the rows, or is given while adapters are merged.
         """
         if torch.compiler.is_compiling():
             return self._run_compiled(adapter_names, *args, **kwargs)
-        # Layers with few tokens wait for these lines: nothing is asked here that the pass has settled.
+        # With few tokens, these lines take a large part of the time. They ask nothing that the pass has settled.
         passes = self.passes
         current = passes.running.get(get_ident())
         if current is not None and current.changes == passes.changes:
@@ -115,22 +118,23 @@ class DiabloLayer(MergingLayer):
         return result
 
     def _run_compiled(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """The forward as the compiler traces it, which does not see passes."""
+        """The forward as the compiler traces it. The compiler does not see passes."""
         return self._run(self.names_in_use(), adapter_names, *args, **kwargs)
 
     def _run_part(self, current: Pass, part: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a layer that the current pass has prepared, given what :meth:`part` said then."""
+        """The forward of a layer that the current pass has prepared, given what :meth:`part` returned."""
         raise AssertionError(f"A {type(self).__name__} has no part in passes.")
 
     @abstractmethod
     def _run(self, names: tuple[str, ...], adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """The forward of a layer as its base layer computes it, whatever that is, and of one with merged adapters.
+        """The forward for which the pass has prepared nothing: the base layer computes, and updates are added.
 
-        What is merged stands in the weight; the other adapters that the pass uses are added beside it.
+        This is also the forward of a layer with merged adapters. Merged blocks stand in the weight, and the other
+        adapters that the pass uses are added beside it.
 
         Args:
             names: the adapters that the pass uses.
-            adapter_names: as :meth:`forward` takes them, which then count.
+            adapter_names: as :meth:`forward` takes them. If given, they count in place of ``names``.
             args: what the base layer takes.
             kwargs: what else the base layer takes.
         """
@@ -145,7 +149,7 @@ class DiabloLayer(MergingLayer):
         return tuple(name for name in active if name in self.diablo_layout)
 
     def _not_merged(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of some adapters that are not merged, and so do not stand in the weight already."""
+        """The names of the adapters that are not merged, and so do not already stand in the weight."""
         merged = self.merged_adapters
         return tuple(name for name in names if name not in merged) if merged else names
 
@@ -154,11 +158,11 @@ class DiabloLayer(MergingLayer):
         return None, False
 
     def diagonals_of(self, names: Sequence[str]) -> list[tuple[torch.Tensor, dict[Layout, list[torch.Tensor]]]]:
-        """The weights that a pass with these adapters in them writes to, and what it adds to them."""
+        """The weights that a pass writes these adapters' blocks into, each with its blocks by layout."""
         return [(self._weight(name), by_layout) for name, by_layout in self.added(names).items()]
 
     def watched(self, names: tuple[str, ...]) -> Watched:
-        """What the layer's part in a pass with these adapters hangs on, besides the choice of adapters."""
+        """What the layer's part in a pass with these adapters depends on, besides the choice of adapters."""
         return Watched(self._block_tables(names))
 
     def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
@@ -166,7 +170,7 @@ class DiabloLayer(MergingLayer):
         return [(self.diablo_blocks._parameters, name) for name in names]
 
     def take_blocks_back(self) -> None:
-        """Have the blocks at hand, where accelerate has offloaded them."""
+        """Bring the blocks back to their device, where accelerate has offloaded them."""
         take_back(self.diablo_blocks)
 
     def update_layer(
@@ -194,7 +198,7 @@ class DiabloLayer(MergingLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_layouts(self, adapter_name: str, layouts: Mapping[str, Layout]) -> None:
-        """Cut the weights otherwise for an adapter, whose parameters stay the objects they are, their values unset.
+        """Give an adapter other layouts. Its parameters stay the same objects, and their values are unset.
 
         Args:
             adapter_name: the adapter.
@@ -222,7 +226,7 @@ class DiabloLayer(MergingLayer):
         if device is None and hook is not None:
             # Between forwards the weight is on no device.
             device = torch.device(hook.execution_device)
-        # PEFT looks for the device in an attribute `weight`, which a module of experts does not have.
+        # PEFT reads the device from an attribute `weight`, which a module of experts does not have.
         elif device is None and "weight" not in self.weights:
             device = self._weight(next(iter(self.weights))).device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -230,12 +234,13 @@ class DiabloLayer(MergingLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, Any]:
         if recomputed(base_layer) is None:
             return super()._get_base_layer_device_and_dtype(base_layer)
-        # Some norms change when their weight is read, and what was computed before the model was moved lies elsewhere.
+        # Reading the weight changes the state of some norms. And a weight that was computed before the model was moved
+        # is on the old device.
         parameter = next(base_layer.parameters())
         return parameter.device, parameter.dtype
 
     def _rows(self, adapter_names: list[str] | None) -> list[str] | None:
-        """The adapters of the rows, where each row has its own; None where adapters are disabled.
+        """The adapters of the rows, if each row has its own; None if adapters are disabled.
 
         Disabling unmerges what is merged, as in PEFT.
         """
@@ -253,7 +258,7 @@ class DiabloLayer(MergingLayer):
             )
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Choose the active adapters; arguments are those of PEFT's layers."""
+        """Choose the active adapters. The arguments are those of PEFT's layers."""
         self.passes.changes += 1
         super().set_adapter(*args, **kwargs)
 
@@ -263,7 +268,7 @@ class DiabloLayer(MergingLayer):
         super().enable_adapters(enabled)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False, but for linear layers, whose low-rank update LoRA can express."""
+        """Whether LoRA can express the update. False here; True for linear layers."""
         return False
 
     def __repr__(self) -> str:
@@ -279,7 +284,7 @@ class DiabloLayer(MergingLayer):
         return ", ".join(shown)
 
     def _check_base(self) -> None:
-        """Refuse to take a weight for the base's, or to change it, in the middle of a pass."""
+        """Refuse to read a weight as the base weight, or to change it, in the middle of a pass."""
         written = self.passes.written
         if written is not None and self.number in written.held:
             raise RuntimeError(
@@ -289,12 +294,12 @@ class DiabloLayer(MergingLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._check_base()
-        # Plans refer to the weights as they are, and torch does not move a DTensor that others refer to.
+        # Plans refer to the present weights, and torch does not move a DTensor that others refer to.
         self.passes.forget()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        # The base layer is saved after this, and the blocks too.
+        # The base layer and the blocks are saved after this.
         self._check_base()
         self.take_blocks_back()
         super()._save_to_state_dict(*args)
@@ -315,5 +320,5 @@ class DiabloLayer(MergingLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy, or what was pickled, is a layer of its own.
+        # A copied or unpickled layer is a layer of its own.
         self._take_number()

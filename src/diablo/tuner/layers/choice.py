@@ -1,4 +1,4 @@
-"""Which layer takes the place of a module: the one that computes with the weight as the module does."""
+"""The choice of the layer that takes the place of a module: it computes with the weight as the module does."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _KINDS: tuple[tuple[type[ModuleLayer], tuple[type[nn.Module], ...]], ...] = (
 def adapt_module(
     model: nn.Module, name: str, module: nn.Module, adapter_name: str, layout: BlockLayout, config: DiabloConfig
 ) -> DiabloLayer:
-    """Put the layer around a module that computes with the weight as the module does.
+    """Put around a module the layer that computes with the weight as the module does.
 
     Args:
-        model: the model, which says how its modules are cut over processes and quantized.
+        model: the model. It says how its modules are cut over processes and quantized.
         name: the module's name in it.
         module: the module, of a kind that can be adapted.
         adapter_name: name of the adapter.

@@ -12,9 +12,9 @@ from diablo.tuner.layers.module import ModuleLayer
 
 
 class DiabloConv(ModuleLayer):
-    """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` with blocks over its channels, at each position of its kernel.
+    """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` with blocks over its channels at each position of its kernel.
 
-    The forward takes ``(batch, in_channels, *size)`` or ``(in_channels, *size)``.
+    The forward takes ``(batch, in_channels, *size)`` or ``(in_channels, *size)``. The blocks stand beside the weight.
     """
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Embeddings: blocks over the vocabulary and the columns."""
+"""Embeddings: blocks over the vocabulary and the hidden size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from diablo.tuner.layers.module import ModuleLayer
 
 
 class DiabloEmbedding(ModuleLayer):
-    """An ``nn.Embedding`` with blocks over the vocabulary and the columns: each token trains the columns of its block.
+    """An ``nn.Embedding`` with blocks over the vocabulary and the hidden size.
 
-    The forward takes indices of any shape. Dropout leaves out the update of whole tokens.
+    The forward takes indices of any shape. Each token trains the columns of its own block alone. The blocks stand
+    beside the weight. Dropout leaves out the update of whole tokens.
     """
 
     def _add_update(self, x: torch.Tensor, adapter_name: str, result: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers: the blocks stand in the weight while a pass runs, or their product is added beside it."""
+"""Linear layers: the blocks stand in the weight while a pass runs, or beside it, as a product that is added."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from diablo.tuner.passes import Pass
 class DiabloLinear(ModuleLayer, HoldingLayer):
     """An ``nn.Linear`` or ``Conv1D`` with DiaBlo adapters: ``y = base(x) + x * blockdiag(blocks)``.
 
-    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. Where a pass has the blocks in the
-    weight, it computes the one product of the base layer; the backward adds the gradient of the blocks, 1/N of one.
+    The forward takes ``(..., in_features)`` and gives ``(..., out_features)``. If a pass has the blocks in the weight,
+    the forward computes the one product of the base layer. The backward also computes the gradient of the blocks, 1/N
+    of a product.
     """
 
     def _take_number(self) -> None:
         super()._take_number()
-        # For the operator of compiled graphs: the compiler would specialise on an integer, and compile each layer of a
-        # model anew where they are compiled one by one.
+        # The operator of compiled graphs takes the number as a tensor. The compiler would specialise on an integer, and
+        # would compile each layer anew where layers are compiled one by one.
         self._number = torch.tensor(self.number, device="cpu")
 
     def obstacle(self) -> str | None:
@@ -61,7 +62,7 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
         return compiled_linear(x, bias, blocks, self._number, ".".join(names), counts, *sizes, lower)
 
     def _obstacle_in_graph(self) -> str | None:
-        """What the compiler can see of obstacles; the operator looks for the others when it runs."""
+        """The obstacles that the compiler can see. The operator looks for the others when it runs."""
         if reason := self._merged_obstacle():
             return reason
         if not self._can_hold or self.base_layer.weight.requires_grad:
@@ -70,9 +71,9 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
 
     @contextmanager
     def in_weight(self, adapter_names: tuple[str, ...]) -> Iterator[torch.Tensor]:
-        """For the operators of compiled graphs: the weight with the blocks of these adapters in it, as they are now.
+        """The weight with the present blocks of these adapters in it, for the operators of compiled graphs.
 
-        It is that of the pass that runs, or of one of its own.
+        It is the weight in the running pass, or else in a pass of its own.
 
         Raises:
             RuntimeError: the blocks can no longer be written into the weight.
@@ -87,8 +88,8 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
             reason = self._obstacle_now() or "no adapter of it is trained"
             raise RuntimeError(
                 f"A graph was compiled with the blocks of {', '.join(adapter_names)} in the weight of a "
-                f"{type(self.base_layer).__name__}, where they cannot be any longer: {reason}. Compile anew after "
-                "torch.compiler.reset()."
+                f"{type(self.base_layer).__name__}, and they can no longer be written there: {reason}. Call "
+                "torch.compiler.reset() and compile again."
             )
         with Pass(self.passes, plan):
             yield plan.parts[self.number].weight
@@ -101,9 +102,9 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
         return self.diablo_dropout[adapter_name](x)
 
     def _blocks_to_add(self, adapter_name: str) -> torch.Tensor:
-        """The blocks that this process multiplies with."""
+        """The blocks that this process multiplies by."""
         return self.diablo_blocks[adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is added to the weight."""
+        """True: the update is a matrix that is added to the weight, which LoRA can express."""
         return True

@@ -40,14 +40,14 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def _check_base(self) -> None:
-        """Refuse to take a weight for the base's, or to change it, where it is not the base's now."""
+        """Refuse to read a weight as the base weight, or to change it, while blocks of a pass stand in it."""
 
     def blocks_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """An adapter's parameters by the name of the weight that they belong to; none if it is not on this layer."""
+        """An adapter's blocks by the name of the weight that they belong to; empty if it is not on this layer."""
         return {"weight": self.diablo_blocks[adapter_name]} if adapter_name in self.diablo_blocks else {}
 
     def layouts_of(self, adapter_name: str) -> dict[str, Layout]:
-        """An adapter's layouts by the name of the weight that they belong to; none if it is not on this layer."""
+        """An adapter's layouts by the name of the weight that they belong to; empty if it is not on this layer."""
         return {"weight": self.diablo_layout[adapter_name]} if adapter_name in self.diablo_layout else {}
 
     def added(self, names: Sequence[str]) -> dict[str, dict[Layout, list[torch.Tensor]]]:
@@ -60,14 +60,15 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return added
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add blocks to the base weight's diagonal; only 1/N of the weight is touched.
+        """Add blocks to the base weight's diagonal. Only 1/N of the weight is touched.
 
-        The sum is formed in fp32, or in the weight's dtype where that is wider, from the pristine diagonal, and rounded
-        to the weight's dtype once for each layout: adapters of equal layouts are summed before they are added.
+        The sum starts from the base values. It is formed in fp32, or in the weight's dtype where that is wider, and
+        rounded to the weight's dtype once for each layout. Adapters of equal layouts are summed before they are added.
 
         Args:
-            safe_merge: refuse blocks that would put a NaN or an infinity into the weight, and leave it untouched.
-            adapter_names: adapters to merge; the active ones where None.
+            safe_merge: whether blocks that would put a NaN or an infinity into the weight are refused, and the weight
+                is left untouched.
+            adapter_names: adapters to merge; the active ones if None.
 
         Raises:
             ValueError: ``safe_merge`` found a value that is not finite.
@@ -91,7 +92,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self._restore()
 
     def merge_instead(self, adapter_names: Sequence[str]) -> None:
-        """Make the weight what it is with these adapters merged, and no others, to the bit, in one pass."""
+        """Make the weight, to the bit, what it is with these adapters merged and no others. It is written once."""
         names = [name for name in adapter_names if name in self.diablo_blocks]
         if names:
             self._write(names, safe_merge=False)
@@ -101,7 +102,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's update as a dense tensor of the base weight's shape, in the dtype of the blocks.
 
-        Merging does not need it; it serves conversion and inspection.
+        Merging does not need it. It is for conversion and inspection.
 
         Raises:
             ValueError: the layer has no adapter of that name, or has several weights.
@@ -117,7 +118,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         deltas = {}
         layouts = self.layouts_of(adapter_name)
         for name, blocks in self._values_of(adapter_name).items():
-            # Not the weight's own shape: a quantized one has another, and one that is computed is computed for it.
+            # The weight's own shape is of no use here. A quantized weight has another shape, and asking for that of a
+            # computed weight would compute it.
             sizes = *self.weights[name].stack, layouts[name].out_features, layouts[name].in_features
             delta = torch.zeros(sizes, dtype=blocks.dtype, device=blocks.device)
             write_to_diagonal(delta, blocks.detach(), layouts[name])
@@ -125,14 +127,14 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return deltas
 
     def _weight(self, name: str) -> torch.Tensor:
-        """A base weight as ``(*stack, out_features, in_features)``, a view that writes through."""
+        """A base weight as ``(*stack, out_features, in_features)``: a view, to read it and to write to it."""
         base_layer: Any = self.get_base_layer()
         if (how := recomputed(base_layer, name)) is not None:
             raise RuntimeError(
-                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, which merged "
-                f"blocks would not outlast: use the adapter unmerged, or call {how.undo} first."
+                f"{how.by} computes the {name} of this {type(base_layer).__name__} anew in each forward, so that "
+                f"merged blocks would be lost: use the adapter unmerged, or call {how.undo} first."
             )
-        # torch makes a weight that is computed no longer a buffer, where it is frozen.
+        # When a computed weight is made plain again, torch leaves a buffer where the weight is frozen.
         parameter = base_layer._parameters.get(name, base_layer._buffers.get(name))
         return self.weights[name].matrix(self._stored(parameter))
 
@@ -143,7 +145,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
                 "The weight of an adapted layer is sharded, so that blocks cannot be merged into it or taken out: do "
                 "that before fully_shard, or save the adapter and merge it into the whole model."
             )
-        # Unlike `data`, this tells autograd of what is written: a graph that needs the old values raises an error.
+        # Unlike `data`, this tells autograd what is written. A graph that needs the old values then raises an error.
         return parameter.detach()
 
     def _matrices(self) -> dict[str, torch.Tensor]:
@@ -153,7 +155,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Merge adapters into the pristine weights."""
+        """Merge adapters into the base weights."""
         with self._weights_at_hand():
             weights = self._matrices()
             self.diagonals.write(weights, self.added(adapter_names))
@@ -183,7 +185,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def _weights_at_hand(self) -> AbstractContextManager[Any]:
-        """Where accelerate offloads the weights, they are fetched, and what they are then is what it keeps."""
+        """A context for changing the weights. Offloaded ones are fetched, and accelerate keeps their new values."""
         base_layer = self.get_base_layer()
         is_away = any(own is not None and own.is_meta for own in base_layer._parameters.values())
         return onload_layer(self) if is_away and offloading_hook(base_layer) else nullcontext()

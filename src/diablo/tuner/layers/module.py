@@ -1,4 +1,4 @@
-"""Modules that are adapted by their one weight, with the product of the blocks added beside it."""
+"""Modules that are adapted by their one weight, with the blocks beside it."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class ModuleLayer(DiabloLayer):
     ) -> torch.Tensor:
         """The base layer's output, in its dtype, plus the products with the blocks.
 
-        The blocks are stored in fp32 where PEFT is left to its default, and cast for the product; activations are not.
+        By PEFT's default the blocks are stored in fp32. They are cast for the product, and activations are not.
 
         Raises:
-            ValueError: ``adapter_names`` has not one name for each row, or is given while adapters are merged.
+            ValueError: ``adapter_names`` does not have one name for each row, or is given while adapters are merged.
         """
         rows = self._rows(adapter_names)
         if rows is not None:
@@ -63,14 +63,17 @@ class ModuleLayer(DiabloLayer):
     def _run_beside(
         self, x: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The base layer's output with the updates added, given the input and that output, which is overwritten."""
+        """The base layer's output with the updates added.
+
+        ``add`` takes the input and that output, which it overwrites.
+        """
         return add(x, self._result(self.base_layer(x, *args, **kwargs)))
 
     def _add_updates(
         self, names: tuple[str, ...], adapter_names: list[str] | None, x: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
         if x.is_floating_point():
-            # Under autocast the base layer lowers its input by itself; the blocks follow it.
+            # Under autocast the base layer casts its input to a lower precision by itself. The blocks follow it.
             x = x.to(result.dtype)
         if adapter_names is None:
             for adapter_name in names:

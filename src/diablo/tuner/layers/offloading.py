@@ -13,14 +13,14 @@ from torch import nn
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook of accelerate by which a module has its tensors during its forward alone; None where it keeps them."""
+    """The hook by which accelerate lends a module its tensors for its forward; None if it has them always."""
     hook = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return next((own for own in hooks if isinstance(own, AlignDevicesHook) and own.offload), None)
 
 
 def hook_obstacle(module: nn.Module) -> str | None:
-    """Why blocks cannot be written into the weight of a module that accelerate looks after; None where it does not."""
+    """Why accelerate keeps blocks from being written into the weight of a module; None if it does not."""
     if offloading_hook(module) is not None:
         return "accelerate keeps the weight on the CPU or on disk between forwards"
     return "accelerate puts the layer's inputs on its device" if hasattr(module, "_hf_hook") else None
@@ -28,10 +28,11 @@ def hook_obstacle(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def take_back(blocks: nn.Module) -> None:
-    """Put blocks that accelerate has offloaded on the device where they are needed, for good.
+    """Put blocks that accelerate has offloaded back on the device where they are needed, for good.
 
-    Accelerate fetches the tensors of a module when that is called, and nobody calls a container of parameters. Blocks
-    are small, and are trained: they have to be the same tensors in every step. They stay the parameters that they are.
+    accelerate fetches the tensors of a module when the module is called, and nobody calls a container of parameters.
+    Blocks are small, and they are trained, so they must be the same tensors in every step. They stay the same
+    parameters.
 
     Args:
         blocks: the containers of a layer's blocks.
@@ -47,7 +48,7 @@ def take_back(blocks: nn.Module) -> None:
             if parameter is not None and parameter.is_meta:
                 value = _kept_value(hook, name).to(hook.execution_device, parameter.dtype)
                 torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
-        # Nothing is fetched when the hook is taken off, which would be looked for under its usual name.
+        # Taking the hook off would fetch the tensors under their usual names. This keeps it from fetching anything.
         hook.offload = False
         remove_hook_from_module(container)
 
@@ -56,7 +57,7 @@ def _kept_value(hook: AlignDevicesHook, name: str) -> torch.Tensor:
     kept: Any = hook.weights_map
     if name in kept:
         return kept[name]
-    # PEFT puts an adapter's name before the last part of a tensor's name, as LoRA has it, when it writes to disk.
+    # When PEFT writes to disk, it puts an adapter's name before the last part of a tensor's name, as for LoRA.
     prefix: str = getattr(kept, "prefix", "")
     other = f"{prefix.removesuffix('diablo_blocks.')}{name}.diablo_blocks"
     if other in getattr(kept, "dataset", ()):

@@ -25,10 +25,10 @@ from diablo.tuner.weights import parameter_weight
 class DiabloParameters(HoldingLayer):
     """A module some of whose parameters have DiaBlo adapters, such as the fused experts of a mixture.
 
-    What such a module does with its parameters is its own affair. While blocks are trained they are written into the
-    parameters, and the module is run with these; otherwise it is run with copies that have the blocks added, one copy
-    of each adapted parameter in each forward. Either way the backward makes the gradient of the whole parameter, of
-    which the diagonal is kept. A parameter of ``(experts, out, in)`` has blocks of its own for each expert.
+    Such a module may do anything with its parameters. While blocks are trained, they stand in the parameters, and the
+    module is run with these. Otherwise it is run with copies that have the blocks added: one copy of each adapted
+    parameter in each forward. Either way the backward makes the gradient of the whole parameter, and its diagonal is
+    kept. A parameter of ``(experts, out, in)`` has blocks of its own for each expert.
 
     Args:
         base_layer: the module whose parameters are adapted, frozen by PEFT.
@@ -52,7 +52,7 @@ class DiabloParameters(HoldingLayer):
         config: DiabloConfig,
         inference_mode: bool = False,
     ) -> None:
-        """Add an adapter, which may touch other parameters than the ones before it, or replace one."""
+        """Add an adapter, or replace one of the same name. It may adapt other parameters than those before it."""
         for name in layouts.keys() - self.weights.keys():
             self.weights[name] = parameter_weight(self.get_base_layer(), name)
         super().update_layer(adapter_name, layouts, config, inference_mode)
@@ -73,7 +73,7 @@ class DiabloParameters(HoldingLayer):
         """The base layer's output with the blocks added to copies of its parameters.
 
         Raises:
-            ValueError: ``adapter_names`` differ, or are given while adapters are merged.
+            ValueError: ``adapter_names`` has different names, or is given while adapters are merged.
         """
         rows = self._rows(adapter_names)
         if rows is not None:
@@ -92,7 +92,11 @@ class DiabloParameters(HoldingLayer):
         return functional_call(self.base_layer, self._changed(names), args, kwargs)
 
     def _run_offloaded(self, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-        """The same where accelerate fetches the parameters for the forward: it would put them in the copies' place."""
+        """Do the same where accelerate fetches the parameters for the forward.
+
+        Its hook would put the fetched parameters in the place of the copies, so the hook is called by hand, around
+        them.
+        """
         module: Any = self.base_layer
         hooked, hook = module.forward, module._hf_hook
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
@@ -103,7 +107,7 @@ class DiabloParameters(HoldingLayer):
             module.forward = hooked
 
     def _changed(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Copies of the parameters with the blocks of these adapters added."""
+        """Copies of the adapted parameters, with the blocks of these adapters added."""
         changed: dict[str, torch.Tensor] = {}
         for adapter_name in names:
             layouts = self.layouts_of(adapter_name)
@@ -119,15 +123,16 @@ class DiabloParameters(HoldingLayer):
         return next((reason for reason in reasons if reason is not None), None)
 
     def _hooks(self) -> list[Mapping[int, Any]]:
-        # The module is called, and its hooks with it.
+        # The module itself is called, and so are its hooks. They are no obstacle.
         return []
 
     def _block_tables(self, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
         return [(self.diablo_blocks[name]._parameters, weight) for name in names for weight in self.layouts_of(name)]
 
     def _run_compiled(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        # The compiler cannot see when the module's backward reads its parameters: a graph makes copies of them, but
-        # where a pass around it has the blocks in them, or has to have.
+        # The compiler cannot see when the module's backward reads its parameters, so a graph makes copies of them. The
+        # exceptions run outside of the graph: a pass around it has the blocks in the parameters, or `in_place=True`
+        # asks for that.
         written = self.passes.written
         is_asked_for = any(self.diablo_in_place[name] is True for name in self.names_in_use())
         if adapter_names is None and (is_asked_for or (written is not None and self.number in written.held)):
@@ -155,7 +160,7 @@ class DiabloParameters(HoldingLayer):
 
 
 class _Readers(TorchFunctionMode):
-    """Sees to it that the blocks stand in weights whenever a backward reads these, wherever it comes from.
+    """Makes sure that the blocks stand in the weights whenever a backward reads the weights.
 
     Args:
         current: the pass that runs.
@@ -177,7 +182,7 @@ class _Readers(TorchFunctionMode):
     def _reach(self) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Second derivatives cannot be had through parameters that are adapted in place, such as fused experts: "
+                "Second derivatives cannot be computed through parameters with blocks in them, such as fused experts: "
                 "set in_place=False."
             )
         self._current.reach()

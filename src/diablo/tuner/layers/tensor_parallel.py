@@ -183,8 +183,8 @@ class DiabloParallelLinear(DiabloLinear):
         """
         if has_hooks(self.base_layer):
             raise RuntimeError(
-                "Hooks are registered on a linear layer that is cut over processes and adapted, where they are not "
-                "called: register them on the module that holds it."
+                "Hooks are registered on a linear layer that is cut over processes and adapted, and such a layer does "
+                "not call them: register them on the module that holds it."
             )
         return super().forward(*args, adapter_names=adapter_names, **kwargs)
 
