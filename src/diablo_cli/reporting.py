@@ -64,9 +64,13 @@ def print_plan(out: Console, plan: Plan) -> None:
 
 def _data(plan: Plan) -> Iterator[str]:
     """What rows there are, what they are for and which are left out, in lines of a plan."""
-    from diablo.data.faults import by_reason, name_rows
+    from diablo.data.faults import by_reason, name_places
     from diablo.data.special_text import describe_special_text
 
+    for source in plan.sources:
+        yield f"source              {source.describe()}"
+    for source in plan.held_out_sources:
+        yield f"held-out source     {source.describe()}"
     tokens, supervised = plan.tokens
     yield f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
     for line in plan.conversations:
@@ -79,7 +83,7 @@ def _data(plan: Plan) -> Iterator[str]:
     for rows, fault in by_reason(plan.faults):
         yield f"malformed, left out {rows}: {fault.reason}"
     if plan.too_long:
-        yield f"too long, left out  {name_rows(plan.too_long)}"
+        yield f"too long, left out  {name_places(plan.too_long)}"
     if plan.tested:
         yield f"tested rows         {plan.tested} left out of training"
     if plan.special_text[0]:

@@ -209,7 +209,8 @@ def test_a_dry_run_says_each_reason_for_leaving_out_rows_once(diablo, tiny_model
     arguments = [*own_data(tmp_path, model, *rows, chat=True), "--dry-run"]
     status, _, err = diablo(*arguments)
     assert status == 2
-    assert "1 malformed of 4 rows. Row 3: completion is a number, not text; put it in quotes. Mend them, or" in err
+    assert "1 malformed of 4 rows. Row 3: completion is a number, not text; put it in quotes, or name" in err
+    assert "Mend them, or" in err
     own_data(tmp_path, model, *rows[:2], rows[3], chat=True)
     status, _, err = diablo(*arguments)
     assert status == 2

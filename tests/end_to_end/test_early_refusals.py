@@ -33,12 +33,13 @@ for arguments in given[0]:
 def folder(tmp_path_factory, tiny_model) -> Path:
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "t.csv").write_text("a,b\n")
+    (folder / "t.xlsx").write_text("")
     (folder / "t.jsonl").write_text("{}\n")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
-    (folder / "r.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.csv}}\n")
+    (folder / "r.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.xlsx}}\n")
     (folder / "rows.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.jsonl}}\n")
     return folder
 
@@ -46,11 +47,11 @@ def folder(tmp_path_factory, tiny_model) -> Path:
 def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
     tiny = str(tiny_model)
     refused = [
-        (["train", "r.yaml"], "data.train: found 't.csv'; allowed: a file that ends in .jsonl, .json, .parquet"),
+        (["train", "r.yaml"], "data.train: t.xlsx is not a dataset that diablo reads; allowed: .jsonl, .json, .csv"),
         (["train", "r.yaml", "data.train=none.jsonl"], "data.train: there is no file 'none.jsonl'"),
         (["train", "quickstart", "model=./none"], "model: there is no folder './none'"),
         (["train", "rows.yaml"], "1 malformed of 1 rows"),
-        (["compare", "r.yaml"], "data.train: found 't.csv'"),
+        (["compare", "r.yaml"], "data.train: t.xlsx is not a dataset"),
         (["compare", "quickstart", "--lrs", "x"], "--lrs: found 'x'"),
         (["evaluate", "./none", "--task", "mawps"], "model: there is no folder './none'"),
         (["evaluate", tiny, "--task", "gsm8k", "--data-folder", "none"], "--data-folder: there is no folder 'none'"),

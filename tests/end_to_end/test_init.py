@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from diablo.recipes.data import DataSource
 from diablo.recipes.reading import load_recipe
 
 PLAIN = {"prompt": "Problem: 2 and 3 ?\nEquation:", "completion": " x = 2 + 3"}
@@ -44,7 +45,7 @@ def test_what_is_written_from_options_trains(diablo, tiny_model, folder, row, ch
     assert (status, error) == (0, "")
     assert "Next: diablo train recipe.yaml --dry-run" in out
     recipe = load_recipe("recipe.yaml")
-    assert (recipe.data.train, recipe.data.eval) == (Path(rows.name), Path(held_out.name))
+    assert (recipe.data.train, recipe.data.eval) == ((DataSource(path=rows.name),), (DataSource(path=held_out.name),))
     assert recipe.chat is chat
     assert recipe.output == Path("runs/a: #1")
     status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")

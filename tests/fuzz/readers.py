@@ -27,7 +27,8 @@ from safetensors.torch import save
 
 with atheris.instrument_imports(include=["diablo"]):
     from diablo import DiabloConfig
-    from diablo.data.rows import FORMATS, read_rows
+    from diablo.data.files import ENDINGS
+    from diablo.data.sources import read_rows
     from diablo.errors import UserError
     from diablo.models.adapters import check_tensors, read_adapter_config
     from diablo.models.authors import import_checkpoint
@@ -49,7 +50,7 @@ def recipe(folder: Path, content: bytes) -> None:
 
 def dataset(folder: Path, content: bytes) -> None:
     """A dataset of any format, which the first byte chooses."""
-    path = folder / f"rows{FORMATS[content[0] % len(FORMATS)]}"
+    path = folder / f"rows{ENDINGS[content[0] % len(ENDINGS)]}"
     path.write_bytes(content[1:])
     read_rows(path)
 
@@ -79,12 +80,27 @@ def seeds() -> dict[str, list[bytes]]:
     """Files that are read without an error, for each reader."""
     rows = [
         {"prompt": "a", "completion": "b"},
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 1}]},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "[{}]"},
+        {"text": "x"},
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    table = io.BytesIO()
-    parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"]}), table)
-    formats = [lines, json.dumps(rows).encode(), table.getvalue(), gzip.compress(lines)]
+    columns = pyarrow.table({"prompt": ["a"], "completion": ["b"]})
+    table, arrow = io.BytesIO(), io.BytesIO()
+    parquet.write_table(columns, table)
+    with pyarrow.ipc.new_stream(arrow, columns.schema) as stream:
+        stream.write_table(columns)
+    formats = {
+        ".jsonl": lines,
+        ".json": json.dumps({"data": rows}).encode(),
+        ".csv": b'prompt,completion\na,"b, c"\n',
+        ".tsv": b"prompt\tcompletion\na\tb\n",
+        ".parquet": table.getvalue(),
+        ".arrow": arrow.getvalue(),
+        ".txt": b"text",
+        ".jsonl.gz": gzip.compress(lines),
+        ".jsonl.zst": pyarrow.compress(lines, codec="zstd", asbytes=True),
+    }
     settings = DiabloConfig(num_blocks=4, target_modules=["q_proj"]).to_dict() | {"target_modules": ["q_proj"]}
     checkpoint = io.BytesIO()
     torch.save({"model.layers.0.self_attn.q_proj.block_A": torch.zeros(4, 8, 8)}, checkpoint)
@@ -92,7 +108,7 @@ def seeds() -> dict[str, list[bytes]]:
         "recipe": [
             path.read_bytes() for path in files("diablo").joinpath("recipes").iterdir() if path.name.endswith(".yaml")
         ],
-        "dataset": [bytes([number]) + content for number, content in enumerate(formats)],
+        "dataset": [bytes([ENDINGS.index(ending)]) + content for ending, content in formats.items()],
         "adapter": [
             b"\0" + json.dumps(settings).encode(),
             b"\1" + save({"base_model.model.q_proj.diablo_blocks.default": torch.zeros(4, 8, 8)}),

@@ -153,6 +153,8 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
         ({"evaluation": {"samples": 0}}, ["evaluation.samples: found 0", "an integer of at least 1"]),
         ({"evaluation": {"temperature": -1}}, ["evaluation.temperature: found -1", "a number of at least 0"]),
         ({"data": {"held_out": "validation"}}, ["data.held_out: found validation", "data.validation_rows"]),
+        ({"data": {"columns": {"text": "a"}}}, ["data: task 'mawps' brings its own rows"]),
+        ({"data": {"eval": "5%"}}, ["data.eval: found 5%, which is cut out of data.train", "data.validation_rows"]),
         ({"data": {"held_out": "train"}}, ["data.held_out: found 'train'", "test or validation"]),
         ({"data": {"validation_rows": 0}}, ["data.validation_rows: found 0", "an integer of at least 1"]),
         ({"evaluation": {"general": "no/such.txt"}}, ["evaluation.general: there is no file 'no/such.txt'"]),
@@ -202,6 +204,72 @@ def test_fault_is_one_line_with_key_found_and_allowed(tmp_path: Path, change: An
     assert len(lines) == 1
     for part in parts:
         assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"train": []}, ["data.train: found []", "a file, a folder of files, a section"]),
+        ({"train": 3}, ["data.train: found 3", "a file, a folder of files, a section"]),
+        ({"train": ["rows.csv", 3]}, ["data.train: found ['rows.csv', 3]"]),
+        ({"train": ["no/such.csv"]}, ["data.train: there is no file 'no/such.csv'; paths count from"]),
+        ({"train": "notes.md"}, ["data.train: notes.md is not a dataset", ".jsonl, .json, .csv"]),
+        ({"train": "empty"}, ["data.train: the folder 'empty' has no dataset file itself", ".jsonl, .json, .csv"]),
+        ({"eval": "no/such.csv"}, ["data.eval: there is no file 'no/such.csv'"]),
+        ({"train": {}}, ["data.train: found neither path nor hub; give path"]),
+        ({"train": {"path": "rows.csv", "hub": "a/b"}}, ["data.train: found both path and hub"]),
+        (
+            {"train": {"path": "rows.csv", "split": "train", "revision": "x"}},
+            ["data.train: found split, revision beside path 'rows.csv'; split is for hub"],
+        ),
+        ({"train": {"hub": "a/b", "streaming": True}}, ["data.train: found streaming: true", "with limit"]),
+        ({"eval": {"hub": "a/b"}}, ["data.eval: found hub 'a/b' without split", "split: test"]),
+        ({"eval": [{"path": "rows.csv", "weight": 2}]}, ["data.eval: found weight, which is for data.train"]),
+        ({"train": ["rows.csv", {"pth": "x"}]}, ["data.train[1].pth: unknown key", "Did you mean path?"]),
+        ({"train": [{"path": "rows.csv", "weight": 0}]}, ["data.train[0].weight: found 0", "a number above 0"]),
+        ({"train": [{"path": "rows.csv", "weight": "x"}]}, ["data.train[0].weight: found 'x'"]),
+        ({"eval": [{"path": "rows.csv", "limit": 0}]}, ["data.eval[0].limit: found 0", "an integer of at least 1"]),
+        ({"train": [{"path": "rows.csv", "columns": 3}]}, ["data.train[0].columns: found 3", "a Jinja template"]),
+        ({"train": [{"hub": "a/b", "revision": 1234}]}, ["data.train[0].revision: found 1234", "in quotes"]),
+        ({"columns": {"prompt": 3, "completion": "x"}}, ["data.columns: found 3", "a Jinja template"]),
+        ({"columns": {"prompt": "x"}}, ["data.columns: found prompt; give those of one format"]),
+        (
+            {"train": {"path": "rows.csv", "columns": {"text": "{{ a"}}},
+            ["data.train.columns: found '{{ a' for text, which is no valid Jinja"],
+        ),
+        ({"eval": "0%"}, ["data.eval: found '0%'; a share is above 0% and below 100%"]),
+        ({"eval": "-5%"}, ["data.eval: found '-5%'; a share is"]),
+        ({"eval": 0}, ["data.eval: found 0; allowed: rows as an integer of at least 1, a share such as 5%"]),
+        ({"eval": 0.05}, ["data.eval: found 0.05; allowed: rows as an integer"]),
+        ({"eval": True}, ["data.eval: found True; allowed: rows as an integer"]),
+    ],
+)
+def test_faults_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, parts: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("notes.md").touch()
+    Path("rows.csv").touch()
+    lines = faults(tmp_path, {"model": "m", "output": "o", "data": {"train": "rows.csv"} | change})
+    assert len(lines) == 1
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("held_out", ["5%", 200, "rows.csv", ["rows.csv"], {"hub": "a/b", "split": "test"}, None])
+def test_sources_are_short_for_sections_and_come_back_from_what_a_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").touch()
+    recipes = [
+        load_recipe(write(tmp_path, {"model": "m", "output": "o", "data": {"train": train, "eval": held_out}}))
+        for train in ("rows.csv", ["rows.csv"], {"path": "rows.csv"}, [{"path": "rows.csv", "weight": 1}])
+    ]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    for mode in ("json", "python"):
+        assert Recipe.model_validate(recipes[0].model_dump(mode=mode)) == recipes[0]
+    assert recipes[0].model_dump(mode="json")["data"]["train"] == ["rows.csv"]
+    assert recipes[0].has_held_out == (held_out is not None)
 
 
 @pytest.mark.parametrize("key", ["model", "output"])

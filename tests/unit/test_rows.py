@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from diablo.data.faults import name_rows
-from diablo.data.rows import FORMATS, Row, read_rows
+from diablo.data.files import ENDINGS
+from diablo.data.rows import Row
+from diablo.data.sources import read_rows
 from diablo.errors import UserError
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -23,33 +27,77 @@ TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
 
 
 def write(folder: Path, records: list[Any], suffix: str) -> Path:
+    """A file of records. Its ending says how; a .txt has the text of the first alone."""
     path = folder / f"rows{suffix}"
-    if suffix == ".jsonl":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    elif suffix == ".jsonl.gz":
-        path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
-    elif suffix == ".json":
-        path.write_text(json.dumps(records), encoding="utf-8")
+    kind = suffix.removesuffix(".gz").removesuffix(".zst")
+    if kind == ".jsonl":
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    elif kind == ".json":
+        content = json.dumps(records).encode()
+    elif kind == ".txt":
+        content = records[0]["text"].encode()
+    elif kind in (".csv", ".tsv"):
+        lines = io.StringIO(newline="")
+        table = csv.DictWriter(lines, list(records[0]), delimiter="," if kind == ".csv" else "\t")
+        table.writeheader()
+        table.writerows(records)
+        content = lines.getvalue().encode()
     else:
-        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        content = as_table(pyarrow.Table.from_pylist(records), kind)
+    if suffix.endswith(".gz"):
+        content = gzip.compress(content)
+    elif suffix.endswith(".zst"):
+        content = packed(content)
+    path.write_bytes(content)
     return path
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+def as_table(table: pyarrow.Table, kind: str) -> bytes:
+    content = io.BytesIO()
+    if kind == ".parquet":
+        parquet.write_table(table, content)
+    else:
+        with pyarrow.ipc.new_file(content, table.schema) as file:
+            file.write_table(table)
+    return content.getvalue()
+
+
+def packed(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+TABLES = [ending for ending in ENDINGS if not ending.startswith(".txt")]
+NESTED = [ending for ending in TABLES if not ending.startswith((".csv", ".tsv"))]
+# Lines of these count from the header.
+BEGIN = {ending: 2 if ending.startswith((".csv", ".tsv")) else 1 for ending in ENDINGS}
+
+
+@pytest.mark.parametrize("suffix", TABLES)
 def test_prompt_and_completion(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path, [{"prompt": "a", "completion": "b", "id": 3}, {"prompt": "", "completion": " ü\n"}], suffix)
+    records = [{"prompt": "a", "completion": "b", "id": 3}, {"prompt": "", "completion": ' ü,\t"\n', "id": 4}]
+    path = write(tmp_path, records, suffix)
+    first = BEGIN[suffix]
     # An empty prompt is a legitimate row: text to go on from nothing.
-    assert read_rows(path) == ([Row(1, "a", "b"), Row(2, "", " ü\n")], [])
+    assert read_rows(path) == ([Row(first, "a", "b"), Row(first + 1, "", ' ü,\t"\n')], [])
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", ENDINGS)
+def test_documents(tmp_path: Path, suffix: str) -> None:
+    text = "One paragraph.\n\nAnother, ü."
+    assert read_rows(write(tmp_path, [{"text": text}], suffix)) == ([Row(BEGIN[suffix], text=text)], [])
+
+
+@pytest.mark.parametrize("suffix", NESTED)
 def test_messages(tmp_path: Path, suffix: str) -> None:
     rows, faults = read_rows(write(tmp_path, [{"messages": TURNS}], suffix))
     assert (rows, faults) == ([Row(1, messages=tuple(TURNS))], [])
     assert rows[0].as_messages() == tuple(TURNS)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", TABLES)
 def test_instruction_with_and_without_input(tmp_path: Path, suffix: str) -> None:
     records = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -72,7 +120,9 @@ def test_instruction_with_and_without_input(tmp_path: Path, suffix: str) -> None
         ("3", "a number, not an object; give an object with prompt and completion, messages"),
         ("null", "null, not an object"),
         ("{}", "has no keys; needs prompt and completion"),
-        ('{"text": "x"}', "has text; needs prompt and completion, messages"),
+        ('{"words": "x"}', "has words; needs prompt and completion, messages, conversations, instruction and output"),
+        ('{"text": " "}', "text is empty; give the text"),
+        ('{"text": 3}', "text is a number, not text; put it in quotes, or name the column in data.columns"),
         ('{"prompt": "x"}', "completion is missing, not text"),
         ('{"completion": "x"}', "prompt is missing, not text"),
         ('{"prompt": "x", "completion": null}', "completion is null, not text; give it"),
@@ -129,9 +179,9 @@ def test_a_reason_is_said_once_with_its_rows_and_how_to_mend_it(tmp_path: Path) 
         read_rows(path)
     assert str(caught.value) == (
         f"{path} has 19 malformed of 20 rows. Rows 1, 2, 5 and 14 more: completion is a number, not text; put it in "
-        "quotes. Row 4: a number, not an object; give an object with prompt and completion, messages, or instruction "
-        "and output. Row 20: completion is empty; give the text that is to be trained on. Mend them, or set "
-        "data.on_malformed=skip to leave them out."
+        "quotes, or name the column in data.columns. Row 4: a number, not an object; give an object with prompt and "
+        "completion, messages, conversations, instruction and output, or text. Row 20: completion is empty; give the "
+        "text that is to be trained on. Mend them, or set data.on_malformed=skip to leave them out."
     )
 
 
@@ -187,15 +237,26 @@ def test_nothing_usable_is_an_error_also_when_skipping(tmp_path: Path) -> None:
         ("a.jsonl", b"\n \n", r"no usable row \(of 0\)"),
         ("a.json", b"", "not valid JSON"),
         ("a.json", b"[]", r"no usable row \(of 0\)"),
-        ("a.json", b'{"prompt": "p", "completion": "c"}', "must hold a JSON list of rows, found dict"),
+        ("a.json", b'{"prompt": "p", "completion": "c"}', "must hold a JSON list of rows, or an object .*; found dict"),
         ("a.json", b'{"prompt": "p"}\n{"prompt": "q"}', r"One object a line makes a \.jsonl file"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.parquet", b"", "not a Parquet file"),
         ("a.parquet", b"PAR1 and junk", "not a Parquet file"),
         ("a.jsonl", b"\x80\x81\xff", r"not a text file in UTF-8 \(byte 0"),
         ("a.json", b"[\xff]", r"not a text file in UTF-8 \(byte 1"),
-        ("a.csv", b"prompt,completion", r"allowed: \.jsonl, \.json, \.parquet"),
-        ("rows", b"{}", r"allowed: \.jsonl, \.json, \.parquet"),
+        ("a.json", b'{"data": {}}', "must hold a JSON list of rows, or an object .*; found dict"),
+        ("a.arrow", b"", "not an Arrow file"),
+        ("a.arrow", b"ARROW1 and junk", "not an Arrow file"),
+        ("a.csv", b"", r"no usable row \(of 0\)"),
+        ("a.csv", b"prompt,completion", r"no usable row \(of 0\)"),
+        ("a.csv", b"prompt,prompt\na,b", "names the column 'prompt' twice"),
+        ("a.csv", b'prompt,completion\na,b\nc,"d" e', r"no table that can be read \(line 3: "),
+        ("a.csv", b'prompt,completion\na,"b', r"no table that can be read \(line 2: "),
+        ("a.csv", "prompt,completion\nü,b".encode("latin-1"), r"not a text file in UTF-8 \(byte 18"),
+        ("a.txt", b" \n", r"no usable row|text is empty"),
+        ("a.jsonl.zst", b"junk", r"cannot be read: .*ZSTD"),
+        ("a.xlsx", b"", r"allowed: \.jsonl, \.json, \.csv"),
+        ("rows", b"{}", r"allowed: \.jsonl, \.json, \.csv"),
     ],
 )
 def test_file_that_is_no_dataset(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -206,28 +267,34 @@ def test_file_that_is_no_dataset(tmp_path: Path, name: str, content: bytes, reas
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", ENDINGS)
 def test_folder_and_absent_file(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no file"):
         read_rows(tmp_path / f"absent{suffix}")
     (tmp_path / f"folder{suffix}").mkdir()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="has no dataset file"):
         read_rows(tmp_path / f"folder{suffix}")
 
 
 def test_byte_order_mark_as_windows_editors_write_it(tmp_path: Path) -> None:
-    for suffix, text in ((".jsonl", json.dumps(GOOD)), (".json", json.dumps([GOOD]))):
+    for suffix, text in (
+        (".jsonl", json.dumps(GOOD)),
+        (".json", json.dumps([GOOD])),
+        (".csv", "prompt,completion\np,c"),
+    ):
         path = tmp_path / f"bom{suffix}"
         path.write_text(text, encoding="utf-8-sig")
-        assert read_rows(path)[0] == [Row(1, "p", "c")]
+        assert read_rows(path)[0] == [Row(BEGIN[suffix], "p", "c")]
 
 
+KEYS = ["prompt", "completion", "messages", "role", "content", "instruction", "input", "output", "text", "data"]
+KEYS += ["conversations", "from", "value", "tools", "tool_calls", "name", "arguments", "train", "weight", "type"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["prompt", "completion", "messages", "role", "content", "instruction", "input", "output"]),
+            st.sampled_from(KEYS),
             inner,
             max_size=4,
         )
@@ -237,7 +304,7 @@ json_values = st.recursive(
 contents = st.binary(max_size=60) | json_values.map(lambda value: json.dumps(value).encode())
 
 
-@given(contents, st.sampled_from(FORMATS), st.sampled_from(["error", "skip"]))
+@given(contents, st.sampled_from(ENDINGS), st.sampled_from(["error", "skip"]))
 @settings(max_examples=200, deadline=None)
 def test_no_content_raises_anything_but_a_user_error(content: bytes, suffix: str, on_malformed: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -249,12 +316,27 @@ def test_no_content_raises_anything_but_a_user_error(content: bytes, suffix: str
             return
     assert rows
     for row in rows:
-        row.as_messages()
-        assert "".join(message["content"] for message in row.as_messages()).encode()
+        assert (row.text + "".join(message["content"] for message in row.as_messages())).encode() or row.messages
+        json.dumps([row.messages, row.tools], ensure_ascii=False).encode()
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=8), st.sampled_from([".parquet", ".jsonl.gz"]))
-@settings(max_examples=100, deadline=None)
+def test_offsets_of_a_damaged_arrow_file_are_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD] * 3, ".arrow")
+    content = path.read_bytes()
+    # The offsets of the three texts: each ends one character further on.
+    offsets = b"".join(number.to_bytes(4, "little") for number in range(4))
+    assert offsets in content
+    path.write_bytes(content.replace(offsets, offsets[:12] + b"\xff\xff\xff\x7f"))
+    with pytest.raises(UserError, match="not an Arrow file that can be read"):
+        read_rows(path)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.binary(min_size=1, max_size=8),
+    st.sampled_from([".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst"]),
+)
+@settings(max_examples=200, deadline=None)
 def test_a_damaged_file_raises_only_a_user_error(position: int, junk: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), [GOOD] * 3, suffix)

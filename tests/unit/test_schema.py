@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.reading import shipped_recipes
-from diablo.recipes.recipe import Data, Evaluation, Recipe
+from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.schema import SCHEMA_FILE, recipe_schema, schema_text
 from diablo.recipes.training import Optimizer, ParameterGroup, Training
 from diablo.tasks import TASKS
@@ -46,7 +47,7 @@ def properties(schema: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_key_is_there_with_its_description():
     found = dict(properties(recipe_schema()))
-    sections = (Recipe, Data, Training, Optimizer, ParameterGroup, Evaluation, *METHODS.values())
+    sections = (Recipe, Data, DataSource, Training, Optimizer, ParameterGroup, Evaluation, *METHODS.values())
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):
         assert schema.get("description"), key
@@ -81,6 +82,8 @@ def test_the_recipe_of_the_readme_is_valid():
         {"method": {"name": "miss", "target_modules": ["q_proj"], "layers_to_transform": [0, 1]}},
         {"task": ["mawps", "gsm8k"]},
         {"task": None, "data": {"train": "rows.jsonl"}},
+        {"task": None, "data": {"train": ["a.csv", {"path": "b.csv", "columns": {"text": "x"}}], "eval": "5%"}},
+        {"task": None, "data": {"train": {"hub": "a/b", "split": "train"}, "eval": 200}},
         {"evaluation": {"tasks": ["gsm8k", "boolq"]}, "training": {"learning_rate": 1e-3}},
     ],
     ids=str,
@@ -107,6 +110,8 @@ def test_what_a_recipe_may_hold_is_valid(change: Any) -> None:
         {"evaluation": {"tasks": ["math10k"]}},  # it has no test split
         {"evaluation": {"tasks": "gsm8k"}},
         {"precision": "fp8"},
+        {"data": {"train": [{"pth": "a.csv"}]}},
+        {"data": {"train": {"path": "a.csv", "weight": 0}}},
         {"seed": 1.5},
     ],
     ids=str,

@@ -27,6 +27,7 @@ class EncodedRow:
         special_text: the special tokens that the row's own text spells, each as often as it does.
         apart: why answers of the conversation are trained in rows of their own, in words; empty where they are not.
         joined_system: whether a system's text was put before the first question.
+        source: the name of the file or dataset that the row is from; empty where there is only one.
     """
 
     number: int
@@ -35,6 +36,7 @@ class EncodedRow:
     special_text: tuple[str, ...] = ()
     apart: str = ""
     joined_system: bool = False
+    source: str = ""
 
     @property
     def features(self) -> dict[str, list[int]]:

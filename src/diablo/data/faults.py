@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from diablo.errors import UserError
 
@@ -11,6 +12,26 @@ OPENS_WITH_ANSWER = ("begins with the assistant's turn", "put a turn of the user
 """What is wrong with a conversation that the assistant opens, and how to mend it: there is nothing that it answers."""
 
 _REASONS_LISTED = 5
+
+
+class Placed(Protocol):
+    """What stands somewhere in the data."""
+
+    @property
+    def number(self) -> int:
+        """Where it stands in its file, from 1."""
+
+    @property
+    def source(self) -> str:
+        """The name of its file or dataset; empty where there is only one."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands, see :class:`Placed`."""
+
+    number: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,14 +42,33 @@ class RowFault:
         number: where the row stands in its file.
         reason: what is wrong with it, the same words for every row that has the same fault.
         mend: what to do about it.
+        source: the name of its file or dataset; empty where there is only one.
     """
 
     number: int
     reason: str
     mend: str
+    source: str = ""
 
     def __str__(self) -> str:
-        return f"{name_rows([self.number]).capitalize()}: {self.reason}; {self.mend}."
+        return f"{_at_the_start(name_places([self]))}: {self.reason}; {self.mend}."
+
+
+class NoRowError(Exception):
+    """What a file has is no row; whoever knows where it stands makes a :class:`RowFault` of it.
+
+    Args:
+        reason: what is wrong with it.
+        mend: what to do about it.
+    """
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(reason)
+        self.reason, self.mend = reason, mend
+
+    def at(self, number: int) -> RowFault:
+        """The fault of the row that has this number in its file."""
+        return RowFault(number, self.reason, self.mend)
 
 
 class RowError(UserError):
@@ -58,18 +98,31 @@ def name_rows(numbers: Sequence[int], most: int = 3) -> str:
     return f"rows {listed} and {last}" if named else f"row {last}"
 
 
+def name_places(rows: Sequence[Placed]) -> str:
+    """Rows by number as :func:`name_rows` has them and, of several files, by file: ``a.jsonl: row 3; b.csv: row 7``."""
+    numbers: dict[str, list[int]] = {}
+    for row in rows:
+        numbers.setdefault(row.source, []).append(row.number)
+    return "; ".join(f"{source}: {name_rows(of)}" if source else name_rows(of) for source, of in numbers.items())
+
+
 def by_reason(faults: Sequence[RowFault]) -> list[tuple[str, RowFault]]:
     """The names of the rows that have a fault, with the first of them, for each reason that there is."""
     groups: dict[tuple[str, str], list[RowFault]] = {}
     for fault in faults:
         groups.setdefault((fault.reason, fault.mend), []).append(fault)
-    return [(name_rows([fault.number for fault in group]), group[0]) for group in groups.values()]
+    return [(name_places(group), group[0]) for group in groups.values()]
 
 
 def explain_faults(faults: Sequence[RowFault]) -> str:
     """A sentence for each reason: which rows, what is wrong with them, and how to mend it."""
     groups = by_reason(faults)
-    sentences = [f"{rows.capitalize()}: {fault.reason}; {fault.mend}." for rows, fault in groups[:_REASONS_LISTED]]
+    sentences = [f"{_at_the_start(rows)}: {fault.reason}; {fault.mend}." for rows, fault in groups[:_REASONS_LISTED]]
     if len(groups) > _REASONS_LISTED:
         sentences.append(f"Further reasons, not listed: {len(groups) - _REASONS_LISTED}.")
     return " ".join(sentences)
+
+
+def _at_the_start(rows: str) -> str:
+    """The names of rows at the start of a sentence; the name of a file stays as it is."""
+    return rows.capitalize() if rows.startswith("row") and ": " not in rows else rows

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
 
 from diablo.data.rows import Row
 from diablo.errors import UserError
 
 
-def take_turns(sources: Sequence[Sequence[Row]]) -> list[Row]:
-    """The rows of several sources, one of each in turn, so that the first so many are as many of each.
+def take_turns(sources: Sequence[Sequence[Row]], weights: Sequence[float] | None = None) -> list[Row]:
+    """The rows of several sources in turn, so that the first so many are as many of each, or as their weights say.
 
     A source that is used up drops out. Row numbers stay those of the sources.
+
+    Args:
+        sources: the rows of each source.
+        weights: how often each source's rows are taken, which is also how many are taken for each one of a source of
+            weight 1: a source of weight 2 gives two rows a turn, and each row twice; one of weight 0.5 gives a row
+            every second turn, and the first half of its rows. 1 for each where None.
     """
-    return [row for several in zip_longest(*sources) for row in several if row is not None]
+
+    def of(index: int, rows: Sequence[Row], weight: float) -> Iterator[tuple[float, int, Row]]:
+        for count in range(max(1, round(weight * len(rows))) if rows else 0):
+            yield (count + 1) / weight, index, rows[count % len(rows)]
+
+    turns = map(of, range(len(sources)), sources, weights or [1.0] * len(sources))
+    return [row for _, _, row in heapq.merge(*turns, key=lambda turn: turn[:2])]
 
 
-def cut_validation(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """The rows, each once, where some of them are there several times."""
+    return list({id(row): row for row in rows}.values())
+
+
+def cut_validation(
+    rows: Sequence[Row], count: int, seed: int, key: str = "data.validation_rows"
+) -> tuple[list[Row], list[Row]]:
     """Cut validation rows from training rows, by chance.
 
     A prompt that stands in several rows lies on one side of the cut: rows that share theirs with a validation row are
     neither trained nor validated on.
 
     Args:
-        rows: the training rows.
+        rows: the training rows; one that is there several times is validated on once.
         count: how many to validate on.
         seed: of the choice.
+        key: what the user set to the count, for the message.
 
     Returns:
         The rows to train on and the rows to validate on, each in their old order.
@@ -35,17 +55,19 @@ def cut_validation(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row
     Raises:
         UserError: nothing would be left to train on.
     """
-    chosen = set(random.Random(f"validation-{seed}").sample(range(len(rows)), k=min(count, len(rows))))
-    validation = [row for index, row in enumerate(rows) if index in chosen]
+    candidates = distinct(rows)
+    chosen = set(random.Random(f"validation-{seed}").sample(range(len(candidates)), k=min(count, len(candidates))))
+    validation = [row for index, row in enumerate(candidates) if index in chosen]
     prompts = {_prompt(row) for row in validation}
     train = [row for row in rows if _prompt(row) not in prompts]
     if not train:
         raise UserError(
-            f"data.validation_rows: found {count}; of {len(rows)} training rows none would be left to train on. "
-            "Lower it."
+            f"{key}: found {count}; of {len(candidates)} training rows none would be left to train on. Lower it."
         )
     return train, validation
 
 
 def _prompt(row: Row) -> tuple[str, ...]:
-    return (row.prompt, *(turn["content"] for turn in row.messages[:-1]))
+    """What comes before what is trained on; that itself where nothing does, as with a document."""
+    before = (row.prompt, *(turn["content"] for turn in row.messages[:-1]))
+    return before if any(before) else (row.text, row.completion)

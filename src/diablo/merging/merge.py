@@ -56,8 +56,8 @@ class MergeReport:
             merged as a whole.
         losses: loss per token, in nats, of the adapted and of the merged model; None if nothing was quantized.
         measured_on: the rows that the losses are of, in words.
-        untied: names of weights that are tied in the base model and not in the merged one, each with the name of the
-            weight that it was tied to. They are untied because the adapter changes one of them.
+        untied: names of weights that were tied in the base model and are not in the merged one, since the adapter
+            changes one of those that shared them; each with the one which it was tied to.
     """
 
     folder: Path
@@ -98,7 +98,7 @@ def merge_adapter(
             as :func:`~diablo.quantization.quantize_model` did the base.
         calibration: makes the calibration rows for ``"requantized"`` from the tokenizer.
         other_base: whether to merge even if the base has other weights than those that the adapter was trained on.
-        trained_as: the recipe of the run; the one that is recorded with the adapter if None.
+        trained_as: the recipe of the run; as it is recorded with the adapter if None.
         console: where progress is written; standard error if None.
 
     Raises:
@@ -171,7 +171,7 @@ def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
 
 
 def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:
-    """The base's files and what the adapter changes in them; None if the model has to be loaded."""
+    """The base's files and what the adapter changes in them; None where the model has to be loaded for that."""
     try:
         stored = StoredWeights(name)
     except NoSafetensorsError:

@@ -14,10 +14,9 @@ from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
-from diablo.data.faults import RowError, RowFault, explain_faults
+from diablo.data.faults import Place, RowFault
 from diablo.data.general_text import encode_general_text
-from diablo.data.rows import Row, read_rows
-from diablo.data.splits import cut_validation, take_turns
+from diablo.data.sources import SourceRows
 from diablo.errors import UserError
 from diablo.models.loading import (
     choose_device,
@@ -33,6 +32,7 @@ from diablo.models.loading import (
 )
 from diablo.planning import preflight
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
+from diablo.planning.rows import choose_rows, encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
@@ -40,7 +40,7 @@ from diablo.recipes.peft_methods import check_merges, check_precision
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import Decoding, decoding_for
 from diablo.scoring.likelihood import as_multiple_choice
-from diablo.tasks import Task, get_task, without_tested
+from diablo.tasks import Task, get_task
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,12 @@ class Plan:
         encoder: rows to tokens.
         scored: the tasks that are scored before and after, each with how its completions are generated; None where its
             choices are scored by likelihood.
+        sources: what the training rows were read from; nothing where they are a task's.
+        held_out_sources: the same of the held-out rows; nothing where they are cut out of the training rows.
         train: encoded training rows.
         held_out: encoded held-out rows; empty where there are none.
         faults: rows that were left out because they are malformed, or the chat template does not take them.
-        too_long: numbers of the rows left out because they exceed ``training.max_length``.
+        too_long: where the rows stand that are left out because they exceed ``training.max_length``.
         tested: how many training rows were left out because their prompt is one that is tested on.
         validation: how many rows were kept out of training for validation.
         general: encoded general text, whose loss is measured before and after training; empty where there is none.
@@ -76,10 +78,12 @@ class Plan:
     config: PretrainedConfig
     encoder: RowEncoder
     scored: list[tuple[Task, Decoding | None]]
+    sources: list[SourceRows]
+    held_out_sources: list[SourceRows]
     train: list[EncodedRow]
     held_out: list[EncodedRow]
     faults: list[RowFault]
-    too_long: list[int]
+    too_long: list[Place]
     tested: int
     validation: int
     general: list[EncodedRow]
@@ -148,7 +152,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
     scored = _scored(recipe)
-    rows = _rows(recipe, [task for task, _ in scored])
+    rows = choose_rows(recipe, [task for task, _ in scored])
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
@@ -169,8 +173,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
     )
     faults = list(rows.faults)
-    train, too_long = _encode(recipe, encoder, rows.train, "training", faults)
-    held_out, _ = _encode(recipe, encoder, rows.held_out, "held-out", faults)
+    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults)
+    held_out, _ = encode_rows(recipe, encoder, rows.held_out, "held-out", faults)
     preflight.check_supervision(train, "training")
     preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
@@ -190,6 +194,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         config=config,
         encoder=encoder,
         scored=scored,
+        sources=rows.sources,
+        held_out_sources=rows.held_out_sources,
         train=train,
         held_out=held_out,
         faults=faults,
@@ -246,77 +252,6 @@ def _scored(recipe: Recipe) -> list[tuple[Task, Decoding | None]]:
         return [(as_multiple_choice(task, key="evaluation.likelihood", limit=settings.limit), None) for task in tasks]
     options: dict[str, Any] = {"samples": settings.samples, "temperature": settings.temperature, "seed": recipe.seed}
     return [(task, decoding_for(task, **options)) for task in tasks]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows by what they are for, and how many were left out of training because they are tested on or validated on."""
-
-    train: list[Row]
-    held_out: list[Row]
-    faults: list[RowFault]
-    tested: int
-    validation: int
-
-
-def _rows(recipe: Recipe, scored: list[Task]) -> _Rows:
-    data = recipe.data
-    tested = [problem for task in scored for problem in task.problems("test")]
-    faults: list[RowFault] = []
-    held_out: list[Row] = []
-    tasks = [get_task(name, folder=data.folder) for name in recipe.task]
-    if tasks:
-        train = take_turns([[problem.row for problem in task.problems("train")] for task in tasks])
-        for task in tasks:
-            own = task.problems("test") if "test" in task.splits else []
-            held_out += [problem.row for problem in own[: recipe.evaluation.limit]]
-            tested += own
-    else:
-        assert data.train is not None  # the recipe sees to it
-        train, faults = read_rows(data.train, on_malformed=data.on_malformed)
-        if data.eval is not None:
-            held_out, held_out_faults = read_rows(data.eval, on_malformed=data.on_malformed)
-            faults += held_out_faults
-    train, left_out = without_tested(train, tested)
-    if not train:
-        raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
-    validation: list[Row] = []
-    if data.validation_rows is not None:
-        if data.limit is not None:
-            train = train[: data.limit + data.validation_rows]
-        train, validation = cut_validation(train, data.validation_rows, data.validation_seed)
-    if data.held_out == "validation":
-        held_out = validation
-    return _Rows(train[: data.limit], held_out, faults, left_out, len(validation))
-
-
-def _encode(
-    recipe: Recipe, encoder: RowEncoder, rows: list[Row], what: str, left_out: list[RowFault]
-) -> tuple[list[EncodedRow], list[int]]:
-    """The rows as tokens, and the numbers of those that are too long; those that cannot be encoded are left out."""
-    limit = recipe.training.max_length
-    encoded: list[EncodedRow] = []
-    faults: list[RowFault] = []
-    for row in rows:
-        try:
-            encoded += encoder.encode_all(row)
-        except RowError as error:
-            faults.append(error.fault)
-    if faults and (recipe.data.on_malformed == "error" or not encoded):
-        raise UserError(
-            f"{len(faults)} of {len(rows)} {what} rows cannot be used. {explain_faults(faults)} "
-            "Mend them, or set data.on_malformed=skip to leave some out."
-        )
-    left_out += faults
-    kept = [row for row in encoded if len(row.input_ids) <= limit]
-    too_long = list(dict.fromkeys(row.number for row in encoded if len(row.input_ids) > limit))
-    if too_long and (recipe.data.on_long == "error" or not kept):
-        longest = max(len(row.input_ids) for row in encoded)
-        raise UserError(
-            f"training.max_length: found {limit}; {len(too_long)} of {len(rows)} rows are longer (up to {longest} "
-            f"tokens; the first is row {too_long[0]}). Raise it, or set data.on_long=drop to leave some out."
-        )
-    return kept, too_long
 
 
 def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from diablo.errors import UserError, did_you_mean, shortened
+from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
-from diablo.recipes.recipe import Data, Evaluation, Recipe
+from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
 from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
 
@@ -107,6 +108,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "groups": ParameterGroup,
     "evaluation": Evaluation,
 }
+_LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
 # Sections for which their name alone may stand, and the name that they have where none is given.
 _NAMED = {"method": "diablo", "optimizer": DEFAULT_OPTIMIZER}
 
@@ -116,7 +118,7 @@ def _explain(fault: Any) -> str:
     if not fault["loc"] or fault["type"] == EXPLAINED:
         return str(fault["msg"]).removeprefix("Value error, ")
     owner, path = _locate(fault["loc"])
-    key, last = ".".join(path), path[-1]
+    key, last = ".".join(path), path[-1].partition("[")[0]
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         allowed = list(owner.model_fields)
         return f"{key}: unknown key; allowed: {', '.join(allowed)}.{did_you_mean(last, allowed)}"
@@ -138,6 +140,11 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         owner = inner
         path.append(str(part))
         inner = _SECTIONS.get(part)
+        if owner is Data and part in _LISTS:
+            # Which section of the list comes next, behind a word of pydantic's for what the key is.
+            number = next((each for each in parts if isinstance(each, int)), None)
+            inner = None if number is None else _LISTS[part]
+            path[-1] += "" if number is None else f"[{number}]"
         if part == "method":
             # pydantic names the kind of method next, which is no key.
             inner = METHODS.get(str(next(parts, None)))

@@ -11,38 +11,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diablo.data.rows import FORMATS
-from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
+from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.section import ChatTemplateText, Section, TaskNames
 from diablo.recipes.training import Training
-
-
-class Data(Section):
-    """The user's own files or folder of datasets, and how rows are read."""
-
-    train: Path | None = Field(None, description=f"a file that ends in {', '.join(FORMATS)}: the rows to train on")
-    eval: Path | None = Field(
-        None, description=f"a file that ends in {', '.join(FORMATS)}: held-out rows, whose loss is measured"
-    )
-    folder: Path | None = Field(None, description="a folder of the tasks' datasets, read in place of the hub")
-    on_malformed: Literal["error", "skip"] = Field(
-        "error", description="error or skip: what is done about malformed rows"
-    )
-    on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
-    special_text: SpecialTextMode = Field(
-        "keep", description="keep or plain: whether text that spells a special token becomes it or stays text"
-    )
-    limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
-    validation_rows: int | None = Field(
-        None, ge=1, description="an integer of at least 1: so many of the training rows are kept out of training"
-    )
-    validation_seed: int = Field(0, ge=0, description="an integer of at least 0: chooses the validation rows")
-    held_out: Literal["test", "validation"] = Field(
-        "test", description="test or validation: the rows that the held-out loss is of"
-    )
 
 
 class Evaluation(Section):
@@ -137,15 +111,13 @@ class Recipe(Section):
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
-        if self.task and (self.data.train or self.data.eval):
+        if self.task and (self.data.train or self.data.eval or self.data.columns):
             name = ", ".join(self.task)
             raise ValueError(f"data: task {name!r} brings its own rows; give either task or data.train, not both.")
-        for key in ("train", "eval"):
-            path: Path | None = getattr(self.data, key)
-            if path is not None and not path.is_file():
-                raise ValueError(f"data.{key}: there is no file {str(path)!r}; paths count from the current folder.")
-            if path is not None and not path.name.endswith(FORMATS):
-                raise ValueError(f"data.{key}: found {str(path)!r}; allowed: a file that ends in {', '.join(FORMATS)}.")
+        try:
+            self.data.check_files()
+        except UserError as error:
+            raise ValueError(str(error)) from None
         general = self.evaluation.general
         if general not in (None, "builtin") and not (Path(general).is_file() and general.endswith((".txt", ".jsonl"))):
             raise ValueError(f"evaluation.general: there is no file {general!r} that ends in .txt or .jsonl.")

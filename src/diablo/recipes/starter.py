@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diablo.data.faults import RowFault
-from diablo.data.rows import read_rows
+from diablo.data.sources import read_sources
 from diablo.recipes.reading import check_settings
 from diablo.recipes.section import Section
 
@@ -33,7 +32,7 @@ _END = """
 """
 
 
-def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[Path, list[RowFault]]]:
+def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[RowFault]]]:
     """A commented recipe.
 
     Args:
@@ -41,17 +40,17 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[Path, list[Ro
             files with conversations.
 
     Returns:
-        The YAML; and the malformed rows of each of its data files.
+        The YAML; and the malformed rows of each of its sources.
 
     Raises:
-        UserError: the settings make no recipe, or a data file cannot be read or has no usable row.
+        UserError: the settings make no recipe, or a source cannot be read or has no usable row.
     """
     recipe = check_settings(settings)
     faults, has_conversations = {}, False
-    for path in (recipe.data.train, recipe.data.eval):
-        if path is not None:
-            rows, faults[path] = read_rows(path, on_malformed="skip")
-            has_conversations |= any(row.messages for row in rows)
+    for source in (*(recipe.data.train or ()), *recipe.data.eval_sources):
+        [found] = read_sources([source.resolved(recipe.data.columns)], on_malformed="skip")
+        faults[str(found.source.place)] = found.faults
+        has_conversations |= any(row.messages for row in found.rows)
     recipe = check_settings({"chat": has_conversations, **settings})
     lines = list(_lines(recipe, _KEYS))
     width = min(_COLUMN, max(len(line) for line, _ in lines))
@@ -60,6 +59,7 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[Path, list[Ro
 
 def _lines(section: Section, keys: Mapping[str, tuple[str, ...]], indent: str = "") -> Iterator[tuple[str, str]]:
     """Lines of YAML, each with the description of its key."""
+    written = section.model_dump(mode="json")
     for key, inner in keys.items():
         value, comment = getattr(section, key), type(section).model_fields[key].description or ""
         if isinstance(value, Section):
@@ -67,7 +67,7 @@ def _lines(section: Section, keys: Mapping[str, tuple[str, ...]], indent: str = 
                 yield f"{indent}{key}:", comment
                 yield from within
         elif value is not None and value != []:
-            yield f"{indent}{_yaml(key, str(value) if isinstance(value, Path) else value)}", comment
+            yield f"{indent}{_yaml(key, written[key])}", comment
 
 
 def _yaml(key: str, value: Any) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diablo.data.faults import RowFault
-from diablo.data.rows import describe_value, is_unicode, read_records_of
+from diablo.data.files import read_records_of
+from diablo.data.rows import describe_value, is_unicode
 from diablo.errors import UserError
 
 Split = Literal["train", "test"]

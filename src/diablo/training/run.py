@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from diablo.data.batching import collate
+from diablo.data.faults import Placed, name_places
 from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
@@ -276,8 +277,10 @@ def _record(
             "supervised_tokens": supervised,
             "held_out_rows": len(plan.held_out),
             "validation_rows": plan.validation,
-            "malformed_rows_skipped": [fault.number for fault in plan.faults],
-            "long_rows_dropped": plan.too_long,
+            "train": [source.record() for source in plan.sources],
+            "eval": [source.record() for source in plan.held_out_sources],
+            "malformed_rows_skipped": _places(plan.faults),
+            "long_rows_dropped": _places(plan.too_long),
             "tested_rows_left_out": plan.tested,
             "special_text": {"rows": spelling, "tokens": special_tokens},
             "padding_share": meter.padding_share,
@@ -308,3 +311,8 @@ def _record(
             if scores
         },
     }
+
+
+def _places(rows: Sequence[Placed]) -> list[int | str]:
+    """Rows by number, and by file and number where there are several files."""
+    return [name_places([row]) if row.source else row.number for row in rows]

@@ -38,7 +38,7 @@ class FiniteLosses(TrainerCallback):
         self.mode = mode
         self.can_look = can_look
         self.skipped: list[int] = []
-        self._unseen: list[tuple[int, list[int], torch.Tensor]] = []
+        self._unseen: list[tuple[int, list[str], torch.Tensor]] = []
         self._leave_out = False
         # The sum of this step's finite losses so far; the sum of the finite losses of the steps that were left out
         # since the last log; and the number of these steps.
@@ -46,7 +46,7 @@ class FiniteLosses(TrainerCallback):
         self._excluded_steps = 0
 
     def check(
-        self, model: Any, loss: torch.Tensor, step: int, rows: list[int], forward: Callable[[], object]
+        self, model: Any, loss: torch.Tensor, step: int, rows: list[str], forward: Callable[[], object]
     ) -> torch.Tensor:
         """Check a loss, or remember it to be checked later.
 
@@ -54,7 +54,7 @@ class FiniteLosses(TrainerCallback):
             model: the model.
             loss: the loss, a scalar tensor.
             step: number of the optimizer step, from 1.
-            rows: numbers of the rows in the batch.
+            rows: numbers of the rows in the batch, with their files where there are several.
             forward: computes the loss again, to find the module where values stop being finite.
 
         Returns:
@@ -164,7 +164,7 @@ def _not_finite(model: nn.Module) -> str:
     return ""
 
 
-def _error(value: float, step: int, rows: list[int], where: str, mode: str) -> UserError:
+def _error(value: float, step: int, rows: list[str], where: str, mode: str) -> UserError:
     listed = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
     return UserError(
         f"The loss is {value} at step {step}, on row{'s' * (len(rows) > 1)} {listed}"

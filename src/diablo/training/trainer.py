@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
@@ -286,6 +287,11 @@ class _MeteredCollator:
         return {**batch, "numbers": [row["number"] for row in features]}
 
 
+def _number(row: EncodedRow) -> str:
+    """The number of a row, with its file where there are several."""
+    return f"{row.number} of {row.source}" if row.source else str(row.number)
+
+
 @contextmanager
 def _adapted_head_allowed(model: Any) -> Iterator[None]:
     """TRL refuses an adapted output layer, which its own losses pass by; the loss here is of the model's logits.
@@ -387,7 +393,7 @@ def make_trainer(
             engine=engine,
             model=model,
             args=config,
-            train_dataset=Dataset.from_list([{**row.features, "number": row.number} for row in plan.train]),
+            train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
             processing_class=plan.encoder.tokenizer,
             data_collator=_MeteredCollator(pad_token_id, meter),
             optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),

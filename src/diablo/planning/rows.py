@@ -1,0 +1,147 @@
+"""The rows of a recipe: read, mixed, split into what is trained on and what is held out, and made tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from diablo.data.documents import encode_document
+from diablo.data.encoding import EncodedRow, RowEncoder
+from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
+from diablo.data.rows import Row
+from diablo.data.sources import SourceRows, read_sources
+from diablo.data.special_text import TextTokenizer
+from diablo.data.splits import cut_validation, distinct, take_turns
+from diablo.errors import UserError
+from diablo.recipes.data import Data
+from diablo.recipes.recipe import Recipe
+from diablo.tasks import Task, get_task, without_tested
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows by what they are for.
+
+    Attributes:
+        train: rows to train on.
+        held_out: rows that the held-out loss is of.
+        faults: malformed rows, which were left out.
+        tested: how many training rows were left out because they are tested on.
+        validation: how many rows were kept out of training for validation.
+        sources: what the training rows were read from; nothing where they are a task's.
+        held_out_sources: the same of the held-out rows; nothing where they are cut out of the training rows.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    faults: list[RowFault] = field(default_factory=list)
+    tested: int = 0
+    validation: int = 0
+    sources: list[SourceRows] = field(default_factory=list)
+    held_out_sources: list[SourceRows] = field(default_factory=list)
+
+
+def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
+    """Read the rows of a recipe, and choose what they are for.
+
+    Args:
+        recipe: the recipe.
+        scored: the tasks that are scored, whose problems are not trained on.
+
+    Raises:
+        UserError: a source cannot be read, or nothing is left to train on.
+    """
+    data = recipe.data
+    rows = _rows_of_tasks(recipe) if recipe.task else _rows_of_sources(data)
+    tested = [problem for task in scored for problem in task.problems("test")]
+    for name in recipe.task:
+        task = get_task(name, folder=data.folder)
+        tested += task.problems("test") if "test" in task.splits else []
+    train, left_out = without_tested(rows.train, tested)
+    if not train:
+        raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
+    held_out, validation = rows.held_out, list[Row]()
+    cut = data.held_out_rows(len(distinct(train[: data.limit])))
+    apart = data.validation_rows or 0
+    if data.limit is not None:
+        train = train[: data.limit + cut + apart]
+    if cut:
+        train, held_out = cut_validation(train, cut, data.validation_seed, key="data.eval")
+    if apart:
+        train, validation = cut_validation(train, apart, data.validation_seed, key="data.validation_rows")
+    return replace(
+        rows,
+        train=train[: data.limit],
+        held_out=validation if data.held_out == "validation" else held_out,
+        tested=left_out,
+        validation=len(validation),
+    )
+
+
+def _rows_of_tasks(recipe: Recipe) -> Rows:
+    tasks = [get_task(name, folder=recipe.data.folder) for name in recipe.task]
+    train = take_turns([[problem.row for problem in task.problems("train")] for task in tasks])
+    tests = [task.problems("test")[: recipe.evaluation.limit] for task in tasks if "test" in task.splits]
+    return Rows(train, [problem.row for problems in tests for problem in problems])
+
+
+def _rows_of_sources(data: Data) -> Rows:
+    asked = [source.resolved(data.columns) for source in (*(data.train or ()), *data.eval_sources)]
+    found = read_sources(asked, on_malformed=data.on_malformed)
+    count = len(data.train or ())
+    sources, held_out = found[:count], found[count:]
+    return Rows(
+        take_turns([each.rows for each in sources], [each.source.weight for each in sources]),
+        [row for each in held_out for row in each.rows],
+        [fault for each in found for fault in each.faults],
+        sources=sources,
+        held_out_sources=held_out,
+    )
+
+
+def encode_rows(
+    recipe: Recipe, encoder: RowEncoder, rows: list[Row], what: str, left_out: list[RowFault]
+) -> tuple[list[EncodedRow], list[Place]]:
+    """The rows as tokens; a document in as many pieces as it takes.
+
+    Args:
+        recipe: the recipe.
+        encoder: rows to tokens.
+        rows: the rows.
+        what: what they are, for messages.
+        left_out: those that cannot be encoded and are left out are added to this.
+
+    Returns:
+        The rows as tokens, and where those stand that are too long and are left out.
+
+    Raises:
+        UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
+    """
+    limit = recipe.training.max_length
+    texts = TextTokenizer(encoder.tokenizer, recipe.data.special_text)
+    encoded: list[EncodedRow] = []
+    faults: list[RowFault] = []
+    for row in rows:
+        if row.text:
+            encoded += encode_document(row, texts, limit)
+            continue
+        try:
+            encoded += [replace(own, source=row.source) for own in encoder.encode_all(row)]
+        except RowError as error:
+            faults.append(replace(error.fault, source=row.source))
+    if faults and (recipe.data.on_malformed == "error" or not encoded):
+        raise UserError(
+            f"{len(faults)} of {len(rows)} {what} rows cannot be used. {explain_faults(faults)} "
+            "Mend them, or set data.on_malformed=skip to leave some out."
+        )
+    left_out += faults
+    kept = [row for row in encoded if len(row.input_ids) <= limit]
+    # A conversation may have become several.
+    too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if len(row.input_ids) > limit))
+    if too_long and (recipe.data.on_long == "error" or not kept):
+        longest = max(len(row.input_ids) for row in encoded)
+        raise UserError(
+            f"training.max_length: found {limit}; {len(too_long)} of {len(rows)} rows are longer (up to {longest} "
+            f"tokens; the first is {name_places(too_long[:1])}). Raise it, or set data.on_long=drop to leave some out."
+        )
+    return kept, too_long
