@@ -56,8 +56,8 @@ class MergeReport:
             merged as a whole.
         losses: loss per token, in nats, of the adapted and of the merged model; None if nothing was quantized.
         measured_on: the rows that the losses are of, in words.
-        untied: names of weights that were tied in the base model and are not in the merged one, since the adapter
-            changes one of those that shared them; each with the one which it was tied to.
+        untied: names of weights that are tied in the base model and not in the merged one, each with the name of the
+            weight that it was tied to. They are untied because the adapter changes one of them.
     """
 
     folder: Path
@@ -171,7 +171,7 @@ def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
 
 
 def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:
-    """The base's files and what the adapter changes in them; None where the model has to be loaded for that."""
+    """The base's files and what the adapter changes in them; None if the model has to be loaded."""
     try:
         stored = StoredWeights(name)
     except NoSafetensorsError:

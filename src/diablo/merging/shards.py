@@ -60,13 +60,13 @@ class Changes:
 
 
 def find_changes(adapter: Path, stored: StoredWeights) -> Changes | None:
-    """What an adapter adds to which stored tensor, worked out on the meta device.
+    """What an adapter adds to each stored tensor. This is worked out on the meta device.
 
     If it changes a weight that modules share, each of these modules gets a weight of its own.
 
     Returns:
-        The changes; None where the adapter changes more than diagonals, or the tensors are stored in another form than
-        the model has them, so that the model has to be loaded.
+        The changes; None if the model has to be loaded. This is so if the adapter changes more than diagonals, or if
+        the tensors are stored in another form than the model has them.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -115,7 +115,7 @@ def _find_updates(
             if not key or not is_plain or len(owners.of(owned)) > 1:
                 return None
             updates[name] = Update(key, layout, layer.weights[parameter])
-    # What is trained beside blocks, such as modules_to_save, takes the place of whole tensors.
+    # What is trained besides the blocks, such as modules_to_save, takes the place of whole tensors.
     others = expected.keys() - {update.key for update in updates.values()}
     return updates if _repeats_base(adapter, others, stored, copies) else None
 
