@@ -153,6 +153,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     dtype = choose_dtype(recipe.precision, device)
     scored = _scored(recipe)
     rows = choose_rows(recipe, [task for task, _ in scored])
+    preflight.check_trackers(recipe.tracking.report_to)
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)

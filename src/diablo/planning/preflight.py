@@ -151,3 +151,22 @@ def _text_config(model: Any) -> Any:
 def _is_other_tower(config: Any, text_config: Any) -> bool:
     # The whole model and its text part lead to the text config; a tower for images or sound does not.
     return config is not text_config and config.get_text_config() is not text_config
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Every tracker must be installed.
+
+    Raises:
+        UserError: some are not.
+    """
+    if not names:
+        return
+    # It takes seconds to import, and most runs have none.
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    if absent := [name for name in names if name not in installed]:
+        raise UserError(
+            f"tracking.report_to: found {', '.join(absent)}, whose packages are not installed; install them, or leave "
+            f"them out. Installed: {', '.join(installed) or 'none'}."
+        )

@@ -15,6 +15,7 @@ from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
+from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
 
 
@@ -106,6 +107,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "training": Training,
     "optimizer": Optimizer,
     "groups": ParameterGroup,
+    "tracking": Tracking,
     "evaluation": Evaluation,
 }
 _LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}

@@ -16,6 +16,7 @@ from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.section import ChatTemplateText, Section, TaskNames
+from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
 
 
@@ -67,6 +68,7 @@ class Recipe(Section):
         description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
     )
     training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
+    tracking: Tracking = Field(default=Tracking(), description="a section")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")
     quantization: Literal["nf4", "int8"] | None = Field(
         None, description="nf4 or int8: how bitsandbytes quantizes the frozen weights while they are loaded"
@@ -156,4 +158,5 @@ class Recipe(Section):
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         self.training.check()
+        self.tracking.check()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,12 +65,14 @@ class HeldOutLoss(TrainerCallback):
 
     Attributes:
         best: the trained parameters of the best step, whole, on the CPU; empty where they are not asked for.
+        report: told of each held-out loss.
     """
 
     def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses, average: Average, engine: Engine) -> None:
         self.plan, self.meter, self.losses = plan, meter, losses
         self.average, self.engine = average, engine
         self.best: Tensors = {}
+        self.report: Callable[[dict[str, float]], None] = lambda logs: None
 
     @property
     def is_over(self) -> bool:
@@ -111,6 +114,8 @@ class HeldOutLoss(TrainerCallback):
         if self.losses.knows(step):
             return
         self.losses.measure_held_out(model, self.plan, step)
+        if self.losses.knows(step):
+            self.report({"held_out_loss": self.losses.held_out[-1][1]})
         training = self.plan.recipe.training
         if training.depends_on_held_out:
             # On GPUs the processes' losses may differ in the last digits; all must decide alike.

@@ -93,15 +93,13 @@ def train(
     _say_special_text(plan, console)
     _check_processes(processes, plan, checkpoint)
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
+    from diablo.training.tracking import environment_of
     from diablo.training.trainer import make_trainer
 
-    timings: dict[str, float] = {}
     set_seed(recipe.seed)
-
-    start = time.perf_counter()
     is_full = isinstance(recipe.method, FullMethod)
-    model = _load(plan, processes.engine)
-    timings["load_seconds"] = time.perf_counter() - start
+    model, load_seconds = _load(plan, processes.engine)
+    timings = {"load_seconds": load_seconds}
 
     adapter_start = start_output(processes, recipe, model, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
@@ -115,11 +113,12 @@ def train(
 
     if not processes.engine.shards:
         measure_before()
-    trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking)
-    _check_first_batch(trainer, plan)
-    trainer.when_sharded = meter.pause()(measure_before)
-    start = time.perf_counter()
-    _train(trainer, plan, asking, checkpoint)
+    with environment_of(plan):
+        trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking)
+        _check_first_batch(trainer, plan)
+        trainer.when_sharded = meter.pause()(measure_before)
+        start = time.perf_counter()
+        _train(trainer, plan, asking, checkpoint)
     meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
@@ -159,13 +158,18 @@ def _say_special_text(plan: Plan, console: Console) -> None:
         console.print(f"data: {describe_special_text(spelling, tokens, mode)}", markup=False)
 
 
-def _load(plan: Plan, engine: Engine) -> Any:
-    """The model with the method applied, where it is to be trained, or on the CPU where it is to be sharded."""
-    recipe = plan.recipe
+def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
+    """The model with the method applied, and the seconds that this took.
+
+    It is where it is to be trained, or on the CPU if it is to be sharded.
+    """
+    start, recipe = time.perf_counter(), plan.recipe
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
     dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
     model = apply_method(load_model(plan.model_name, dtype, recipe.attention, recipe.quantization), recipe.method)
-    return model if is_placed(model) or engine.shards else model.to(plan.device)
+    if not (is_placed(model) or engine.shards):
+        model = model.to(plan.device)
+    return model, time.perf_counter() - start
 
 
 def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:

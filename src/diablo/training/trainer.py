@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.data.encoding import EncodedRow
@@ -32,6 +32,7 @@ from diablo.training.averaging import Average
 from diablo.training.engines import DeepSpeed, Engine, trained_parameters
 from diablo.training.measuring import HeldOutLoss, Losses
 from diablo.training.safeguards import FiniteLosses
+from diablo.training.tracking import TrackedConfig, TrainLog, tracked
 
 
 class CompletionTrainer(SFTTrainer):
@@ -43,6 +44,7 @@ class CompletionTrainer(SFTTrainer):
         finite: looks after the losses.
         average: averages the trained parameters.
         held_out: measures the held-out loss, and keeps what is best.
+        train_log: writes ``train.jsonl``.
         engine: how the processes hold the model.
         options: arguments of ``SFTTrainer``.
 
@@ -61,6 +63,7 @@ class CompletionTrainer(SFTTrainer):
         finite: FiniteLosses,
         average: Average,
         held_out: HeldOutLoss,
+        train_log: TrainLog,
         engine: Engine,
         **options: Any,
     ) -> None:
@@ -75,6 +78,8 @@ class CompletionTrainer(SFTTrainer):
         self._staging: Path | None = None
         self._logged = 0
         super().__init__(**options)
+        self.train_log = train_log
+        self.add_callback(train_log)
         self.parameters_kept = engine.kept(options["model"])
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
@@ -158,7 +163,13 @@ class CompletionTrainer(SFTTrainer):
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the loss of the steps that were not left out."""
+        """Log, with the loss of the steps that were not left out.
+
+        What is measured after training goes to ``train.jsonl`` alone: the trackers have closed the run by then.
+        """
+        if not self.is_in_train and "held_out_loss" in logs:
+            self.train_log.on_log(self.args, self.state, self.control, logs)
+            return
         if "loss" in logs:
             mean = self.finite.mean_loss(logs["loss"], self.state.global_step - self._logged)
             self._logged = self.state.global_step
@@ -195,6 +206,8 @@ class CompletionTrainer(SFTTrainer):
         else:
             self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        if self.is_world_process_zero():
+            self.train_log.go_on_from(state.global_step)
         return True
 
     def _about(self) -> dict[str, Any]:
@@ -338,7 +351,7 @@ def make_trainer(
     """
     training = plan.recipe.training
     on_cpu = plan.device.type == "cpu"
-    config = SFTConfig(
+    config = TrackedConfig(
         output_dir=str(plan.recipe.output / "checkpoints"),
         learning_rate=training.learning_rate,
         num_train_epochs=training.epochs,
@@ -371,9 +384,11 @@ def make_trainer(
         logging_nan_inf_filter=False,
         # That every trained parameter gets a gradient is checked before the first step.
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=plan.recipe.tracking.report_to or "none",
+        run_name=plan.recipe.tracking.name or plan.recipe.output.name,
         disable_tqdm=True,
     )
+    config = tracked(config, plan.recipe)
     # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
@@ -390,6 +405,7 @@ def make_trainer(
             finite=finite,
             average=average,
             held_out=held_out,
+            train_log=TrainLog(plan.recipe.output, meter, losses),
             engine=engine,
             model=model,
             args=config,
@@ -402,6 +418,7 @@ def make_trainer(
         )
     for parameter, values in trained:
         parameter.data = values
+    held_out.report = trainer.log
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
