@@ -27,8 +27,8 @@ from transformers import LlamaForCausalLM
 
 from diablo import DiabloConfig
 from diablo.ops import sweep
-from diablo.tuner import openers, passes
-from diablo.tuner.passes import Plan
+from diablo.tuner import openers, passes, plans
+from diablo.tuner.plans import Plan
 
 every_kind_of_checkpointing = pytest.mark.parametrize("use_reentrant", [True, False])
 
@@ -626,7 +626,7 @@ def step_is_right(model, beside, seed=1):
 class Interrupted:
     """Raises KeyboardInterrupt before one of the lines of the pass, counted from the first that runs."""
 
-    files = (passes.__file__, openers.__file__, sweep.__file__)
+    files = (passes.__file__, plans.__file__, openers.__file__, sweep.__file__)
 
     def __init__(self, line):
         self.left = line

@@ -16,7 +16,8 @@ from diablo.tuner.config import DiabloConfig, config_obstacle
 from diablo.tuner.layers.diagonal import Diagonals
 from diablo.tuner.layers.merging import MergingLayer
 from diablo.tuner.layers.offloading import offloading_hook, take_back
-from diablo.tuner.passes import LAYERS, Pass, Passes, Watched
+from diablo.tuner.passes import Pass, Passes
+from diablo.tuner.plans import LAYERS, Watched
 from diablo.tuner.weights import Weight, recomputed
 
 _NUMBERS = itertools.count()

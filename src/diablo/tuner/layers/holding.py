@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diablo.tuner.layers.base import DiabloLayer
 from diablo.tuner.layers.in_place import hooks_of
 from diablo.tuner.layers.offloading import offloading_hook
-from diablo.tuner.passes import LAYERS, Member, Watched
+from diablo.tuner.plans import LAYERS, Member, Watched
 from diablo.tuner.weights import Weight
 
 # For each weight the numbers of the layers that have found that they can write blocks into it. No weight is kept alive.

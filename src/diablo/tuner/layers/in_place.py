@@ -15,7 +15,7 @@ from diablo.ops.adapted_linear import product, product_back
 from diablo.ops.linear import outer_product
 from diablo.ops.tile_product import as_rows
 from diablo.tuner.layers.offloading import hook_obstacle, offloading_hook
-from diablo.tuner.passes import LAYERS
+from diablo.tuner.plans import LAYERS
 from diablo.tuner.weights import is_quantized, recomputed
 
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
