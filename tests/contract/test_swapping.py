@@ -276,7 +276,7 @@ def test_an_adapter_of_other_replicated_layers_is_not_swapped_in(swap, second):
     case = BY_NAME["llama"]
     folder, _ = second(case, layer_replication=[(0, 2), (0, 1)])
     model = case.adapted(torch.float32, layer_replication=[(0, 1), (0, 2)])
-    with pytest.raises(ValueError, match=r"layer_replication=\[\[0, 2\], \[0, 1\]\] and the model has"):
+    with pytest.raises(ValueError, match=r"layer_replication=\[\(0, 2\), \(0, 1\)\] and the model has"):
         swap(model, folder)
     folder, expected = second(case, layer_replication=[(0, 1), (0, 2)], num_blocks=2)
     swap(model, folder)

@@ -22,6 +22,9 @@ from diablo.errors import UserError
 from diablo.recipes.reading import load_recipe
 from diablo.training import saving, train
 
+# A run imports it late. Imported here, it is there for every child: what is killed is a run and not its imports.
+from diablo.training.trainer import make_trainer  # noqa: F401
+
 
 def run(recipe_file: str) -> int:
     """Go on as a user would: resume, or start anew where there is nothing to resume from."""
