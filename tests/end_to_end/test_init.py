@@ -53,6 +53,15 @@ def test_what_is_written_from_options_trains(diablo, tiny_model, folder, row, ch
     assert "4 blocks of" in out
 
 
+def test_columns_of_a_table_are_guessed_and_shown(diablo, tiny_model, folder):
+    write_rows(folder / "q.csv", "level,question,answer", "1,What is 2 + 2?,4", "2,What is 3 + 3?,6")
+    assert diablo("init", "--model", tiny_model, "--data", "q.csv", "--num-blocks", 4)[0] == 0
+    assert "columns: {prompt: question, completion: answer}" in (folder / "recipe.yaml").read_text()
+    status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")
+    assert status == 0
+    assert "What is 2 + 2?‹4›" in out
+
+
 def test_what_is_written_from_answers_trains(diablo, tiny_model, folder, monkeypatch):
     write_rows(folder / "rows.jsonl", PLAIN)
     answers = [str(tiny_model), "rows.json", "rows.jsonl", "", "none", "4"]

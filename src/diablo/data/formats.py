@@ -120,14 +120,21 @@ def name_columns(record: Mapping[str, Any]) -> str:
     return ", ".join(str(key) for key in list(record)[:_MOST_COLUMNS_NAMED]) or "no keys"
 
 
-def _proposal(record: Mapping[str, Any]) -> str:
-    """How ``data.columns`` would make a row of a record, where some of its columns are called as such often are."""
+def proposed_columns(record: Mapping[str, Any]) -> dict[str, str] | None:
+    """The ``data.columns`` that would make a row of a record, if some of its columns are called as such often are."""
     prompt, completion = (
         next((name for name in names if record.get(name) is not None), None) for names in (_PROMPTS, _COMPLETIONS)
     )
-    if prompt is None or completion is None:
+    return None if prompt is None or completion is None else {"prompt": prompt, "completion": completion}
+
+
+def _proposal(record: Mapping[str, Any]) -> str:
+    """How ``data.columns`` would make a row of a record, in words."""
+    columns = proposed_columns(record)
+    if columns is None:
         return f"; or say with data.columns which they are of {name_columns(record)}" if record else ""
-    return f"; or say which columns these are with data.columns: {{prompt: {prompt}, completion: {completion}}}"
+    listed = ", ".join(f"{name}: {column}" for name, column in columns.items())
+    return f"; or say which columns these are with data.columns: {{{listed}}}"
 
 
 def _texts(record: Mapping[str, Any], first: str, answer: str) -> tuple[str, str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diablo.data.faults import RowFault
+from diablo.data.files import files_of, read_records_of
+from diablo.data.formats import format_of, proposed_columns
 from diablo.data.sources import read_sources
+from diablo.recipes.data import Data
 from diablo.recipes.reading import check_settings
 from diablo.recipes.section import Section
 
@@ -16,7 +20,7 @@ from diablo.recipes.section import Section
 _KEYS: dict[str, tuple[str, ...]] = {
     "model": (),
     "task": (),
-    "data": ("train", "eval"),
+    "data": ("train", "eval", "columns"),
     "chat": (),
     "method": ("name", "num_blocks"),
     "training": ("learning_rate", "epochs", "batch_size", "max_length"),
@@ -37,7 +41,7 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
 
     Args:
         settings: what is known of it, as its YAML would have it. Where ``chat`` is not among them, it is true for data
-            files with conversations.
+            files with conversations. Where ``data.columns`` is not, they are guessed for a file that is in no format.
 
     Returns:
         The YAML; and the malformed rows of each of its sources.
@@ -46,6 +50,9 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
         UserError: the settings make no recipe, or a source cannot be read or has no usable row.
     """
     recipe = check_settings(settings)
+    if recipe.data.columns is None and (columns := _guessed_columns(recipe.data)):
+        settings = {**settings, "data": {**settings["data"], "columns": columns}}
+        recipe = check_settings(settings)
     faults, has_conversations = {}, False
     for source in (*(recipe.data.train or ()), *recipe.data.eval_sources):
         [found] = read_sources([source.resolved(recipe.data.columns)], on_malformed="skip")
@@ -55,6 +62,15 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
     lines = list(_lines(recipe, _KEYS))
     width = min(_COLUMN, max(len(line) for line, _ in lines))
     return "".join(f"{line:<{width}}  # {comment}\n" for line, comment in lines) + _END, faults
+
+
+def _guessed_columns(data: Data) -> dict[str, str] | None:
+    """Which columns of the first training file a prompt and a completion are; None where it is in a format already."""
+    place = next((source.resolved(None).place for source in data.train or ()), None)
+    if not isinstance(place, Path):
+        return None
+    record = next((record for _, record in read_records_of(files_of(place)[0])), None)
+    return proposed_columns(record) if isinstance(record, dict) and format_of(record) is None else None
 
 
 def _lines(section: Section, keys: Mapping[str, tuple[str, ...]], indent: str = "") -> Iterator[tuple[str, str]]:
@@ -74,6 +90,6 @@ def _yaml(key: str, value: Any) -> str:
     """A key and its value in one line; a list of one is that one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    in_brackets = None if isinstance(value, list) else False
-    text = yaml.safe_dump({key: value}, default_flow_style=in_brackets, allow_unicode=True, width=float("inf"))
-    return text.rstrip("\n")
+    in_brackets = None if isinstance(value, (list, dict)) else False
+    options: dict[str, Any] = {"allow_unicode": True, "width": float("inf"), "sort_keys": False}
+    return yaml.safe_dump({key: value}, default_flow_style=in_brackets, **options).rstrip("\n")
