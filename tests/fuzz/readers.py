@@ -27,8 +27,8 @@ from safetensors.torch import save
 
 with atheris.instrument_imports(include=["diablo"]):
     from diablo import DiabloConfig
-    from diablo.data.files import ENDINGS
-    from diablo.data.sources import read_rows
+    from diablo.data.reading.files import ENDINGS
+    from diablo.data.reading.sources import read_rows
     from diablo.errors import UserError
     from diablo.models.adapters import check_tensors, read_adapter_config
     from diablo.models.authors import import_checkpoint

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from diablo.data.columns import Columns
 from diablo.data.faults import NoRowError
-from diablo.data.formats import to_row
+from diablo.data.reading.columns import Columns
+from diablo.data.reading.formats import to_row
 from diablo.data.rows import Row
 from diablo.errors import UserError
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from diablo.data.faults import name_rows
-from diablo.data.files import ENDINGS
+from diablo.data.reading.files import ENDINGS
+from diablo.data.reading.sources import read_rows
 from diablo.data.rows import Row
-from diablo.data.sources import read_rows
 from diablo.errors import UserError
 
 GOOD = {"prompt": "p", "completion": "c"}

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from diablo.data.documents import encode_document
 from diablo.data.encoding import IGNORED
 from diablo.data.faults import Place, name_places
-from diablo.data.hub import HubDataset
+from diablo.data.reading.hub import HubDataset
+from diablo.data.reading.sources import Source, read_rows, read_sources
 from diablo.data.rows import Row
-from diablo.data.sources import Source, read_rows, read_sources
 from diablo.data.special_text import TextTokenizer
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError

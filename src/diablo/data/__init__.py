@@ -2,7 +2,7 @@
 
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import RowFault
+from diablo.data.reading.sources import read_rows
 from diablo.data.rows import Row
-from diablo.data.sources import read_rows
 
 __all__ = ["EncodedRow", "Row", "RowEncoder", "RowFault", "read_rows"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diablo.data.chat_template import ChatTemplate, Turn
-from diablo.data.conversation import Message, map_texts, map_values, texts_of
+from diablo.data.conversations.chat_template import ChatTemplate, Turn
+from diablo.data.conversations.messages import Message, map_texts, map_values, texts_of
 from diablo.data.rows import Row
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 from diablo.data.encoding import EncodedRow
 from diablo.data.faults import RowFault
-from diablo.data.files import read_records_of
+from diablo.data.reading.files import read_records_of
 from diablo.data.rows import is_unicode
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError

@@ -16,7 +16,7 @@ from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowFault
 from diablo.data.general_text import encode_general_text
-from diablo.data.sources import SourceRows
+from diablo.data.reading.sources import SourceRows
 from diablo.errors import UserError
 from diablo.models.loading import (
     choose_device,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from diablo.data.documents import encode_document
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
+from diablo.data.reading.sources import SourceRows, read_sources
 from diablo.data.rows import Row
-from diablo.data.sources import SourceRows, read_sources
 from diablo.data.special_text import TextTokenizer
 from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError

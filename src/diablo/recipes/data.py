@@ -17,10 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from diablo.data.columns import Columns
-from diablo.data.files import files_of
-from diablo.data.hub import HubDataset
-from diablo.data.sources import Source
+from diablo.data.reading.columns import Columns
+from diablo.data.reading.files import files_of
+from diablo.data.reading.hub import HubDataset
+from diablo.data.reading.sources import Source
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.recipes.section import Section, explained

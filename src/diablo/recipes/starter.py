@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from diablo.data.faults import RowFault
-from diablo.data.files import files_of, read_records_of
-from diablo.data.formats import format_of, proposed_columns
-from diablo.data.sources import read_sources
+from diablo.data.reading.files import files_of, read_records_of
+from diablo.data.reading.formats import format_of, proposed_columns
+from diablo.data.reading.sources import read_sources
 from diablo.recipes.data import Data
 from diablo.recipes.reading import check_settings
 from diablo.recipes.section import Section

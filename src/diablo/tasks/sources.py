@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diablo.data.faults import RowFault
-from diablo.data.files import read_records_of
+from diablo.data.reading.files import read_records_of
 from diablo.data.rows import describe_value, is_unicode
 from diablo.errors import UserError
 

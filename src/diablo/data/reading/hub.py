@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from diablo.data.files import without_nulls
+from diablo.data.reading.files import without_nulls
 from diablo.errors import UserError, first_line
 
 

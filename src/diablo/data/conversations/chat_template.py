@@ -15,7 +15,8 @@ from typing import Any
 
 from jinja2 import TemplateError, UndefinedError
 
-from diablo.data.conversation import (
+from diablo.data.conversations.forms import ANSWER, ANSWERED, QUESTION, TemplateRenderer
+from diablo.data.conversations.messages import (
     CLOSE_THINK,
     OPEN_THINK,
     Message,
@@ -25,7 +26,6 @@ from diablo.data.conversation import (
     text_of,
 )
 from diablo.data.faults import OPENS_WITH_ANSWER, RowError, RowFault
-from diablo.data.template_forms import ANSWER, ANSWERED, QUESTION, TemplateRenderer
 from diablo.errors import first_line, shortened
 
 Tools = Sequence[dict[str, Any]]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diablo.data.columns import Columns
 from diablo.data.faults import NoRowError, RowFault, explain_faults
-from diablo.data.files import files_of, read_records_of
-from diablo.data.formats import to_row
-from diablo.data.hub import HubDataset, read_hub
+from diablo.data.reading.columns import Columns
+from diablo.data.reading.files import files_of, read_records_of
+from diablo.data.reading.formats import to_row
+from diablo.data.reading.hub import HubDataset, read_hub
 from diablo.data.rows import Row
 from diablo.errors import UserError
 
@@ -23,7 +23,7 @@ class Source:
 
     Attributes:
         place: a file, a folder of files, or a dataset on the hub.
-        columns: see :class:`diablo.data.columns.Columns`; None where the columns are those of a format.
+        columns: see :class:`diablo.data.reading.columns.Columns`; None where the columns are those of a format.
         weight: how often each of its rows is trained on in an epoch.
         limit: only so many of its rows, the first; all where None.
     """
@@ -72,7 +72,7 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
     """Read a dataset file.
 
     Args:
-        path: a file whose name has one of :data:`diablo.data.files.ENDINGS`.
+        path: a file whose name has one of :data:`diablo.data.reading.files.ENDINGS`.
         on_malformed: ``"error"`` refuses the file where a row is malformed; ``"skip"`` leaves such rows out.
 
     Returns:

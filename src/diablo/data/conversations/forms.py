@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from diablo.data.conversation import (
+from diablo.data.conversations.messages import (
     CLOSE_THINK,
     OPEN_THINK,
     Message,

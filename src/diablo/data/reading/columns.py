@@ -10,7 +10,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diablo.data.faults import NoRowError
-from diablo.data.formats import FORMATS, name_columns
+from diablo.data.reading.formats import FORMATS, name_columns
 from diablo.errors import UserError, did_you_mean, first_line, shortened
 
 

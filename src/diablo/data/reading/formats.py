@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diablo.data.faults import NoRowError
+from diablo.data.reading.turns import read_conversation, read_tools, read_turns
 from diablo.data.rows import MEND_UNICODE, Row, describe_value, instruction_row, is_unicode, kind_of
-from diablo.data.turns import read_conversation, read_tools, read_turns
 
 _NEEDED = "prompt and completion, messages, conversations, instruction and output, or text"
 _MOST_COLUMNS_NAMED = 6
