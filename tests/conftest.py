@@ -17,6 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The command line's console would keep the width that workers of the tests are given.
+os.environ.pop("COLUMNS", None)
+
 from tiny import make_tiny_model
 
 import diablo_cli
