@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,39 @@ def test_a_question_and_an_answer_are_proposed_as_columns(diablo, tiny_model, tm
     assert status == 2
     assert "has question, answer, why; needs prompt and completion" in err
     assert "data.columns: {prompt: question, completion: answer}" in err
+
+
+def test_tools_reasoning_and_turns_that_are_not_trained_reach_the_model(diablo, tiny_model, tmp_path):
+    trl = pytest.importorskip("trl")
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    weather = {"name": "weather", "description": "w", "parameters": {"type": "object", "properties": {}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    asked = [
+        {"role": "user", "content": "cold?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "4 C"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "four"},
+    ]
+    greeted = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "begone", "train": False},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": "hello"},
+    ]
+    tools = [{"type": "function", "function": weather}]
+    settings = {"chat": True, "chat_template": str(template), "training": {"max_length": 2048, "max_steps": 2}}
+    for row, trained, context in (
+        ({"messages": asked, "tools": tools}, ("weather", "four", "yes"), ("4 C", "cold?")),
+        ({"messages": greeted}, ("hello",), ("begone", "again")),
+    ):
+        data = tmp_path / "talks.jsonl"
+        data.write_text(json.dumps(row))
+        arguments = recipe_of(tmp_path, tiny_model, {"train": str(data)}, **settings)
+        status, out, _ = diablo(*arguments, "--dry-run")
+        assert status == 0
+        shown = out.partition("Two rows as the model sees them")[2]
+        # Each trained token stands in marks, which parts of words may be.
+        marked = "".join(re.findall("‹([^›]*)›", shown))
+        assert all(word in marked for word in trained)
+        assert all(word in shown and word not in marked for word in context)
+    assert diablo(*arguments)[0] == 0
