@@ -515,3 +515,17 @@ def test_filter_of_each_machine(machine: str) -> None:
 
 def test_the_second_table_of_x86_64_is_closed() -> None:
     assert answer("x86_64", 0x40000000) == KILLED
+
+
+def test_a_supervisor_that_fails_by_itself_is_asked_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe_isolation()  # which asks a supervisor, the first time
+    real, asked = diablo.execution._SUPERVISOR, tmp_path / "asked"
+    failing = tmp_path / "failing.py"
+    failing.write_text(
+        f"import os, sys\nwith open({str(asked)!r}, 'a') as file:\n    file.write('.')\n"
+        f"if os.path.getsize({str(asked)!r}) == 1:\n    sys.exit(1)\n"
+        f"os.execv(sys.executable, [sys.executable, '-s', '-S', '-X', 'utf8', {str(real)!r}])\n"
+    )
+    monkeypatch.setattr(diablo.execution, "_SUPERVISOR", failing)
+    assert run_programs([Program("x = 1", "assert x == 2")], limits=QUICK) == [Outcome("failed", "AssertionError")]
+    assert asked.read_text() == ".."

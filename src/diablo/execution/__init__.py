@@ -170,6 +170,14 @@ def _warn_of_what_is_missing() -> None:
 def _run(program: Program, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
     """Run one program. Returns its outcome, and which mechanisms were in force."""
     request = json.dumps({**asdict(program), "limits": asdict(limits)})
+    outcome, in_force, status = _supervise(request, limits)
+    # A supervisor that failed by itself, such as where the system had no process left for it, says nothing about the
+    # program: it is asked once more. One that a signal ended may have been ended by the program.
+    return (outcome, in_force) if status <= 0 else _supervise(request, limits)[:2]
+
+
+def _supervise(request: str, limits: Limits) -> tuple[Outcome, dict[str, bool], int]:
+    """The outcome, the mechanisms in force and the exit status of one supervisor, which has a folder of its own."""
     # Without Landlock and seccomp a program may make a tree of folders that is too deep to delete.
     with tempfile.TemporaryDirectory(prefix="diablo-", ignore_cleanup_errors=True) as folder:
         supervisor = subprocess.Popen(
@@ -191,8 +199,8 @@ def _run(program: Program, limits: Limits) -> tuple[Outcome, dict[str, bool]]:
                 output, _ = supervisor.communicate(request, timeout=limits.wall_seconds + _SECONDS_OF_GRACE)
             except subprocess.TimeoutExpired:
                 os.killpg(supervisor.pid, signal.SIGKILL)
-                return Outcome("timed out", "its supervisor did not answer"), {}
-    return _read(output)
+                return Outcome("timed out", "its supervisor did not answer"), {}, -signal.SIGKILL
+    return *_read(output), supervisor.returncode
 
 
 def _read(output: str) -> tuple[Outcome, dict[str, bool]]:
