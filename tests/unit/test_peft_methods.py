@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +24,10 @@ from diablo.recipes.applying import apply_method, target_kinds
 from diablo.recipes.methods import PeftMethod
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.losses import summed_completion_loss
+
+pytestmark = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.21"), reason="the types of PEFT that a recipe takes are those of 0.21"
+)
 
 # How each type is set up on a model whose matrices are 16 to 64 wide.
 TRAINED: dict[str, dict[str, Any]] = {
