@@ -5,6 +5,7 @@ Names are read from the files of the package ``diablo``: to import it takes seco
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -41,14 +42,13 @@ def complete_recipe(incomplete: str) -> list[str]:
     # A path is completed as it was typed, folder by folder.
     typed = incomplete[: incomplete.rfind("/") + 1]
     files, folders = [], []
-    try:
+    # A folder that is not there, or may not be looked into, has nothing to complete.
+    with contextlib.suppress(OSError):
         for path in sorted(Path(typed or ".").expanduser().iterdir()):
             if path.is_dir():
                 folders.append(f"{typed}{path.name}/")
             elif path.suffix in (".yaml", ".yml"):
                 files.append(f"{typed}{path.name}")
-    except OSError:
-        pass
     found = _starting(incomplete, [*shipped, *files])
     # Where there are folders alone, the shell completes better: it puts no space behind one.
     return found and found + _starting(incomplete, [name for name in folders if not name.startswith(f"{typed}.")])

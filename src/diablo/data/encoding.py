@@ -68,6 +68,9 @@ class RowEncoder:
         stop_token_ids: the tokens that stop generation: those, the end of text, and the token that the chat template
             ends an answer with.
 
+    Attributes:
+        texts: texts to tokens, as ``special_text`` says.
+
     Raises:
         UserError: the tokenizer has no end-of-text token, or ``chat`` is asked for and it has no chat template, or none
             that is valid.
@@ -91,10 +94,10 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids])
-        self._text = TextTokenizer(tokenizer, special_text)
+        self.texts = TextTokenizer(tokenizer, special_text)
         self._template: ChatTemplate | None = None
         if chat:
-            special = self._text.special_tokens
+            special = self.texts.special_tokens
             ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
             stops = [token for token in special if ids[token] in self.stop_token_ids]
             self._template = ChatTemplate(tokenizer, special_tokens=special, stops=stops)
@@ -112,7 +115,7 @@ class RowEncoder:
             UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, or leaves out
                 some of its text.
         """
-        spelled = self._text.spelled(self._texts(row))
+        spelled = self.texts.spelled(self._own_texts(row))
         if self._template is None:
             prompt, completion = self._prompt(row), self._completion(row)
             labels = [IGNORED] * len(prompt) + self._supervise(completion)
@@ -138,20 +141,20 @@ class RowEncoder:
         if self._template is None:
             return self._prompt(row)
         messages, tools = self._guarded(row)
-        return self._text.ids(self._template.prompt(row.number, messages[:-1], tools))
+        return self.texts.ids(self._template.prompt(row.number, messages[:-1], tools))
 
     def _sequences(self, turns: Sequence[Turn]) -> tuple[list[tuple[list[int], list[int]]], str]:
         """Tokens and labels of the rows that answers make, and why they are more than one, if they are."""
         sequences: list[tuple[list[int], list[int]]] = []
         apart = ""
         for index, turn in enumerate(turns):
-            context = self._text.ids(turn.context)
+            context = self.texts.ids(turn.context)
             ids, labels = sequences[-1] if sequences else ([], [])
             if not sequences or context[: len(ids)] != ids:
                 apart = apart or (_why_apart(turns[index - 1], turn) if index else "")
                 ids, labels = [], []
                 sequences.append((ids, labels))
-            completion = self._text.continuation(turn.context, turn.answer)
+            completion = self.texts.continuation(turn.context, turn.answer)
             completion += [] if turn.ends else [self.tokenizer.eos_token_id]
             labels += [IGNORED] * (len(context) - len(ids)) + completion
             ids += context[len(ids) :] + completion
@@ -162,21 +165,21 @@ class RowEncoder:
         if row.messages:
             raise UserError(f"Row {row.number} is a conversation; set chat to true to train on conversations.")
         # Special tokens that the tokenizer puts in front belong to the prompt; one that it puts behind does not.
-        prompt = self._text.ids(self._text.guard(row.prompt), add_special_tokens=True)
+        prompt = self.texts.ids(self.texts.guard(row.prompt), add_special_tokens=True)
         while prompt and prompt[-1] == self.tokenizer.eos_token_id:
             prompt.pop()
         return prompt
 
     def _completion(self, row: Row) -> list[int]:
         """The tokens of a completion without a chat template, with a stop token unless it brings one."""
-        completion = self._text.continuation(self._text.guard(row.prompt), self._text.guard(row.completion))
+        completion = self.texts.continuation(self.texts.guard(row.prompt), self.texts.guard(row.completion))
         return completion if self._ends_with_stop(completion) else [*completion, self.tokenizer.eos_token_id]
 
     def _guarded(self, row: Row) -> tuple[list[Message], list[dict[str, Any]]]:
-        messages = [map_texts(message, self._text.guard) for message in row.as_messages()]
-        return messages, [map_values(tool, self._text.guard) for tool in row.tools]
+        messages = [map_texts(message, self.texts.guard) for message in row.as_messages()]
+        return messages, [map_values(tool, self.texts.guard) for tool in row.tools]
 
-    def _texts(self, row: Row) -> list[str]:
+    def _own_texts(self, row: Row) -> list[str]:
         """The texts of a row that are trained on or come before."""
         if not self.chat:
             return [row.prompt, row.completion]

@@ -168,7 +168,7 @@ class TextTokenizer:
         options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
         try:
             return list(self.tokenizer(text, **options)["input_ids"])
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:  # tokenizers in Python differ in how they refuse
             raise UserError(
                 f"data.special_text: found plain, which {type(self.tokenizer).__name__} cannot do; set keep."
             ) from error

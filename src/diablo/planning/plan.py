@@ -272,7 +272,7 @@ def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, 
         kinds = target_kinds(adapted)
         parameters = count_parameters(adapted)
     except NotImplementedError:
-        # Some methods start from the values of the weights, which there are none of.
+        # Torch says so of the meta device, which has no values: some methods start from those of the weights.
         assert isinstance(method, PeftMethod)
         adapted, kinds = kinds_by_layer(method, meta_model(config))
         trained = sum(kind.parameters for kind in kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diablo.data.documents import encode_document
@@ -10,12 +10,11 @@ from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
 from diablo.data.reading.sources import SourceRows, read_sources
 from diablo.data.rows import Row
-from diablo.data.special_text import TextTokenizer
 from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError
 from diablo.recipes.data import Data
 from diablo.recipes.recipe import Recipe
-from diablo.tasks import Task, get_task, without_tested
+from diablo.tasks import Problem, Task, get_task, without_tested
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,12 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
         UserError: a source cannot be read, or nothing is left to train on.
     """
     data = recipe.data
-    rows = _rows_of_tasks(recipe) if recipe.task else _rows_of_sources(data)
-    tested = [problem for task in scored for problem in task.problems("test")]
-    for name in recipe.task:
-        task = get_task(name, folder=data.folder)
-        tested += task.problems("test") if "test" in task.splits else []
+    trained = [get_task(name, folder=data.folder) for name in recipe.task]
+    # A task that is trained on is mostly scored too, and its test split is read once.
+    tasks = {task.name: task for task in (*scored, *trained)}
+    tests = {name: task.problems("test") for name, task in tasks.items() if "test" in task.splits}
+    rows = _rows_of_tasks(trained, tests, recipe.evaluation.limit) if trained else _rows_of_sources(data)
+    tested = [problem for problems in tests.values() for problem in problems]
     train, left_out = without_tested(rows.train, tested)
     if not train:
         raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
@@ -78,11 +78,10 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
     )
 
 
-def _rows_of_tasks(recipe: Recipe) -> Rows:
-    tasks = [get_task(name, folder=recipe.data.folder) for name in recipe.task]
+def _rows_of_tasks(tasks: Sequence[Task], tests: Mapping[str, list[Problem]], limit: int | None) -> Rows:
     train = take_turns([[problem.row for problem in task.problems("train")] for task in tasks])
-    tests = [task.problems("test")[: recipe.evaluation.limit] for task in tasks if "test" in task.splits]
-    return Rows(train, [problem.row for problems in tests for problem in problems])
+    held_out = [problem.row for task in tasks for problem in tests.get(task.name, [])[:limit]]
+    return Rows(train, held_out)
 
 
 def _rows_of_sources(data: Data) -> Rows:
@@ -118,12 +117,11 @@ def encode_rows(
         UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
     """
     limit = recipe.training.max_length
-    texts = TextTokenizer(encoder.tokenizer, recipe.data.special_text)
     encoded: list[EncodedRow] = []
     faults: list[RowFault] = []
     for row in rows:
         if row.text:
-            encoded += encode_document(row, texts, limit)
+            encoded += encode_document(row, encoder.texts, limit)
             continue
         try:
             encoded += [replace(own, source=row.source) for own in encoder.encode_all(row)]

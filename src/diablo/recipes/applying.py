@@ -295,7 +295,7 @@ def _adapt_layer(config: PeftConfig, shape: tuple[int, int]) -> Any:
 
     try:
         return adapt("meta")
-    except NotImplementedError:
+    except NotImplementedError:  # what torch raises for an operation that needs values, on the meta device
         return adapt("cpu")
 
 

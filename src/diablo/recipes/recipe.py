@@ -15,7 +15,7 @@ from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import ChatTemplateText, Section, TaskNames
+from diablo.recipes.section import ChatTemplateText, Names, Section
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
 
@@ -55,9 +55,7 @@ class Recipe(Section):
     """A training run. See docs/recipes.md for every key."""
 
     model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
-    task: TaskNames = Field(
-        [], description="the name of a task, or a list of names; leave it out to train on data.train"
-    )
+    task: Names = Field([], description="the name of a task, or a list of names; leave it out to train on data.train")
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     chat_template: ChatTemplateText = Field(

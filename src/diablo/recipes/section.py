@@ -31,14 +31,14 @@ ModuleNames = Annotated[Any, BeforeValidator(_names_or_expression, json_schema_i
 LayerIndices = Annotated[Any, BeforeValidator(_layer_indices, json_schema_input_type=int | list[int] | None)]
 
 
-def _task_names(value: Any) -> Any:
+def _names(value: Any) -> Any:
     names = [value] if isinstance(value, str) else [] if value is None else value
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         return names
     raise ValueError("not names")
 
 
-TaskNames = Annotated[Any, BeforeValidator(_task_names, json_schema_input_type=str | list[str] | None)]
+Names = Annotated[Any, BeforeValidator(_names, json_schema_input_type=str | list[str] | None)]
 
 
 def _template_text(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from diablo.errors import did_you_mean
-from diablo.recipes.section import Section
+from diablo.recipes.section import Names, Section
 
 TRACKERS = (
     "tensorboard",
@@ -28,20 +28,15 @@ TRACKERS = (
 """The names of the trackers that transformers integrates."""
 
 
-def _names(value: Any) -> Any:
-    names = [value] if isinstance(value, str) else [] if value is None else value
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        return [name for name in names if name != "none"]
-    raise ValueError("not names")
-
-
-Names = Annotated[list[str], BeforeValidator(_names, json_schema_input_type=str | list[str] | None)]
+def _none_is_none(value: Any) -> Any:
+    """As elsewhere, ``none`` is no tracker."""
+    return [] if value in ("none", ["none"]) else value
 
 
 class Tracking(Section):
     """The trackers that are told of a run; ``train.jsonl`` is written in any case."""
 
-    report_to: Names = Field(
+    report_to: Annotated[Names, BeforeValidator(_none_is_none)] = Field(
         [], description="a tracker or a list of trackers, such as tensorboard, wandb or mlflow: what is told of the run"
     )
     name: str | None = Field(

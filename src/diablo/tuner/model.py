@@ -330,29 +330,29 @@ class DiabloModel(BaseTuner):
         # PEFT loads adapters with strict=False and at most warns. torch raises what stands in error_msgs, the last
         # argument, whether strict or not.
         error_msgs: list[str] = args[-1]
-        expected = {f"{prefix}model.{layer}.{key}" for layer, key in self._block_keys()}
+        own = {f"{prefix}model.{layer}.{key}": blocks.shape for layer, key, blocks in self._blocks()}
+        expected = own.keys()
         given = {key for key in state_dict if ".diablo_blocks" in key}
         adapters = {_adapter_of(key) for key in given}
         missing = sorted(key for key in expected - given if _adapter_of(key) in adapters)
         unexpected = sorted(given - expected)
-        own = self.state_dict(prefix=prefix)
-        if not given and not any(key in state_dict for key in own):
+        if not given and not any(key in state_dict for key in self.state_dict(prefix=prefix)):
             missing = sorted(expected)
         for fault, keys in (("lacks", missing), ("has more tensors than the model takes:", unexpected)):
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 error_msgs.append(f"the adapter's file {fault} {', '.join(keys[:3])}{more}.")
         # If a tensor does not fit, torch reports it, and the bases need no comparison.
-        if not (missing or unexpected) and all(state_dict[key].shape == own[key].shape for key in given):
+        if not (missing or unexpected) and all(state_dict[key].shape == own[key] for key in given):
             for adapter_name in adapters:
                 self.note_base(adapter_name, self.peft_config[adapter_name])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _block_keys(self) -> Iterator[tuple[str, str]]:
+    def _blocks(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         for layer_name, layer in self._layers().items():
-            for key, _ in layer.named_parameters():
+            for key, parameter in layer.named_parameters():
                 if key.startswith("diablo_blocks."):
-                    yield layer_name, key
+                    yield layer_name, key, parameter
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

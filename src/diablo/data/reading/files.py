@@ -210,7 +210,7 @@ def _records_of_table(path: Path, table: Any) -> Records:
 def _column_of(path: Path, name: str, values: Any) -> list[Any]:
     try:
         return [without_nulls(value) for value in values.to_pylist()]
-    # Such as a date in the year 5 million.
+    # What pyarrow raises for what Python has no value for, such as a date in the year 5 million.
     except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
         raise UserError(
             f"{path}: the column {name!r} has a value that cannot be read ({first_line(error)}); mend it, or leave the "
