@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from diablo.planning.plan import Plan
-from diablo.recipes.recipe import Recipe
 from diablo.records.progress import TokenMeter
 from diablo.training.measuring import Losses
 
@@ -23,24 +22,17 @@ LOG = "train.jsonl"
 
 @dataclass
 class TrackedConfig(SFTConfig):
-    """The trainer's arguments, to which trackers are told the recipe as well.
+    """The trainer's arguments, with the recipe beside them.
 
     A tracker of transformers records what ``to_dict`` gives as the run's configuration.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments, and the recipe's settings under ``recipe.section.key``."""
-        return {**super().to_dict(), **self._recipe}
-
-
-def tracked(config: TrackedConfig, recipe: Recipe) -> TrackedConfig:
-    """Let a recipe's settings be among what trackers record of the trainer's arguments."""
-    config._recipe = dict(_flat(recipe.model_dump(mode="json"), "recipe"))
-    return config
+        told = super().to_dict()
+        return told | dict(_flat(told.pop("recipe"), "recipe"))
 
 
 def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

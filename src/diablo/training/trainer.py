@@ -32,7 +32,7 @@ from diablo.training.averaging import Average
 from diablo.training.engines import DeepSpeed, Engine, trained_parameters
 from diablo.training.measuring import HeldOutLoss, Losses
 from diablo.training.safeguards import FiniteLosses
-from diablo.training.tracking import TrackedConfig, TrainLog, tracked
+from diablo.training.tracking import TrackedConfig, TrainLog
 
 
 class CompletionTrainer(SFTTrainer):
@@ -387,8 +387,8 @@ def make_trainer(
         report_to=plan.recipe.tracking.report_to or "none",
         run_name=plan.recipe.tracking.name or plan.recipe.output.name,
         disable_tqdm=True,
+        recipe=plan.recipe.model_dump(mode="json"),
     )
-    config = tracked(config, plan.recipe)
     # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
