@@ -55,15 +55,15 @@ def load(plan: Plan, shard: Shard) -> Any:
     return model.train()
 
 
-def share(plan: Plan, rows: list[int], shard: Shard) -> tuple[dict[str, torch.Tensor], float]:
-    """This process's part of a step's rows as a batch, and what its summed loss counts for in the step's."""
-    weight = 1 / sum(plan.train[row].supervised for row in rows)
+def share(plan: Plan, sequences: list[int], shard: Shard) -> tuple[dict[str, torch.Tensor], float]:
+    """This process's part of a step's sequences as a batch, and what its summed loss counts for in the step's."""
+    weight = 1 / sum(row.supervised for sequence in sequences for row in plan.rows_of(sequence))
     if shard is Shard.fsdp:
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        # FSDP averages the gradients. A process without a row of its own computes along with the others, for nothing.
-        weight = weight * count if rows[rank::count] else 0.0
-        rows = rows[rank::count] or rows[:1]
-    batch = collate([plan.train[row].features for row in rows], plan.encoder.tokenizer.pad_token_id)
+        # FSDP averages the gradients. A process without a sequence of its own computes along with others.
+        weight = weight * count if sequences[rank::count] else 0.0
+        sequences = sequences[rank::count] or sequences[:1]
+    batch = collate([plan.features_of(sequence) for sequence in sequences], plan.encoder.tokenizer.pad_token_id)
     return {name: values.to(plan.device) for name, values in batch.items()}, weight
 
 
@@ -83,8 +83,8 @@ def train(model: Any, plan: Plan, shard: Shard) -> None:
     lowered = torch.autocast(plan.device.type, plan.dtype) if plan.dtype == torch.bfloat16 else contextlib.nullcontext()
     step = 0
     while step < plan.steps:
-        for rows in plan.sampler.batches():
-            batch, weight = share(plan, rows, shard)
+        for sequences in plan.sampler.batches():
+            batch, weight = share(plan, sequences, shard)
             with lowered:
                 loss = summed_completion_loss(model, batch, label_smoothing=training.label_smoothing) * weight
             loss.backward()

@@ -68,7 +68,7 @@ def load_adapted(plan: Plan, method: AnyMethod, dtype: torch.dtype | None = None
 
 def batch_of(plan: Plan, indices: list[int]) -> dict[str, torch.Tensor]:
     """Training rows as a batch on the device."""
-    batch = collate([plan.train[index].features for index in indices], plan.encoder.tokenizer.pad_token_id)
+    batch = collate([plan.features_of(index) for index in indices], plan.encoder.tokenizer.pad_token_id)
     return {name: values.to(plan.device) for name, values in batch.items()}
 
 

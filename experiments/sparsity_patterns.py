@@ -30,7 +30,7 @@ def train(plan: Plan, pattern: str, num_blocks: int, rate: float, seed: int) -> 
     """Train a pattern; its trajectory, its trained parameters, and the bytes that its largest batch keeps."""
     model = load_model(plan.model_name, plan.dtype, plan.recipe.attention).to(plan.device)
     apply_pattern(model, pattern, num_blocks, {kind.kind for kind in plan.targets}, seed)
-    longest = max(plan.sampler.batches(), key=lambda batch: max(len(plan.train[index].input_ids) for index in batch))
+    longest = max(plan.sampler.batches(), key=lambda batch: max(plan.sampler.lengths[index] for index in batch))
     kept = kept_for_backward(lambda: completion_loss(model.train(), batch_of(plan, longest)))
     return finetune(model, plan, rate), count_parameters(model)[0], kept
 

@@ -45,8 +45,17 @@ def print_plan(out: Console, plan: Plan) -> None:
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")
+    if recipe.training.packing:
+        each = len(plan.train) / len(plan.sequences)
+        out.print(
+            f"packing             into {len(plan.sequences):,} sequences of up to {plan.longest:,} tokens, {each:.1f} "
+            "rows in each"
+        )
+        effective = f"{plan.effective_batch} sequences, about {plan.effective_batch * each:.0f} rows"
+    else:
+        effective = f"{plan.effective_batch} rows"
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
-    out.print(f"effective batch     {plan.effective_batch} rows")
+    out.print(f"effective batch     {effective}")
     out.print(f"steps               {plan.steps}")
     for line in _optimization(plan.recipe.training):
         out.print(line, markup=False)

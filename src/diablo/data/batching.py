@@ -70,29 +70,36 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest.
+    """Pad rows, or sequences of packed rows, on the right to the longest.
 
     Args:
-        features: ``input_ids`` and ``labels`` of each row.
+        features: ``input_ids`` and ``labels`` of each row; ``position_ids`` too where rows are packed.
         pad_token_id: what to pad with; it may equal any other token, since padding is told by position.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (1 on tokens, 0 on padding) and ``labels`` (-100 on padding), each
-        ``(rows, tokens)`` of int64; and ``predicting``, ``(supervised,)`` of int64: the positions whose next token is
-        supervised, counted through the rows one after the other. They are found here, on the host, since a device
-        that finds them has to be waited for.
+        ``input_ids`` and ``labels`` (-100 on padding), each ``(rows, tokens)`` of int64; of the same shape and dtype
+        ``position_ids`` where rows are packed, which begin at 0 with the padding as with a row, and otherwise
+        ``attention_mask`` (1 on tokens, 0 on padding): transformers takes rows apart only where it is given none. And
+        ``predicting``, ``(supervised,)`` of int64: the positions whose next token is supervised, counted through the
+        rows one after the other. They are found here, on the host, since a device that finds them has to be waited
+        for.
     """
     longest = max(len(row["input_ids"]) for row in features)
 
     def padded(values: list[int], filler: int) -> list[int]:
         return values + [filler] * (longest - len(values))
 
+    if "position_ids" in features[0]:
+        positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in features]
+        told_apart = {"position_ids": torch.tensor(positions)}
+    else:
+        told_apart = {"attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in features])}
     labels = torch.tensor([padded(row["labels"], IGNORED) for row in features])
     next_is_supervised = torch.zeros_like(labels, dtype=torch.bool)
     next_is_supervised[:, :-1] = labels[:, 1:] != IGNORED
     return {
         "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in features]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in features]),
+        **told_apart,
         "labels": labels,
         "predicting": next_is_supervised.flatten().nonzero().squeeze(1),
     }

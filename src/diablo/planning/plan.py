@@ -16,6 +16,7 @@ from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowFault
 from diablo.data.general_text import encode_general_text
+from diablo.data.packing import join, pack
 from diablo.data.reading.sources import SourceRows
 from diablo.errors import UserError
 from diablo.models.loading import (
@@ -36,7 +37,7 @@ from diablo.planning.rows import choose_rows, encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
-from diablo.recipes.peft_methods import check_merges, check_precision
+from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import Decoding, decoding_for
 from diablo.scoring.likelihood import as_multiple_choice
@@ -65,7 +66,9 @@ class Plan:
         general: encoded general text, whose loss is measured before and after training; empty where there is none.
         targets: what the method adapts, by kind.
         parameters: trainable and all parameters.
-        sampler: the order of training.
+        sequences: the training rows of each sequence, as indices of ``train``: several where they are packed, and
+            otherwise one.
+        sampler: the order of training, of the sequences.
         steps: optimizer steps of the run, where held-out losses do not end it before.
         optimizer: the optimizer.
         schedule: the schedule of its learning rate.
@@ -89,6 +92,7 @@ class Plan:
     general: list[EncodedRow]
     targets: list[TargetKind]
     parameters: tuple[int, int]
+    sequences: list[list[int]]
     sampler: LengthGroupedSampler
     steps: int
     optimizer: OptimizerChoice
@@ -98,13 +102,29 @@ class Plan:
 
     @property
     def effective_batch(self) -> int:
-        """Rows of an optimizer step."""
+        """Sequences of an optimizer step: rows, where they are not packed."""
         return self.sampler.batch_size
 
     @property
     def padding_share(self) -> float:
         """The share of padding in the first epoch, from 0 to 1."""
+        if self.recipe.training.packing and "flash" in self.recipe.attention:
+            return 0.0
         return self.sampler.padding_share(self.recipe.training.batch_size)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.sampler.lengths)
+
+    def rows_of(self, sequence: int) -> list[EncodedRow]:
+        """The rows of a training sequence."""
+        return [self.train[index] for index in self.sequences[sequence]]
+
+    def features_of(self, sequence: int) -> dict[str, list[int]]:
+        """What a collator takes of a training sequence."""
+        rows = self.rows_of(sequence)
+        return join(rows) if self.recipe.training.packing else rows[0].features
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -160,6 +180,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     check_quantized(recipe, config, [recipe.method])
     if isinstance(recipe.method, PeftMethod):
         check_precision(recipe.method.type, dtype)
+        if recipe.training.packing:
+            check_packs(recipe.method.type)
         if recipe.merge:
             check_merges(recipe.method.type, "merge: found true")
     _check_smoothing(recipe, config)
@@ -187,8 +209,12 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
             "stop, or train in one process."
         )
     batch = training.batch_size * training.gradient_accumulation * replicas
-    sampler = LengthGroupedSampler([len(row.input_ids) for row in train], batch, recipe.seed)
-    steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(train) / batch))
+    lengths = [len(row.input_ids) for row in train]
+    sequences = (
+        pack(lengths, training.max_length, recipe.seed) if training.packing else [[i] for i in range(len(train))]
+    )
+    sampler = LengthGroupedSampler([sum(lengths[index] for index in rows) for rows in sequences], batch, recipe.seed)
+    steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(sequences) / batch))
     return Plan(
         recipe=recipe,
         model_name=model_name,
@@ -206,6 +232,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         general=encode_general_text(general, encoder.tokenizer, training.max_length, special_text) if general else [],
         targets=targets,
         parameters=parameters,
+        sequences=sequences,
         sampler=sampler,
         steps=steps,
         optimizer=optimizer,

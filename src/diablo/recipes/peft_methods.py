@@ -177,6 +177,19 @@ def check_merges(kind: str, what: str) -> None:
         raise UserError(f"{what}: {kind} cannot be merged into the model: {reason}. Keep the adapter beside the model.")
 
 
+def check_packs(kind: str) -> None:
+    """Check that a type can be trained on packed rows.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if _is_prompt(kind):
+        raise UserError(
+            f"training.packing: found true with {kind}, whose prompt is put before a sequence and not before each of "
+            "its rows; leave it out, or take another type."
+        )
+
+
 def _is_prompt(kind: str) -> bool:
     return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig)
 

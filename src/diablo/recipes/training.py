@@ -157,11 +157,16 @@ class Training(Section):
         1, gt=0, allow_inf_nan=False, description="a number above 0: how often all rows are trained on"
     )
     max_steps: int | None = Field(None, ge=1, description="an integer of at least 1: steps in all; it overrides epochs")
-    batch_size: int = Field(16, ge=1, description="an integer of at least 1: rows per device and step")
+    batch_size: int = Field(
+        16, ge=1, description="an integer of at least 1: rows, or packed sequences, per device and step"
+    )
     gradient_accumulation: int = Field(
         1, ge=1, description="an integer of at least 1: batches whose gradients are added up for a step"
     )
     max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
+    packing: bool = Field(
+        False, description="true or false: put several rows into one sequence of max_length, apart from each other"
+    )
     optimizer: Annotated[Optimizer, BeforeValidator(_optimizer_by_name, json_schema_input_type=str | Optimizer)] = (
         Field(Optimizer(), description="the name of an optimizer of transformers, or a section with that as its name")
     )

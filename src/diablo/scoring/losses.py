@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 _CHUNK = 1024
 """Number of supervised tokens whose logits are cast to fp32 at a time."""
 
+_GIVEN = ("input_ids", "position_ids")
+"""What of a batch the model is given."""
+
 
 def summed_completion_loss(
     model: Any, batch: Mapping[str, torch.Tensor], *, label_smoothing: float = 0.0
@@ -71,7 +74,8 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
     They are in the order of the rows. The output layer takes a third of a small model's work, so it is applied only to
     the positions that predict a supervised token. Whatever the model does to its logits afterwards (scaling,
     soft-capping) is still done. No attention mask is given: rows are padded on the right, where no token of a causal
-    model looks. Prompts that were learned are put before the tokens, and have no part in the logits.
+    model looks, and packed rows are told apart by their positions. Prompts that were learned are put before the tokens,
+    and have no part in the logits.
     """
     positions, length = batch["predicting"], batch["input_ids"].shape[1]
 
@@ -81,7 +85,7 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
 
     handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
     try:
-        output = model(input_ids=batch["input_ids"], use_cache=False)
+        output = model(use_cache=False, **{name: batch[name] for name in _GIVEN if name in batch})
     finally:
         handle.remove()
     return output.logits.squeeze(0), batch["labels"].flatten().index_select(0, positions + 1)

@@ -71,10 +71,11 @@ def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
     before = saving.about(checkpoint).get("effective_batch")
     if before != plan.effective_batch:
         training = plan.recipe.training
+        what = "sequences" if training.packing else "rows"
         raise UserError(
             f"training.batch_size, training.gradient_accumulation: found {training.batch_size} and "
             f"{training.gradient_accumulation}, which on {processes} process{'es' * (processes > 1)} come to "
-            f"{plan.effective_batch} rows a step; the run that is to be resumed had {before}: choose what comes to "
+            f"{plan.effective_batch} {what} a step; the run that is to be resumed had {before}: choose what comes to "
             "that."
         )
 

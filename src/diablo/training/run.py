@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from diablo.data.batching import collate
 from diablo.data.faults import Placed, name_places
+from diablo.data.packing import join
 from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
@@ -175,11 +176,12 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
 def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     model: Any = trainer.model
     preflight.check_trainable(model)
-    rows = [plan.train[index] for index in plan.sampler.batches()[0]]
-    batch = collate([row.features for row in rows], plan.encoder.tokenizer.pad_token_id)
+    pad_token_id, first = plan.encoder.tokenizer.pad_token_id, plan.sampler.batches()[0]
+    rows = [row for sequence in first for row in plan.rows_of(sequence)]
+    batch = collate([plan.features_of(sequence) for sequence in first], pad_token_id)
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
-    probe = collate([shortest.features], plan.encoder.tokenizer.pad_token_id)
+    probe = collate([shortest.features], pad_token_id)
     options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
     model.train()
     if options is not None:
@@ -188,6 +190,9 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
         preflight.check_gradients(model, moved, checkpointing=options is not None)
+        if plan.recipe.training.packing:
+            twice = collate([join([shortest, shortest])], pad_token_id)
+            preflight.check_packing(model, {name: values.to(model.device) for name, values in twice.items()})
 
 
 @contextmanager
@@ -231,7 +236,7 @@ def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkp
         with asking if trainer.accelerator.num_processes == 1 else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        advice = out_of_memory_advice(error, plan.recipe, max(len(row.input_ids) for row in plan.train))
+        advice = out_of_memory_advice(error, plan.recipe, plan.longest)
         if advice is None:
             raise
         raise advice from error
@@ -287,6 +292,7 @@ def _record(
             "long_rows_dropped": _places(plan.too_long),
             "tested_rows_left_out": plan.tested,
             "special_text": {"rows": spelling, "tokens": special_tokens},
+            "sequences": len(plan.sequences),
             "padding_share": meter.padding_share,
         },
         "training": {

@@ -220,7 +220,7 @@ def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> User
     Args:
         error: the error that was raised.
         recipe: the run's recipe.
-        longest: number of tokens of the longest row.
+        longest: number of tokens of the longest sequence.
     """
     is_out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if not is_out:
@@ -235,7 +235,8 @@ def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> User
     advice.append("lower training.max_length")
     if recipe.quantization is None and not recipe.method.needs_plain_weights:
         advice.append("set quantization=nf4")
+    noun = "sequence" if training.packing else "row"
     return UserError(
-        f"Out of memory in training with {size} row{'s' * (size > 1)} of up to {longest} tokens at a time: "
+        f"Out of memory in training with {size} {noun}{'s' * (size > 1)} of up to {longest} tokens at a time: "
         f"{', '.join(advice)}."
     )

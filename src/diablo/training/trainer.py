@@ -15,10 +15,12 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler, collate
 from diablo.data.encoding import EncodedRow
+from diablo.data.packing import flatten
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
@@ -290,14 +292,14 @@ class LastLoss(TrainerCallback):
 class _MeteredCollator:
     """Makes batches that know the numbers of their rows, and counts their tokens."""
 
-    def __init__(self, pad_token_id: int, meter: TokenMeter) -> None:
-        self.pad_token_id, self.meter = pad_token_id, meter
+    def __init__(self, pad_token_id: int, meter: TokenMeter, *, flat: bool) -> None:
+        self.pad_token_id, self.meter, self.flat = pad_token_id, meter, flat
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = collate(features, self.pad_token_id)
-        self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
+        batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
+        self.meter.count(sum(len(sequence["input_ids"]) for sequence in features), batch["input_ids"].numel())
         # A list, which stays on the host.
-        return {**batch, "numbers": [row["number"] for row in features]}
+        return {**batch, "numbers": [number for sequence in features for number in sequence["numbers"]]}
 
 
 def _number(row: EncodedRow) -> str:
@@ -409,9 +411,16 @@ def make_trainer(
             engine=engine,
             model=model,
             args=config,
-            train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
+            train_dataset=Dataset.from_list(
+                [
+                    {**plan.features_of(sequence), "numbers": [_number(row) for row in plan.rows_of(sequence)]}
+                    for sequence in range(len(plan.sequences))
+                ]
+            ),
             processing_class=plan.encoder.tokenizer,
-            data_collator=_MeteredCollator(pad_token_id, meter),
+            data_collator=_MeteredCollator(
+                pad_token_id, meter, flat=training.packing and is_flash_attention_requested(model.config)
+            ),
             optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),
             # Where the held-out loss ends training, the last steps' losses are looked at as well.
             callbacks=[progress, asking, average, held_out, finite, LastLoss()],
