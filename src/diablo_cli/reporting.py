@@ -270,10 +270,14 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
     if training["held_out_loss"]:
         before, after = training["held_out_loss"][0][1], kept_loss(training)
         out.print(f"held-out loss    {before:.3f} -> {after:.3f} per token")
+    judge = "score on the validation rows" if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
-        out.print(f"stopped early    after step {training['steps']}: the held-out loss did not become better")
+        out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")
     if training["kept_step"] != training["steps"]:
-        out.print(f"kept             step {training['kept_step']}, of the best held-out loss")
+        out.print(f"kept             step {training['kept_step']}, of the best {judge}")
+    if training["validation_score"]:
+        score = dict(training["validation_score"])[training["kept_step"]]
+        out.print(f"validation       {score:.1%} at step {training['kept_step']}")
     if record["general_loss"]:
         before, after = record["general_loss"]["before"], record["general_loss"]["after"]
         out.print(f"general text     {before:.3f} -> {after:.3f} per token, forgetting {after - before:+.3f}")

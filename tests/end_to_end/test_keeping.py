@@ -21,6 +21,7 @@ from diablo.recipes.reading import load_recipe
 from diablo.scoring.generation import held_out_loss
 from diablo.training import train
 from diablo.training.engines import check_shardable
+from diablo.training.measuring import Losses
 
 # With this rate the held-out loss falls until step 5 of the average, and rises.
 AVERAGED = ["training.ema=0.5", "training.keep=best", "training.eval_steps=1"]
@@ -146,6 +147,85 @@ def test_training_stops_where_the_held_out_loss_has_not_become_better_for_long_e
     assert f"{dict(record['held_out_loss'])[best]:.3f} per token" in said
 
 
+@pytest.fixture
+def questions(tiny_model: Path, tmp_path: Path) -> Path:
+    """A recipe of a task, with 12 of its training problems kept out, whose score goes up and down in 8 steps."""
+    for split, first, count in (("train", 0, 44), ("test", 100, 4)):
+        records = []
+        for number in range(first, first + count):
+            answer = f"solution{1 + number * 7 % 5 % 2}"
+            asked = f"How many are {number}?\n\nSolution1: ten\nSolution2: two\n\nAnswer format: solution1/solution2"
+            record = {"instruction": asked, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+            records.append(record)
+        (tmp_path / f"piqa.{split}.json").write_text(json.dumps(records))
+    path = tmp_path / "questions.yaml"
+    path.write_text(
+        f"model: {tiny_model}\ntask: piqa\n"
+        f"data: {{folder: {tmp_path}, validation_rows: 12, held_out: validation}}\n"
+        "method: {name: diablo, num_blocks: 4, dropout: 0.1}\n"
+        "training: {learning_rate: 0.03, batch_size: 8, epochs: 2, schedule: constant, logging_steps: 1, "
+        "save_steps: 1, save_total_limit: 99, keep: best, best_by: score, eval_steps: 1}\n"
+        "evaluation: {before: false, after: false, likelihood: true}\n"
+        f"precision: fp32\noutput: {tmp_path / 'run'}\n"
+    )
+    return path
+
+
+def test_the_step_of_the_best_score_on_validation_problems_is_kept(
+    questions: Path, tmp_path: Path, diablo: Any
+) -> None:
+    status, said, _ = diablo("train", questions)
+    assert status == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["training"]
+    scores, losses = dict(record["validation_score"]), dict(record["held_out_loss"])
+    assert list(scores) == list(range(1, record["steps"] + 1))
+    # So that the test could tell a choice by the loss from one by the score.
+    assert best_of(record) != record["kept_step"] == max(scores, key=lambda step: (scores[step], -losses[step]))
+    assert f"validation       {scores[record['kept_step']]:.1%} at step {record['kept_step']}" in said
+    plan = make_plan(load_recipe(questions))
+    assert len(plan.validation_problems["piqa"]) == 12
+    trained = [plan.encoder.tokenizer.decode(row.input_ids) for row in plan.train]
+    assert not any(row.startswith(p.row.prompt) for row in trained for p in plan.validation_problems["piqa"])
+    model, _ = load_adapter(tmp_path / "run" / "adapter", dtype=torch.float32)
+    again = Losses()
+    again.measure_score(model, plan, 0)
+    assert again.scores[0][1] == scores[record["kept_step"]]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["validation_score"] for line in lines if "validation_score" in line} == scores
+    # Measuring a step does not take its training loss out of the log.
+    assert [line["step"] for line in lines if "loss" in line] == list(scores)
+
+
+def test_a_run_that_goes_by_a_score_is_resumed_to_the_same(questions: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["training.early_stopping_patience=1"]
+    first = train(load_recipe(questions, overrides)).record["training"]
+    undisturbed = weights(run / "adapter")
+    (run / "run.json").unlink()
+    shutil.rmtree(run / "adapter")
+    for path in (run / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > 2:
+            shutil.rmtree(path)
+    resumed = train(load_recipe(questions, overrides), resume=True).record["training"]
+    assert_same(weights(run / "adapter"), undisturbed)
+    for key in ("held_out_loss", "validation_score", "kept_step", "stopped_early", "steps", "loss"):
+        assert resumed[key] == first[key], key
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.keep=last", "training.best_by: found score, and nothing goes by it; set training.keep to best"),
+        ("data.held_out=test", "training.best_by: found score, which is that of a task on rows that are kept out"),
+    ],
+)
+def test_a_score_to_go_by_needs_something_that_goes_by_it_and_rows_that_are_kept_out(
+    questions: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(questions, [setting])
+
+
 GROUPS = (
     "training.optimizer={name: adamw_8bit, options: {min_8bit_size: 16}, groups: [{modules: [mlp], weight_decay: 1}]}"
 )
@@ -241,3 +321,10 @@ def test_what_a_sharded_model_cannot_have_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         check_shardable(make_plan(load_recipe(recipe, [setting])))
+
+
+def test_a_sharded_model_goes_by_no_score(questions: Path, monkeypatch: Any) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"training\.best_by: found score, and nothing is generated by a sharded model"):
+        check_shardable(make_plan(load_recipe(questions)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,10 @@ from diablo.recipes.peft_methods import check_merges, check_packs, check_precisi
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import Decoding, decoding_for
 from diablo.scoring.likelihood import as_multiple_choice
-from diablo.tasks import Task, get_task
+from diablo.tasks import Problem, Task, get_task
+
+ScoredTask = tuple[Task, Decoding | None]
+"""A task with how its completions are generated; None where its choices are scored by likelihood."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class Plan:
         model_name: folder or hub id that transformers understands.
         config: the model's config.
         encoder: rows to tokens.
-        scored: the tasks that are scored before and after, each with how its completions are generated; None where its
-            choices are scored by likelihood.
+        scored: the tasks that are scored before and after.
+        validated: the tasks whose score on validation problems says which step is best; none where the loss says it.
+        validation_problems: these problems, by task.
         sources: what the training rows were read from; nothing where they are a task's.
         held_out_sources: the same of the held-out rows; nothing where they are cut out of the training rows.
         train: encoded training rows.
@@ -80,7 +84,9 @@ class Plan:
     model_name: str
     config: PretrainedConfig
     encoder: RowEncoder
-    scored: list[tuple[Task, Decoding | None]]
+    scored: list[ScoredTask]
+    validated: list[ScoredTask]
+    validation_problems: dict[str, list[Problem]]
     sources: list[SourceRows]
     held_out_sources: list[SourceRows]
     train: list[EncodedRow]
@@ -171,7 +177,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     """
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
-    scored = _scored(recipe)
+    scored = _scored(recipe, recipe.scored)
     rows = choose_rows(recipe, [task for task, _ in scored])
     preflight.check_trackers(recipe.tracking.report_to)
     optimizer = choose_optimizer(recipe.training, device)
@@ -221,6 +227,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         config=config,
         encoder=encoder,
         scored=scored,
+        validated=_scored(recipe, rows.validation_problems) if recipe.training.best_by == "score" else [],
+        validation_problems=rows.validation_problems,
         sources=rows.sources,
         held_out_sources=rows.held_out_sources,
         train=train,
@@ -273,9 +281,9 @@ def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
         )
 
 
-def _scored(recipe: Recipe) -> list[tuple[Task, Decoding | None]]:
+def _scored(recipe: Recipe, names: Iterable[str]) -> list[ScoredTask]:
     settings = recipe.evaluation
-    tasks = [get_task(name, folder=recipe.data.folder, protocol=settings.protocol) for name in recipe.scored]
+    tasks = [get_task(name, folder=recipe.data.folder, protocol=settings.protocol) for name in names]
     if settings.likelihood:
         return [(as_multiple_choice(task, key="evaluation.likelihood", limit=settings.limit), None) for task in tasks]
     options: dict[str, Any] = {"samples": settings.samples, "temperature": settings.temperature, "seed": recipe.seed}

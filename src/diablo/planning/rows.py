@@ -27,6 +27,7 @@ class Rows:
         faults: malformed rows, which were left out.
         tested: how many training rows were left out because they are tested on.
         validation: how many rows were kept out of training for validation.
+        validation_problems: the problems that these rows are of, by task; nothing where they are not of tasks.
         sources: what the training rows were read from; nothing where they are a task's.
         held_out_sources: the same of the held-out rows; nothing where they are cut out of the training rows.
     """
@@ -36,6 +37,7 @@ class Rows:
     faults: list[RowFault] = field(default_factory=list)
     tested: int = 0
     validation: int = 0
+    validation_problems: dict[str, list[Problem]] = field(default_factory=dict)
     sources: list[SourceRows] = field(default_factory=list)
     held_out_sources: list[SourceRows] = field(default_factory=list)
 
@@ -55,7 +57,8 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
     # A task that is trained on is mostly scored too, and its test split is read once.
     tasks = {task.name: task for task in (*scored, *trained)}
     tests = {name: task.problems("test") for name, task in tasks.items() if "test" in task.splits}
-    rows = _rows_of_tasks(trained, tests, recipe.evaluation.limit) if trained else _rows_of_sources(data)
+    problems = {task.name: task.problems("train") for task in trained}
+    rows = _rows_of_tasks(problems, tests, recipe.evaluation.limit) if trained else _rows_of_sources(data)
     tested = [problem for problems in tests.values() for problem in problems]
     train, left_out = without_tested(rows.train, tested)
     if not train:
@@ -75,13 +78,23 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
         held_out=validation if data.held_out == "validation" else held_out,
         tested=left_out,
         validation=len(validation),
+        validation_problems=_problems_of(validation, problems),
     )
 
 
-def _rows_of_tasks(tasks: Sequence[Task], tests: Mapping[str, list[Problem]], limit: int | None) -> Rows:
-    train = take_turns([[problem.row for problem in task.problems("train")] for task in tasks])
-    held_out = [problem.row for task in tasks for problem in tests.get(task.name, [])[:limit]]
+def _rows_of_tasks(
+    problems: Mapping[str, list[Problem]], tests: Mapping[str, list[Problem]], limit: int | None
+) -> Rows:
+    train = take_turns([[problem.row for problem in of_task] for of_task in problems.values()])
+    held_out = [problem.row for name in problems for problem in tests.get(name, [])[:limit]]
     return Rows(train, held_out)
+
+
+def _problems_of(rows: Sequence[Row], problems: Mapping[str, list[Problem]]) -> dict[str, list[Problem]]:
+    """The problems whose rows these are, by task; tasks without any are left out."""
+    chosen = {id(row) for row in rows}
+    found = {name: [each for each in of_task if id(each.row) in chosen] for name, of_task in problems.items()}
+    return {name: of_task for name, of_task in found.items() if of_task}
 
 
 def _rows_of_sources(data: Data) -> Rows:

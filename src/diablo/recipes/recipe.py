@@ -137,7 +137,7 @@ class Recipe(Section):
                 check_split("task", name, "train")
             for name in tasks:
                 check_split("evaluation.tasks", name, "test")
-            for name in self.scored if settings.before or settings.after else []:
+            for name in self._run_for_scores:
                 check_code_execution(name, settings.allow_code_execution)
             if self.data.folder is not None:
                 check_folder("data.folder", self.data.folder, [*self.task, *self.scored])
@@ -156,5 +156,16 @@ class Recipe(Section):
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         self.training.check()
+        if self.training.best_by == "score" and not (self.task and self.data.held_out == "validation"):
+            raise ValueError(
+                "training.best_by: found score, which is that of a task on rows that are kept out of training; give a "
+                "task, data.validation_rows and data.held_out: validation, or leave it out."
+            )
         self.tracking.check()
         return self
+
+    @property
+    def _run_for_scores(self) -> list[str]:
+        """Names of the tasks whose answers are read in the course of a run."""
+        in_training = self.task if self.training.best_by == "score" else []
+        return [*in_training, *(self.scored if self.evaluation.before or self.evaluation.after else [])]

@@ -200,10 +200,13 @@ class Training(Section):
         None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
     )
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="an integer of at least 1: held-out losses without a better one that end training"
+        None, ge=1, description="an integer of at least 1: measurements without a better one that end training"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="last or best: the parameters after the last step, or those of the best held-out loss"
+        "last", description="last or best: the parameters after the last step, or the best of those that were measured"
+    )
+    best_by: Literal["loss", "score"] = Field(
+        "loss", description="loss or score: what is best, by the held-out loss or by the score on the validation rows"
     )
     save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
@@ -233,6 +236,11 @@ class Training(Section):
         if self.depends_on_held_out and self.eval_steps is None:
             key = "keep: found best" if self.keep == "best" else "early_stopping_patience: found a number"
             raise ValueError(f"training.{key}, without a held-out loss to go by; set training.eval_steps.")
+        if self.best_by == "score" and not self.depends_on_held_out:
+            raise ValueError(
+                "training.best_by: found score, and nothing goes by it; set training.keep to best, or "
+                "training.early_stopping_patience, or leave it out."
+            )
 
 
 def _check_name(key: str, name: str, allowed: Collection[str], refused: Mapping[str, str]) -> None:

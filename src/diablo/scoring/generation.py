@@ -148,6 +148,11 @@ class Score:
         """The number of completions that solve their problem."""
         return sum(answer.right for answer in self.answers)
 
+    @property
+    def headline(self) -> float:
+        """The headline figure."""
+        return next(iter(self.metrics.values()))
+
     def summary(self) -> dict[str, Any]:
         """The figures, for a JSON file."""
         return {
@@ -169,9 +174,10 @@ def evaluate_task(
     decoding: Decoding | None = None,
     batch_size: int = 48,
     limit: int | None = None,
+    problems: Sequence[Problem] | None = None,
     progress: Progress | None = None,
 ) -> Score:
-    """Score a model on a task's test problems by generation.
+    """Score a model on a task's problems by generation.
 
     Args:
         model: a causal language model or ``PeftModel``.
@@ -180,10 +186,11 @@ def evaluate_task(
         decoding: how completions are generated; as the task asks where None.
         batch_size: number of prompts that are completed together.
         limit: score only this many problems, the first ones; all where None.
+        problems: the problems; those of the test split where None.
         progress: called after each batch, in completions.
     """
     decoding = decoding or decoding_for(task)
-    problems = task.problems("test")[:limit]
+    problems = (task.problems("test") if problems is None else problems)[:limit]
     start = time.perf_counter()
     prompts = [encoder.prompt(problem.row) for problem in problems]
     # The random state is put back afterwards, so that sampling here does not change the training that goes on later.

@@ -100,9 +100,10 @@ def evaluate_choices(
     *,
     batch_size: int = 48,
     limit: int | None = None,
+    problems: Sequence[Problem] | None = None,
     progress: Progress | None = None,
 ) -> Score:
-    """Score a model on a multiple-choice task's test problems by likelihood.
+    """Score a model on a multiple-choice task's problems by likelihood.
 
     Args:
         model: a causal language model or ``PeftModel``.
@@ -110,13 +111,14 @@ def evaluate_choices(
         task: the task.
         batch_size: number of sequences of a forward.
         limit: score only this many problems, the first ones; all where None.
+        problems: the problems; those of the test split where None.
         progress: called after each batch, in candidates.
 
     Raises:
         UserError: a candidate or a prompt has no tokens.
         ValueError: a problem does not have exactly one right candidate.
     """
-    problems = task.problems("test")[:limit]
+    problems = (task.problems("test") if problems is None else problems)[:limit]
     start = time.perf_counter()
     rows = [task.choices(problem) for problem in problems]
     scored = score_candidates(model, encoder, rows, batch_size=batch_size, progress=progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from diablo.data.encoding import RowEncoder
 from diablo.records.progress import ProgressReport
 from diablo.scoring.generation import Decoding, Score, evaluate_task
 from diablo.scoring.likelihood import as_multiple_choice, evaluate_choices
-from diablo.tasks import Task
+from diablo.tasks import Problem, Task
 
 
 def score_tasks(
@@ -24,6 +24,7 @@ def score_tasks(
     console: Console,
     batch_size: int = 48,
     limit: int | None = None,
+    problems: Mapping[str, Sequence[Problem]] | None = None,
     when: str = "",
 ) -> dict[str, Score]:
     """Score a model on several tasks, with a progress bar for each.
@@ -36,6 +37,7 @@ def score_tasks(
         console: where progress is written.
         batch_size: number of sequences of a forward.
         limit: score only this many problems of each task, the first ones; all where None.
+        problems: the problems by the tasks' names; those of the test splits where None.
         when: a word for the progress bar, such as ``before``.
 
     Returns:
@@ -46,18 +48,18 @@ def score_tasks(
     """
     scores = {}
     for task, decoding in tasks:
-        problems = task.problems("test")[:limit]
+        chosen = (task.problems("test") if problems is None else problems[task.name])[:limit]
         if decoding is None:
             multiple_choice = as_multiple_choice(task)
-            total = sum(len(multiple_choice.choices(problem)) for problem in problems)
+            total = sum(len(multiple_choice.choices(problem)) for problem in chosen)
         else:
-            total = len(problems) * decoding.samples
+            total = len(chosen) * decoding.samples
         with ProgressReport(console, f"scoring {task.name} {when}".rstrip(), total) as report:
 
             def progress(done: int, _: int, report: ProgressReport = report) -> None:
                 report.update(done)
 
-            shared: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "progress": progress}
+            shared: dict[str, Any] = {"batch_size": batch_size, "problems": chosen, "progress": progress}
             if decoding is None:
                 scores[task.name] = evaluate_choices(model, encoder, multiple_choice, **shared)
             else:

@@ -1,28 +1,40 @@
-"""Losses in the course of a run, and what held-out losses decide: when it ends, and which parameters it keeps."""
+"""Measurements in the course of a run, and what they decide: when it ends, and which parameters it keeps."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from transformers import TrainerCallback
 
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
 from diablo.scoring.generation import held_out_loss
+from diablo.scoring.several_tasks import score_tasks
 from diablo.training.averaging import Average
 from diablo.training.engines import Engine, Tensors, trained_parameters
 
 
 @dataclass
 class Losses:
-    """Loss per supervised token in nats, by step; of general text before and after training."""
+    """Loss per supervised token in nats, by step; of general text before and after training.
+
+    Attributes:
+        train: of training rows.
+        held_out: of held-out rows.
+        scores: the score on validation problems, by step, where that says which step is best: the mean over the tasks
+            of their headline figures, from 0 to 1.
+        general: of general text.
+    """
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
     general: list[float] = field(default_factory=list)
 
     def measure_general(self, model: Any, plan: Plan) -> None:
@@ -35,26 +47,46 @@ class Losses:
         if plan.held_out and not self.knows(step):
             self.held_out.append((step, held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)))
 
+    def measure_score(self, model: Any, plan: Plan, step: int) -> None:
+        """Measure the score on validation problems, where it says which step is best."""
+        if plan.validated:
+            scores = score_tasks(
+                model,
+                plan.encoder,
+                plan.validated,
+                console=Console(quiet=True),
+                batch_size=plan.recipe.evaluation.batch_size,
+                problems=plan.validation_problems,
+            )
+            self.scores.append((step, statistics.fmean(score.headline for score in scores.values())))
+
     def knows(self, step: int) -> bool:
-        """Whether the held-out loss of a step has been measured."""
+        """Whether a step has been measured."""
         return any(measured == step for measured, _ in self.held_out)
 
     @property
     def since_best(self) -> int:
-        """How many held-out losses of trained parameters came after the lowest; all where none is a number."""
-        losses = [loss if math.isfinite(loss) else math.inf for step, loss in self.held_out if step > 0]
-        lowest = min(losses, default=math.inf)
-        return len(losses) - 1 - losses.index(lowest) if lowest < math.inf else len(losses)
+        """How many measurements of trained parameters came after the best one; all where no loss is a number."""
+        steps = [step for step, _ in self.held_out if step > 0]
+        return len(steps) if self.best_step is None else len(steps) - 1 - steps.index(self.best_step)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest held-out loss of trained parameters, the first of several, or None."""
-        measured = [(loss, step) for step, loss in self.held_out if step > 0 and math.isfinite(loss)]
-        return min(measured)[1] if measured else None
+        """The step of the best trained parameters, or None where no loss is a number.
+
+        It is that of the highest score where there are scores, then of the lowest held-out loss, then the first one.
+        """
+        scores = dict(self.scores)
+        measured = [
+            (-scores.get(step, 0.0), loss, step) for step, loss in self.held_out if step > 0 and math.isfinite(loss)
+        ]
+        return min(measured)[2] if measured else None
 
 
 class HeldOutLoss(TrainerCallback):
-    """Measures the held-out loss every ``training.eval_steps`` steps, of the average where there is one.
+    """Measures the held-out loss, and a score where it is asked for, every ``training.eval_steps`` steps.
+
+    Where there is an average of the parameters, it is measured in their place.
 
     Args:
         plan: the plan.
@@ -65,7 +97,7 @@ class HeldOutLoss(TrainerCallback):
 
     Attributes:
         best: the trained parameters of the best step, whole, on the CPU; empty where they are not asked for.
-        report: told of each held-out loss.
+        report: told of each measurement.
     """
 
     def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses, average: Average, engine: Engine) -> None:
@@ -76,7 +108,7 @@ class HeldOutLoss(TrainerCallback):
 
     @property
     def is_over(self) -> bool:
-        """Whether so many losses in a row were not better that training is to end."""
+        """Whether so many measurements in a row were not better that training is to end."""
         patience = self.plan.recipe.training.early_stopping_patience
         return patience is not None and self.losses.since_best >= patience
 
@@ -85,8 +117,11 @@ class HeldOutLoss(TrainerCallback):
         every = self.plan.recipe.training.eval_steps
         if not (every and state.global_step % every == 0):
             return
+        is_logged = control.should_log
         with self.meter.pause(), self.average.in_place(model):
             self._measure(model, state.global_step)
+        # What was reported counts as the step's log, and its training loss would be left out.
+        control.should_log = is_logged
         if self.is_over and not control.should_training_stop:
             control.should_training_stop = True
             # As after the last step: a run that is killed from here on has nothing left to train.
@@ -111,15 +146,19 @@ class HeldOutLoss(TrainerCallback):
         return step
 
     def _measure(self, model: Any, step: int) -> None:
-        if self.losses.knows(step):
+        losses, training = self.losses, self.plan.recipe.training
+        if losses.knows(step):
             return
-        self.losses.measure_held_out(model, self.plan, step)
-        if self.losses.knows(step):
-            self.report({"held_out_loss": self.losses.held_out[-1][1]})
-        training = self.plan.recipe.training
+        losses.measure_held_out(model, self.plan, step)
+        losses.measure_score(model, self.plan, step)
+        if losses.knows(step):
+            score = {"validation_score": losses.scores[-1][1]} if losses.scores else {}
+            self.report({"held_out_loss": losses.held_out[-1][1], **score})
         if training.depends_on_held_out:
-            # On GPUs the processes' losses may differ in the last digits; all must decide alike.
-            self.losses.held_out[-1] = broadcast_object_list([self.losses.held_out[-1]])[0]
+            # On GPUs the processes' figures may differ in the last digits; all must decide alike.
+            figures = [losses.held_out, losses.scores] if losses.scores else [losses.held_out]
+            for figure, own in zip(figures, broadcast_object_list([figure[-1] for figure in figures]), strict=True):
+                figure[-1] = own
         if training.keep == "best" and self.losses.best_step == step:
             whole = self.engine.trained(model)
             self.best = whole or {name: values.cpu().clone() for name, values in trained_parameters(model).items()}

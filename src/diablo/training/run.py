@@ -309,6 +309,7 @@ def _record(
             "loss": losses.train,
             "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
+            "validation_score": losses.scores,
             "peak_memory_bytes": training_peak,
         },
         "general_loss": dict(zip(("before", "after"), losses.general, strict=False)),

@@ -195,6 +195,7 @@ class CompletionTrainer(SFTTrainer):
         about = saving.about(checkpoint)
         self.finite.skipped = [int(step) for step in about["skipped_steps"]]
         self.held_out.losses.held_out = [(int(step), float(loss)) for step, loss in about["held_out_loss"]]
+        self.held_out.losses.scores = [(int(step), float(score)) for step, score in about["validation_score"]]
         self.held_out.best = saving.read_tensors(checkpoint / saving.BEST)
         self.average.steps = int(about["averaged_steps"])
         average = saving.read_tensors(checkpoint / saving.AVERAGE)
@@ -218,6 +219,7 @@ class CompletionTrainer(SFTTrainer):
             "effective_batch": self.sampler.batch_size,
             "skipped_steps": self.finite.skipped,
             "held_out_loss": self.held_out.losses.held_out,
+            "validation_score": self.held_out.losses.scores,
             "averaged_steps": self.average.steps,
         }
 
