@@ -123,6 +123,16 @@ def test_faults_name_the_file_of_the_row(diablo, tiny_model, tmp_path):
     assert "the first is held.jsonl: row 4" in err
 
 
+def test_rows_that_are_too_long_are_left_out_and_named(diablo, tiny_model, tmp_path):
+    rows = [{"prompt": "a", "completion": "b" * (99 if n in (1, 3) else 1)} for n in range(5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = recipe_of(tmp_path, tiny_model, {"train": str(tmp_path / "train.jsonl")}, training={"max_length": 32})
+    status, out, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    assert "training rows       3:" in out
+    assert "too long, left out  rows 2 and 4" in out
+
+
 def test_a_question_and_an_answer_are_proposed_as_columns(diablo, tiny_model, tmp_path, csv_file):
     status, _, err = diablo(*recipe_of(tmp_path, tiny_model, {"train": str(csv_file)}), "--dry-run")
     assert status == 2

@@ -283,6 +283,25 @@ def test_an_adapter_is_trained_over_a_quantized_model(diablo: Any, quantized: Pa
     assert status == 0
 
 
+def test_an_adapter_is_trained_over_a_model_in_2_bits(
+    diablo: Any, tiny_model: Path, calibration: torch.Tensor, tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    quantize_model(str(tiny_model), tmp_path / "model", Scheme(2, 32), calibration, console=QUIET)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path / 'model'}\ntask: mawps\nmethod: {{num_blocks: 4}}\ndata: {{limit: 192}}\n"
+        f"output: {tmp_path / 'run'}\nprecision: fp32\nevaluation: {{before: false, after: false}}\n"
+        "training: {max_steps: 24, batch_size: 8, learning_rate: 3.0e-2}\n"
+    )
+    status, _, err = diablo("train", tmp_path / "recipe.yaml")
+    assert status == 0, err
+    before, after = (
+        loss for _, loss in json.loads((tmp_path / "run" / "run.json").read_text())["training"]["held_out_loss"]
+    )
+    assert after < before - 0.2
+
+
 def test_the_command(diablo: Any, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
     text = tmp_path / "text.txt"

@@ -64,12 +64,12 @@ def test_a_shipped_recipe_is_valid_and_names_the_schema(name: str) -> None:
     assert faults(yaml.safe_load(text)) == []
 
 
-def test_the_recipe_of_the_readme_is_valid():
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    recipes = [yaml.safe_load(block) for block in blocks]
-    assert recipes
-    for recipe in recipes:
-        assert faults(recipe) == []
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/other-trainers.md", 3)])
+def test_the_recipes_of_a_page_are_valid(page: str, count: int) -> None:
+    blocks = re.findall(r"```yaml\n(# recipe\.yaml\n.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == count
+    for block in blocks:
+        assert faults(yaml.safe_load(block)) == []
 
 
 @pytest.mark.parametrize(
