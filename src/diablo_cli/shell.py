@@ -73,21 +73,17 @@ def quiet() -> None:
 
     Nothing is imported for that: each library is told when it is.
     """
-    from diablo.importing import when_imported
-
-    _filter_warnings()
-    when_imported("huggingface_hub", _quiet_hub)
-    when_imported("transformers", _quiet_transformers)
-    when_imported("logbar", _quiet_logbar)
-
-
-def _filter_warnings() -> None:
     import warnings
+
+    from diablo.importing import when_imported
 
     # What they advise about their own settings, which a recipe's user does not have.
     for library in ("peft", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch", "torchao"):
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    when_imported("huggingface_hub", _quiet_hub)
+    when_imported("transformers", _quiet_transformers)
+    when_imported("logbar", _quiet_logbar)
 
 
 def _quiet_hub() -> None:
@@ -101,13 +97,11 @@ def _quiet_transformers() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Libraries that are imported on the way put filters of their own before ours.
-    _filter_warnings()
 
 
 def _quiet_logbar() -> None:
     # gptqmodel's log opens with an empty line, and then has a banner.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
         from logbar import LogBar
 
         LogBar.shared().setLevel("ERROR")
