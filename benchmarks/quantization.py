@@ -24,7 +24,8 @@ from diablo.data import RowEncoder
 from diablo.data.encoding import EncodedRow
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.models.loading import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
-from diablo.quantization import METHODS, Scheme, calibration_rows, quantize_model
+from diablo.quantization import METHODS, Scheme, calibration_rows
+from diablo.quantization.model import quantize_model
 from diablo.records.results import write_record
 from diablo.scoring.generation import held_out_loss
 from diablo.tasks import get_task

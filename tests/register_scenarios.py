@@ -1,4 +1,4 @@
-"""What happens on the first import of diablo, run by unit/test_register.py in a process of its own.
+"""What happens on the first import of diablo where PEFT is there, run by unit/test_register.py in its own process.
 
 Importing PEFT takes seconds and diablo can be imported for the first time only once in a process: so PEFT is imported
 here once, and every scenario runs in a fork of that state. Prints a JSON object: scenario to None or its traceback.
@@ -7,14 +7,12 @@ here once, and every scenario runs in a fork of that state. Prints a JSON object
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import sys
-import traceback
 from types import MappingProxyType
 
 import peft
 import torch
+from forking import run_all
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
@@ -181,23 +179,6 @@ SCENARIOS = (
 )
 
 
-def run_in_fork(scenario) -> str | None:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            scenario()
-        except BaseException:
-            os.write(writer, traceback.format_exc()[-4000:].encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as stream:
-        said = stream.read().decode()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if status == 0 else said or f"ended with status {status}"
-
-
 if __name__ == "__main__":
     assert "diablo" not in sys.modules
-    json.dump({scenario.__name__: run_in_fork(scenario) for scenario in SCENARIOS}, sys.stdout)
+    run_all(SCENARIOS)

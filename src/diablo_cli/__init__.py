@@ -1,7 +1,7 @@
 """The command line: each verb is one call of a public function.
 
-It lies beside the package ``diablo``, not in it: ``import diablo`` registers the method with PEFT and so takes seconds,
-which ``diablo --help`` should not. Everything heavy is imported by the verb that needs it.
+A verb first refuses what it can, by functions that import neither torch nor PEFT, and then imports what it needs: these
+take seconds, for which neither ``diablo --help`` nor a typo should wait.
 """
 
 from __future__ import annotations

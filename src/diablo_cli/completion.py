@@ -1,6 +1,6 @@
 """What a shell completes, and the names for it.
 
-Names are read from the files of the package ``diablo``: to import it takes seconds, which nobody waits for at a Tab.
+Names are read from files of the package ``diablo``: importing what knows them takes longer than one waits at a Tab.
 """
 
 from __future__ import annotations

@@ -31,15 +31,17 @@ def quantize(
     alpha: Annotated[float | None, typer.Option(help="Weight of MagR's penalty; 1e-4 if not given.")] = None,
 ) -> None:
     """Quantize a model to 4, 3 or 2 bits, to train adapters over; goes on where it was interrupted."""
-    from diablo.models.adapters import check_new_folder
-    from diablo.models.loading import load_tokenizer, resolve_model
-    from diablo.quantization import Scheme, calibration_rows, check_calibration, quantize_model
+    from diablo.models.folders import check_new_folder
+    from diablo.quantization import Scheme, calibration_rows, check_calibration
 
     check_model(model)
     check_new_folder(folder, "quantized model")
     check_calibration(calibration, data_folder)
     scheme = Scheme(bits, group_size, method, **({} if alpha is None else {"alpha": alpha}))
     quiet()
+    from diablo.models.loading import load_tokenizer, resolve_model
+    from diablo.quantization.model import quantize_model
+
     tokenizer = load_tokenizer(resolve_model(model))
     tokens = calibration_rows(calibration, tokenizer, rows=rows, length=length, seed=seed, folder=data_folder)
     report = quantize_model(model, folder, scheme, tokens, console=progress)
@@ -73,13 +75,12 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
-    from diablo.merging import merge_adapter
-    from diablo.models.adapters import adapter_folder, check_new_folder
-    from diablo.models.loading import parse_dtype
+    from diablo.models.choices import check_dtype
+    from diablo.models.folders import adapter_folder, check_new_folder
     from diablo.quantization import calibration_rows, check_calibration
-    from diablo.tuner.base_digest import CANNOT_BE_TOLD
 
-    chosen = parse_dtype(dtype) if dtype else None
+    if dtype is not None:
+        check_dtype(dtype)
     source = adapter_folder(adapter)
     check_model(base, "--base")
     check_new_folder(folder, "merged model")
@@ -88,6 +89,11 @@ def merge(
     else:
         check_calibration(calibration, data_folder)
     quiet()
+    from diablo.merging import merge_adapter
+    from diablo.models.loading import parse_dtype
+    from diablo.tuner.base_digest import CANNOT_BE_TOLD
+
+    chosen = parse_dtype(dtype) if dtype else None
     rows = partial(calibration_rows, calibration, folder=data_folder) if calibration else None
     report = merge_adapter(
         source, folder, base=base, dtype=chosen, into=into, calibration=rows, other_base=other_base, console=progress
@@ -130,16 +136,17 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every block's figures as JSON.")] = None,
 ) -> None:
     """Show where an adapter's update goes: how large it is beside the base weights, by layer and module."""
-    from diablo.models.adapters import adapter_folder
-    from diablo.models.inspection import inspect_adapter, inspection_record, plot_inspections
-    from diablo.records.results import write_json
-    from diablo_cli.reporting import print_inspections
+    from diablo.models.folders import adapter_folder
 
     check_file(plot, "--plot")
     check_file(json_file, "--json")
     given = [adapter_folder(each) for each in (adapter, other) if each is not None]
     check_model(base, "--base")
     quiet()
+    from diablo.models.inspection import inspect_adapter, inspection_record, plot_inspections
+    from diablo.records.results import write_json
+    from diablo_cli.reporting import print_inspections
+
     inspections = [inspect_adapter(each, base=base, label=label) for label, each in zip("AB", given, strict=False)]
     print_inspections(out, inspections)
     if plot is not None:
@@ -159,7 +166,7 @@ def to_lora(
 ) -> None:
     """Turn an adapter into a LoRA adapter, for engines that serve LoRA alone, and say what that loses."""
     from diablo.errors import UserError
-    from diablo.models.adapters import adapter_folder, check_new_folder, write_as_lora
+    from diablo.models.folders import adapter_folder, check_new_folder
 
     try:
         chosen = float(rank) if "." in rank else int(rank)
@@ -169,6 +176,8 @@ def to_lora(
     check_model(base, "--base")
     check_new_folder(folder, "LoRA adapter")
     quiet()
+    from diablo.models.adapters import write_as_lora
+
     report = write_as_lora(source, folder, chosen, base=base)
     ranks = sorted(set(report.ranks.values()))
     rank_range = " to ".join(map(str, ranks[:1] + ranks[1:][-1:]))
@@ -188,14 +197,15 @@ def import_(
 ) -> None:
     """Turn a checkpoint of the paper's authors into a PEFT adapter."""
     from diablo.errors import UserError
-    from diablo.models.adapters import check_new_folder
-    from diablo.models.authors import import_checkpoint
+    from diablo.models.folders import check_new_folder
 
     if not checkpoint.is_file():
         raise UserError(f"There is no file {str(checkpoint)!r}; give the adapter.chkpt of the paper's authors.")
     check_model(base, "--base")
     check_new_folder(folder, "adapter")
     quiet()
+    from diablo.models.authors import import_checkpoint
+
     report = import_checkpoint(checkpoint, folder, base=base)
     out.print(
         f"Wrote {escape(str(report.folder))}: {report.modules} modules, {report.parameters:,} parameters, "
@@ -214,15 +224,15 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Complete a prompt with a model or an adapter."""
+    check_model(model)
+    check_model(base, "--base")
+    quiet()
     import transformers
 
     from diablo.data.rows import Row
     from diablo.models.adapters import load_for_generation
     from diablo.scoring.generation import generate as complete
 
-    check_model(model)
-    check_model(base, "--base")
-    quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
     transformers.set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -244,14 +254,14 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model or an adapter; /base shows the base model's answer beside it."""
+    check_model(model)
+    check_model(base, "--base")
+    quiet()
     from diablo.data import RowEncoder
     from diablo.models.adapters import load_for_generation
     from diablo.records.results import recipe_of_run
     from diablo_cli.chat import Chat, read_line
 
-    check_model(model)
-    check_model(base, "--base")
-    quiet()
     loaded, encoder = load_for_generation(model, base=base, chat=use_template)
     if use_template is None and not recipe_of_run(model):
         has_template = bool(encoder.tokenizer.chat_template)

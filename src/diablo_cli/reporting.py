@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diablo.scoring.generation import Score
     from diablo.scoring.harness import HarnessFigure
     from diablo.tasks import Split, Task
-    from diablo.training import RunResult
+    from diablo.training.run import RunResult
 
 # A year, and who wrote what in it: for the page about one task, not for the list of all.
 _CITATION = re.compile(r" \([^()]*\b\d{4}\)")

@@ -12,7 +12,7 @@ from diablo_cli.completion import complete_scored_tasks, complete_task
 from diablo_cli.shell import Base, app, check_file, check_model, out, progress, quiet, refuse
 
 if TYPE_CHECKING:
-    from diablo.scoring.generation import Decoding
+    from diablo.scoring.asking import Decoding
     from diablo.tasks import Task
 
 
@@ -56,13 +56,9 @@ def evaluate(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
 ) -> None:
     """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
-    from diablo.models.adapters import load_for_generation
     from diablo.records.results import recipe_of_run
-    from diablo.scoring.generation import decoding_for
-    from diablo.scoring.likelihood import as_multiple_choice
-    from diablo.scoring.several_tasks import score_tasks, write_answers
+    from diablo.scoring.asking import as_multiple_choice, decoding_for
     from diablo.tasks import chosen_tasks
-    from diablo_cli.reporting import print_examples
 
     of_generation = {
         "--samples": samples,
@@ -102,6 +98,10 @@ def evaluate(
         scored = [(each, decoding_for(each, **sampling)) for each in tasks]
         for each in tasks:
             each.problems("test")
+    from diablo.models.adapters import load_for_generation
+    from diablo.scoring.several_tasks import score_tasks, write_answers
+    from diablo_cli.reporting import print_examples
+
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
     scores = score_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
     if out_file is not None:

@@ -69,19 +69,37 @@ def check_model(name: str | None, option: str = "model") -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo."""
+    """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo.
+
+    Nothing is imported for that: each library is told when it is.
+    """
     import warnings
 
-    import huggingface_hub.utils.logging
-    import transformers
+    from diablo.importing import when_imported
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
     # What they advise about their own settings, which a recipe's user does not have.
     for library in ("peft", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch", "torchao"):
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    when_imported("huggingface_hub", _quiet_hub)
+    when_imported("transformers", _quiet_transformers)
+    when_imported("logbar", _quiet_logbar)
+
+
+def _quiet_hub() -> None:
+    import huggingface_hub.utils.logging
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _quiet_logbar() -> None:
     # gptqmodel's log opens with an empty line, and then has a banner.
     with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
         from logbar import LogBar

@@ -35,10 +35,14 @@ def train(
     settings = load_recipe(recipe, overrides or [])
     quiet()
     if dry_run:
+        from diablo.planning.materials import gather
+
+        materials = gather(settings)
+        # What can be refused without torch has been.
         from diablo.planning.plan import make_plan
         from diablo_cli.reporting import print_plan
 
-        print_plan(out, make_plan(settings))
+        print_plan(out, make_plan(settings, materials=materials))
         return
     from diablo.training import train as run
     from diablo_cli.reporting import print_result
@@ -121,10 +125,8 @@ def plan(
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
-    from diablo.models.loading import parse_dtype
-    from diablo.planning.sizes import plan_sizes, recipe_sizes
+    from diablo.models.choices import check_checkpointing, check_dtype
     from diablo.recipes.reading import load_recipe
-    from diablo_cli.reporting import print_sizes
 
     options = {
         "--num-blocks": num_blocks,
@@ -139,6 +141,9 @@ def plan(
         refuse("a recipe has settings of its own, such as method.num_blocks=64 or training.batch_size=1", options)
         recipe = load_recipe(model, overrides or [])
         quiet()
+        from diablo.planning.sizes import recipe_sizes
+        from diablo_cli.reporting import print_sizes
+
         training = recipe.training
         sizes = recipe_sizes(recipe)
         dtype = str(sizes.dtype).removeprefix("torch.")
@@ -166,8 +171,13 @@ def plan(
     names = target_modules.split(",") if target_modules and target_modules != "all-linear" else target_modules
     batch_size, length, dtype = batch_size or 1, length or 1024, dtype or "bf16"
     checkpointing = gradient_checkpointing or "none"
-    chosen = parse_dtype(dtype)
+    check_dtype(dtype)
+    check_checkpointing(checkpointing)
     quiet()
+    from diablo.models.loading import parse_dtype
+    from diablo.planning.sizes import plan_sizes
+    from diablo_cli.reporting import print_sizes
+
     sizes = plan_sizes(
         model,
         num_blocks=num_blocks,
@@ -175,7 +185,7 @@ def plan(
         target_modules=names,
         batch_size=batch_size,
         length=length,
-        dtype=chosen,
+        dtype=parse_dtype(dtype),
         checkpointing=checkpointing,
     )
     batch = f"{batch_size} x {length} tokens in {dtype}, gradient checkpointing: {checkpointing}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("trl", "datasets", "transformers.trainer", "matplotlib", "lm_eval", "gptqmodel", "deepspeed")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "pyarrow", "numpy", "matplotlib", "lm_eval")
 
 # Each line of its output is what a command line came to: the exit status, the message and what was imported by then.
 SCRIPT = """
@@ -19,7 +19,7 @@ given = [json.loads(argument) for argument in sys.argv[1:]]
 for arguments in given[0]:
     sys.argv = ["diablo", *arguments]
     status, error = 0, io.StringIO()
-    with contextlib.redirect_stderr(error):
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:
             diablo_cli.main()
         except SystemExit as end:
@@ -35,13 +35,26 @@ def folder(tmp_path_factory, tiny_model) -> Path:
     (folder / "t.csv").write_text("a,b\n")
     (folder / "t.xlsx").write_text("")
     (folder / "t.jsonl").write_text("{}\n")
+    (folder / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "sub").mkdir()
+    (folder / "sub" / "train.jsonl").write_text("not JSON\n")
+    (folder / "sub.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: sub}}\n")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "r.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.xlsx}}\n")
+    (folder / "full.yaml").write_text(f"model: {tiny_model}\noutput: full\ntask: mawps\n")
     (folder / "rows.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.jsonl}}\n")
     return folder
+
+
+def run(folder: Path, lines: list[list[str]]) -> list[tuple[int, str, list[str]]]:
+    """What each command line comes to, one after the other in one process of their own."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(lines), json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
@@ -51,39 +64,91 @@ def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
         (["train", "r.yaml", "data.train=none.jsonl"], "data.train: there is no file 'none.jsonl'"),
         (["train", "quickstart", "model=./none"], "model: there is no folder './none'"),
         (["train", "rows.yaml"], "1 malformed of 1 rows"),
+        (["train", "rows.yaml", "--dry-run"], "1 malformed of 1 rows"),
+        (["train", "sub.yaml"], "Row 1: not valid JSON"),
+        (["train", "rows.yaml", "data.train=t.csv"], "t.csv has no usable row"),
+        (["train", "full.yaml"], "'full' has files that diablo did not write"),
+        (["train", "full.yaml", "output=new", "--resume"], "output: there is no checkpoint in 'new' to resume from"),
+        (["train", "quikstart"], "There is no recipe file 'quikstart'"),
+        (["train", "quickstart", "trainin.epochs=1"], "trainin: unknown key"),
+        (["train", "quickstart", "training.epochs=x"], "training.epochs: found 'x'; allowed: a number above 0"),
+        (["train", "quickstart", "task=mawpz"], "task: found 'mawpz'; allowed: mawps"),
+        (["train", "quickstart", "training.optimizer=adamv"], "training.optimizer: found 'adamv'; allowed: adamw"),
+        (["train", "quickstart", "training.optimizer=lomo"], "training.optimizer: found 'lomo', which changes"),
+        (["train", "quickstart", "training.schedule=cosin"], "training.schedule: found 'cosin'; allowed: linear"),
+        (["train", "quickstart", "tracking.report_to=wandv"], "tracking.report_to: found 'wandv'; allowed"),
+        (["train", "quickstart", "method=lorra"], "method: found "),
+        (["train", "quickstart", "evaluation.likelihood=true"], "evaluation.likelihood: task 'mawps' has no choices"),
+        (["train", "quickstart", "output=t.csv"], "output: 't.csv' is a file"),
+        (["train", "quickstart", "--overwrit"], "No such option"),
+        (["trian", "quickstart"], "No such command"),
         (["compare", "r.yaml"], "data.train: t.xlsx is not a dataset"),
+        (["compare", "rows.yaml"], "There is nothing to score the methods by"),
+        (["compare", "rows.yaml", "data.eval=1"], "1 malformed of 1 rows"),
         (["compare", "quickstart", "--lrs", "x"], "--lrs: found 'x'"),
+        (["compare", "quickstart", "--seeds", "0"], "--seeds: found 0"),
+        (["compare", "quickstart", "--methods", "diablo,lorra"], "--methods: found 'lorra'"),
         (["evaluate", "./none", "--task", "mawps"], "model: there is no folder './none'"),
+        (["evaluate", tiny, "--task", "mawpz"], "--task: found 'mawpz'"),
+        (["evaluate", tiny, "--task", "mawps", "--likelihood"], "--likelihood: task 'mawps' has no choices"),
+        (["evaluate", tiny, "--task", "mawps", "--samples", "2"], "2 samples at temperature 0"),
         (["evaluate", tiny, "--task", "gsm8k", "--data-folder", "none"], "--data-folder: there is no folder 'none'"),
         (["evaluate", tiny, "--task", "mawps", "--out", "no/such"], "--out: 'no/such' cannot be written"),
         (["evaluate", "adapter", "--task", "mawps", "--base", "./none"], "--base: there is no folder './none'"),
         (["plan", "./none"], "model: there is no folder './none'"),
         (["plan", "quikstart"], "Did you mean quickstart?"),
         (["plan", "quickstart", "--length", "8"], "--length: a recipe has settings of its own"),
+        (["plan", tiny, "--dtype", "bf17"], "dtype: found 'bf17'"),
+        (["plan", tiny, "--gradient-checkpointing", "all"], "--gradient-checkpointing: found 'all'"),
         (["plan", tiny, "method=lora"], "method=lora: overrides are of a recipe"),
         (["generate", "quickstart", "Hello"], "'quickstart' is a recipe, not a model"),
         (["chat", "./none"], "model: there is no folder './none'"),
         (["merge", "none", "out"], "'none' is no adapter"),
         (["merge", "adapter", "full"], "'full' exists and is not empty"),
+        (["merge", "adapter", "out", "--dtype", "bf17"], "dtype: found 'bf17'"),
         (["merge", "adapter", "out", "--calibration", "t.csv"], "--calibration: found 't.csv'"),
         (["merge", "adapter", "out", "--data-folder", "full"], "--data-folder: it is read by --calibration"),
         (["inspect", "none"], "'none' is no adapter"),
         (["inspect", "adapter", "--base", "./none"], "--base: there is no folder './none'"),
         (["to-lora", "none", "out", "--rank", "4"], "'none' is no adapter"),
         (["to-lora", "adapter", "full", "--rank", "4"], "'full' exists and is not empty"),
+        (["tasks", "gsm9k"], "There is no task 'gsm9k'"),
+        (["init", "out.yaml", "--yes", "--task", "mawpz"], "task: found 'mawpz'"),
+        (["init", "out.yaml", "--yes", "--data", "sub/train.jsonl"], "not valid JSON"),
         (["import", "none.chkpt", "out", "--base", tiny], "There is no file 'none.chkpt'"),
         (["import", "t.csv", "full", "--base", tiny], "'full' exists and is not empty"),
         (["quantize", "./none", "out"], "model: there is no folder './none'"),
         (["quantize", tiny, "full"], "'full' exists and is not empty"),
+        (["quantize", tiny, "out", "--bits", "5"], "--bits: found 5"),
         (["quantize", tiny, "out", "--calibration", "t.csv"], "--calibration: found 't.csv'"),
         (["quantize", tiny, "out", "--data-folder", "full"], "from which builtin reads nothing"),
     ]
-    command = [sys.executable, "-c", SCRIPT, json.dumps([arguments for arguments, _ in refused]), json.dumps(HEAVY)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    for (arguments, expected), line in zip(refused, run.stdout.splitlines(), strict=True):
-        status, error, heavy = json.loads(line)
+    outcomes = run(folder, [arguments for arguments, _ in refused])
+    for (arguments, expected), (status, error, heavy) in zip(refused, outcomes, strict=True):
         assert status == 2, arguments
         assert expected in error, arguments
         assert not heavy, arguments
     assert not (folder / "out").exists()
+
+
+def test_verbs_that_need_no_model_import_nothing_heavy(folder):
+    lines = [
+        ["--help"],
+        *([verb, "--help"] for verb in ("train", "compare", "plan", "evaluate", "merge", "init")),
+        ["tasks"],
+        ["tasks", "gsm8k"],
+        ["schema"],
+        ["init", "new.yaml", "--yes"],
+        ["init", "own.yaml", "--yes", "--data", "good.jsonl"],
+    ]
+    for arguments, (status, error, heavy) in zip(lines, run(folder, lines), strict=True):
+        assert status == 0, (arguments, error)
+        assert not heavy, arguments
+
+
+@pytest.mark.parametrize("statement", ["import diablo", "from diablo.recipes.reading import load_recipe"])
+def test_a_script_that_imports_the_package_imports_nothing_heavy_before_it_asks_for_it(statement):
+    script = f"{statement}; import json, sys; print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    # Warnings are errors here, of which an import may have none.
+    command = [sys.executable, "-W", "error", "-c", script]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == []

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError
-from diablo.scoring.generation import Decoding, decoding_for, evaluate_task, generate
+from diablo.scoring.asking import Decoding, decoding_for
+from diablo.scoring.generation import evaluate_task, generate
 from diablo.tasks import TASKS, get_task
 from diablo.tasks.arithmetic.equations import Mawps
 

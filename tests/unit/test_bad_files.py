@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
-from diablo.models.adapters import adapter_folder, load_adapter
+from diablo.models.adapters import load_adapter
+from diablo.models.folders import adapter_folder
 from diablo.recipes.reading import load_recipe
 from diablo.recipes.recipe import Recipe
 

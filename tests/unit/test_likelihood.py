@@ -16,7 +16,8 @@ from diablo import DiabloConfig
 from diablo.data import Row, RowEncoder
 from diablo.errors import UserError
 from diablo.models.loading import load_tokenizer
-from diablo.scoring.likelihood import Candidate, Choice, as_multiple_choice, evaluate_choices, score_candidates
+from diablo.scoring.asking import as_multiple_choice
+from diablo.scoring.likelihood import Candidate, Choice, evaluate_choices, score_candidates
 from diablo.tasks import MultipleChoice, Problem, get_task
 
 PROBLEMS = [

@@ -24,10 +24,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from diablo import DiabloConfig
 from diablo.errors import UserError
 from diablo.models.loading import load_model, load_tokenizer
-from diablo.quantization import Scheme, calibration_rows, quantize_model
+from diablo.quantization import Scheme, calibration_rows
 from diablo.quantization import model as quantization
 from diablo.quantization.magr import objective, project_on_l1_ball, reduce_magnitude, shrink_largest
-from diablo.quantization.scheme import dequantize, quantize_weight
+from diablo.quantization.model import quantize_model
+from diablo.quantization.weights import dequantize, quantize_weight
 
 QUIET = Console(quiet=True)
 

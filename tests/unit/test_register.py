@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import importlib
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import late_peft_scenarios
 import peft
 import pytest
 import register_scenarios
@@ -106,12 +108,30 @@ def test_registering_again_and_reloading_are_harmless():
     assert [p.shape for p in model.parameters() if p.requires_grad] == [(3, 3, 2)]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str | None]:
+def test_the_names_of_the_package_are_those_that_a_type_checker_sees():
+    tree = ast.parse(Path(diablo.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.name
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for alias in statement.names
+    }
+    assert seen | {"__version__"} == set(diablo.__all__) <= set(dir(diablo))
+    for name in diablo.__all__:
+        assert getattr(diablo, name) is not None
+    with pytest.raises(AttributeError, match="module 'diablo' has no attribute 'DiabloConfigs'"):
+        diablo.DiabloConfigs  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'DiabloConfigs' from 'diablo'"):
+        exec("from diablo import DiabloConfigs")
+
+
+def outcomes_of(scenarios, *arguments: str) -> dict[str, str | None]:
+    """What each of the scenarios came to, in a process of its own."""
     source = str(Path(diablo.__file__).parents[1])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, register_scenarios.__file__],
+        [sys.executable, scenarios.__file__, *arguments],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -122,7 +142,23 @@ def outcomes() -> dict[str, str | None]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str | None]:
+    return outcomes_of(register_scenarios)
+
+
+@pytest.fixture(scope="module")
+def late_outcomes() -> dict[str, str | None]:
+    return outcomes_of(late_peft_scenarios, pickle.dumps(diablo.DiabloConfig(num_blocks=3)).hex())
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the scenarios share one import of PEFT by forking")
 @pytest.mark.parametrize("name", [scenario.__name__ for scenario in register_scenarios.SCENARIOS])
 def test_first_import(outcomes, name):
     assert outcomes[name] is None, outcomes[name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the scenarios share one import of torch by forking")
+@pytest.mark.parametrize("name", [scenario.__name__ for scenario in late_peft_scenarios.SCENARIOS])
+def test_first_import_of_peft_after_diablo(late_outcomes, name):
+    assert late_outcomes[name] is None, late_outcomes[name]

@@ -1,6 +1,6 @@
 """A fair comparison of methods: equal trained parameters, a learning rate chosen for each, several seeds."""
 
-from diablo.comparison.plan import DEFAULT_METHODS, DEFAULT_RATES, Comparison, Contender, parse_rates, plan_comparison
+from diablo.comparison.plan import DEFAULT_METHODS, DEFAULT_RATES, Comparison, parse_rates, plan_comparison
 from diablo.comparison.runner import compare
 
-__all__ = ["DEFAULT_METHODS", "DEFAULT_RATES", "Comparison", "Contender", "compare", "parse_rates", "plan_comparison"]
+__all__ = ["DEFAULT_METHODS", "DEFAULT_RATES", "Comparison", "compare", "parse_rates", "plan_comparison"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +11,13 @@ from peft import PeftConfig
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
+from diablo.comparison.names import FORM
 from diablo.errors import UserError, did_you_mean
 from diablo.models.loading import meta_model
 from diablo.planning.plan import adapt_on_meta
 from diablo.recipes.applying import Shapes, closest_size, nearest_size, peft_config
-from diablo.recipes.methods import METHODS, AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
 from diablo.recipes.peft_methods import config_keys, peft_type, size_keys, takes_default_targets
-
-OFFERED = [name for name in METHODS if name != "peft"]
-"""The methods that have a name of their own."""
-
-_FORM = "peft:TYPE:KEY, such as peft:GRALORA:r, with further settings behind it as :key=value"
 
 
 @dataclass(frozen=True)
@@ -50,28 +45,11 @@ class Contender:
         return urllib.parse.quote(self.name.replace(":", "-"), safe="=")
 
 
-def check_methods(names: Sequence[str]) -> None:
-    """Check the names of the methods that are to be compared.
-
-    Raises:
-        UserError: one is not known, or none is given, or one is given twice.
-    """
-    for name in names:
-        if name.startswith("peft:"):
-            _read_type(name)
-        elif name not in OFFERED:
-            raise UserError(
-                f"--methods: found {name!r}; allowed: {', '.join(OFFERED)}, {_FORM}.{did_you_mean(name, OFFERED)}"
-            )
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--methods: found {', '.join(names) or 'none'}; name each method once.")
-
-
 def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
     """A method with as many trained parameters as DiaBlo has, or as close to that as its sizes come.
 
     Args:
-        name: a name that :func:`check_methods` lets pass.
+        name: a name that :func:`diablo.comparison.names.check_methods` lets pass.
         diablo: DiaBlo's section of the recipe, whose targets and dropout all methods share.
         config: the model's config.
         shapes: the layers that DiaBlo adapts.
@@ -103,8 +81,12 @@ def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shap
     return Contender(name, method, size, trained, trained / budget - 1)
 
 
-def _read_type(name: str) -> tuple[str, str, dict[str, Any]]:
-    """A type, the key that is solved for, and further settings, from ``peft:TYPE:KEY:key=value``."""
+def read_type(name: str) -> tuple[str, str, dict[str, Any]]:
+    """A type, the key that is solved for, and further settings, from ``peft:TYPE:KEY:key=value``.
+
+    Raises:
+        UserError: PEFT has no such type, or the type no such key.
+    """
     _, kind, *rest = name.split(":")
     try:
         kind = peft_type(kind)
@@ -114,7 +96,7 @@ def _read_type(name: str) -> tuple[str, str, dict[str, Any]]:
     if key not in size_keys(kind):
         allowed = size_keys(kind)
         raise UserError(
-            f"--methods: found {name!r}; give {_FORM}. "
+            f"--methods: found {name!r}; give {FORM}. "
             + (
                 f"The KEY that is solved for can be {', '.join(allowed)}.{did_you_mean(key, allowed)}"
                 if allowed
@@ -137,7 +119,7 @@ def _read_type(name: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def _of_type(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:
-    kind, key, settings = _read_type(name)
+    kind, key, settings = read_type(name)
     settings = _shared_with(diablo, kind, name) | settings
     counts: dict[int, int] = {}
     refusals: list[str] = []
@@ -165,7 +147,7 @@ def _of_type(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: 
             f"--methods: found {name!r}, where {key} does not change how many parameters are trained; {kind} has "
             f"these keys: {', '.join(size_keys(kind))}."
         )
-    words = [f"{setting} {value}" for setting, value in _read_type(name)[2].items()]
+    words = [f"{setting} {value}" for setting, value in read_type(name)[2].items()]
     trained = counts[size]
     return Contender(name, at_size(size), ", ".join([f"{key} = {size}", *words]), trained, trained / budget - 1)
 

@@ -6,17 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from diablo.comparison.contenders import OFFERED, Contender, check_methods, contender_of
+from diablo.comparison.names import OFFERED, check_methods
 from diablo.data.general_text import BUILTIN_TEXT
 from diablo.errors import UserError
-from diablo.models.loading import meta_model
-from diablo.planning.plan import check_quantized, make_plan
-from diablo.recipes.applying import shapes_of
+from diablo.planning.materials import gather
 from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.training import Training
+
+if TYPE_CHECKING:
+    from diablo.comparison.contenders import Contender
 
 DEFAULT_METHODS = tuple(OFFERED)
 DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
@@ -137,11 +138,23 @@ def plan_comparison(
     settings = recipe.model_dump()
     settings["evaluation"]["general"] = recipe.evaluation.general or BUILTIN_TEXT
     settings["data"]["held_out"] = "test"
-    if recipe.data.validation_rows is None:
-        rows = len(make_plan(Recipe.model_validate(settings)).train)
-        settings["data"]["validation_rows"] = min(_MOST_VALIDATION_ROWS, max(1, rows // _VALIDATION_SHARE))
     recipe = Recipe.model_validate(settings)
-    plan = make_plan(recipe)
+    materials = gather(recipe)
+    # They import torch and PEFT, and nothing that is refused above is to wait for that.
+    from diablo.comparison.contenders import contender_of, read_type
+    from diablo.models.loading import meta_model
+    from diablo.planning.plan import check_quantized, make_plan
+    from diablo.recipes.applying import shapes_of
+
+    for name in methods:
+        if name not in OFFERED:
+            read_type(name)
+    if recipe.data.validation_rows is None:
+        rows = len(make_plan(recipe, materials=materials).train)
+        settings["data"]["validation_rows"] = min(_MOST_VALIDATION_ROWS, max(1, rows // _VALIDATION_SHARE))
+        recipe = Recipe.model_validate(settings)
+        materials = gather(recipe)
+    plan = make_plan(recipe, materials=materials)
     budget, total = plan.parameters[0], sum(parameter.numel() for parameter in meta_model(plan.config).parameters())
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)

@@ -9,18 +9,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from diablo.comparison.plan import Comparison, Contender, Run
+from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.summary import describe_run, summarize, write_comparison
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, kept_loss, write_json
+
+if TYPE_CHECKING:
+    from diablo.comparison.contenders import Contender
 
 Runner = Callable[[Recipe], str | None]
 """Carries out a recipe. It returns why the run failed, or None where it did not fail."""

@@ -23,15 +23,16 @@ from diablo.models.adapters import (
     attach_adapter,
     base_model_of,
     load_adapter,
-    new_folder,
     read_adapter_config,
     stored_dtype,
 )
+from diablo.models.folders import new_folder
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.planning.plan import make_plan
-from diablo.quantization import Scheme, quantize_model
+from diablo.quantization import Scheme
 from diablo.quantization.dense import dequantized_model
+from diablo.quantization.model import quantize_model
 from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import recipe_of_run

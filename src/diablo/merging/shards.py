@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 from diablo.errors import UserError, first_line
 from diablo.layout import Layout
 from diablo.merging.untying import copies_for, ties_of, untied_config
-from diablo.models.adapters import ADAPTER_WEIGHTS, check_tensors, read_adapter_config
+from diablo.models.adapters import check_tensors, read_adapter_config
+from diablo.models.folders import ADAPTER_WEIGHTS
 from diablo.models.loading import meta_model
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.ops.weight import write_to_diagonal

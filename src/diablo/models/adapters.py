@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError, first_line
+from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, is_adapter, new_folder, put_in_place
 from diablo.models.loading import (
     choose_device,
     choose_dtype,
@@ -33,9 +32,6 @@ from diablo.models.stored_weights import write_stop_tokens
 from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.card import write_model_card
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_start(model: Any, folder: Path) -> Path | None:
@@ -92,7 +88,7 @@ def save_adapter(
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
             write_stop_tokens(target, stops)
-        _replace(target, folder)
+        put_in_place(target, folder)
 
 
 def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
@@ -107,23 +103,6 @@ def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
     saved = get_peft_model_state_dict(model, state_dict=named)
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     return {names[id(tensor)]: tensors[key] for key, tensor in saved.items()}
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The folder of an adapter, given that folder or the output folder of a run.
-
-    Raises:
-        UserError: neither holds an adapter.
-    """
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / ADAPTER_CONFIG).is_file():
-            return folder
-    raise UserError(f"{str(path)!r} is no adapter: it has no {ADAPTER_CONFIG}; give the folder that training wrote.")
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a path is an adapter's folder, or a run's that has one."""
-    return any((folder / ADAPTER_CONFIG).is_file() for folder in (Path(path), Path(path) / "adapter"))
 
 
 def base_model_of(adapter: Path) -> str:
@@ -318,46 +297,6 @@ def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str |
     return conversion
 
 
-def check_new_folder(folder: Path, what: str) -> None:
-    """Check that a folder can be made, or is empty.
-
-    Args:
-        folder: the folder.
-        what: what is to be written there, for the message.
-
-    Raises:
-        UserError: the folder has files, or is a file.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
-
-
-@contextmanager
-def new_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
-
-    Args:
-        folder: the folder to make; it must not exist or be empty.
-        what: what is written there, for the message.
-
-    Raises:
-        UserError: the folder has files, or is a file.
-    """
-    check_new_folder(folder, what)
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            target = Path(scratch) / "new"
-            target.mkdir()
-            yield target
-            _replace(target, folder)
-    except BaseException:
-        for parent in made:
-            parent.rmdir()
-        raise
-
-
 def stored_dtype(name: str) -> torch.dtype:
     """The dtype that a model's config states, fp32 where it states none."""
     dtype = load_config(name).dtype
@@ -382,12 +321,6 @@ def _some(keys: Any, most: int = 3) -> str:
     names = [key if key.isprintable() and key else repr(key) for key in sorted(keys)]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) + more) or "none"
-
-
-def _replace(source: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    source.rename(folder)
 
 
 def _is_pissa(model: PeftModel) -> bool:

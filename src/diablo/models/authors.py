@@ -13,7 +13,7 @@ from torch import nn
 
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.models.adapters import ADAPTER_WEIGHTS, new_folder
+from diablo.models.folders import ADAPTER_WEIGHTS, new_folder
 from diablo.models.loading import load_config, meta_model, resolve_model
 from diablo.tuner import DiabloConfig
 from diablo.tuner.targets import linear_kinds

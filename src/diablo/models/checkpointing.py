@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-Checkpointing = Literal["none", "selective", "full"]
-"""What a layer keeps for its backward.
-
-``none``: all that autograd asks for. ``selective``: only results that take long to compute. ``full``: only its input.
-"""
+from diablo.models.choices import Checkpointing
 
 SHORT_SUM = 256
 """A product whose sums have at most this many terms is cheap: a GPU computes it about as fast as it writes the result.

@@ -14,7 +14,8 @@ import torch
 
 from diablo.errors import UserError
 from diablo.layout import Layout
-from diablo.models.adapters import adapter_folder, load_adapter, read_adapter_config
+from diablo.models.adapters import load_adapter, read_adapter_config
+from diablo.models.folders import adapter_folder
 from diablo.tuner import DiabloConfig, DiabloLayer
 from diablo.tuner.layers.tensor_parallel import check_whole
 from diablo.tuner.weights import is_quantized

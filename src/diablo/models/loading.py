@@ -22,6 +22,7 @@ from transformers import (
 
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
+from diablo.models.choices import check_dtype
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -202,8 +203,7 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         UserError: it is called something else.
     """
-    if name not in _DTYPES:
-        raise UserError(f"dtype: found {name!r}; allowed: {', '.join(_DTYPES)}.")
+    check_dtype(name)
     return _DTYPES[name]
 
 

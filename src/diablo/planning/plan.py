@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +32,15 @@ from diablo.models.loading import (
     stored_quantization,
 )
 from diablo.planning import preflight
+from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
-from diablo.planning.rows import choose_rows, encode_rows
+from diablo.planning.rows import encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
 from diablo.recipes.recipe import Recipe
-from diablo.scoring.generation import Decoding, decoding_for
-from diablo.scoring.likelihood import as_multiple_choice
-from diablo.tasks import Problem, Task, get_task
-
-ScoredTask = tuple[Task, Decoding | None]
-"""A task with how its completions are generated; None where its choices are scored by likelihood."""
+from diablo.tasks import Problem
 
 
 @dataclass(frozen=True)
@@ -165,20 +161,21 @@ class Plan:
         return [(decode([token]), label != IGNORED) for token, label in zip(row.input_ids, row.labels, strict=True)]
 
 
-def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: int | None = None) -> Plan:
     """Resolve and check a recipe. Config, tokenizer and data are read; the model is built on the meta device.
 
     Args:
         recipe: the recipe.
+        materials: what :func:`diablo.planning.materials.gather` has read for it; read here where None.
         replicas: processes of which each takes ``batch_size`` rows of its own; all that were launched where None.
 
     Raises:
         UserError: something does not fit; the message names the key of the recipe.
     """
+    materials = materials or gather(recipe)
+    rows = materials.rows
     device = choose_device()
     dtype = choose_dtype(recipe.precision, device)
-    scored = _scored(recipe, recipe.scored)
-    rows = choose_rows(recipe, [task for task, _ in scored])
     preflight.check_trackers(recipe.tracking.report_to)
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
@@ -226,8 +223,8 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
         model_name=model_name,
         config=config,
         encoder=encoder,
-        scored=scored,
-        validated=_scored(recipe, rows.validation_problems) if recipe.training.best_by == "score" else [],
+        scored=materials.scored,
+        validated=materials.validated,
         validation_problems=rows.validation_problems,
         sources=rows.sources,
         held_out_sources=rows.held_out_sources,
@@ -279,15 +276,6 @@ def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
             "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
             "the model's config."
         )
-
-
-def _scored(recipe: Recipe, names: Iterable[str]) -> list[ScoredTask]:
-    settings = recipe.evaluation
-    tasks = [get_task(name, folder=recipe.data.folder, protocol=settings.protocol) for name in names]
-    if settings.likelihood:
-        return [(as_multiple_choice(task, key="evaluation.likelihood", limit=settings.limit), None) for task in tasks]
-    options: dict[str, Any] = {"samples": settings.samples, "temperature": settings.temperature, "seed": recipe.seed}
-    return [(task, decoding_for(task, **options)) for task in tasks]
 
 
 def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
-from diablo.models.checkpointing import Checkpointing, enable_checkpointing, selective_contexts
+from diablo.models.checkpointing import enable_checkpointing, selective_contexts
+from diablo.models.choices import check_checkpointing
 from diablo.models.loading import (
     choose_device,
     choose_dtype,
@@ -136,10 +137,7 @@ def plan_sizes(
         UserError: the model is not known, both or neither of the two sizes fit, no N keeps to the budget, or the way of
             gradient checkpointing is not known.
     """
-    if checkpointing not in get_args(Checkpointing):
-        raise UserError(
-            f"--gradient-checkpointing: found {checkpointing!r}; allowed: {', '.join(get_args(Checkpointing))}."
-        )
+    check_checkpointing(checkpointing)
     if num_blocks is not None and budget is not None:
         raise UserError(f"--num-blocks and --budget: found {num_blocks} and {budget:.3%}; give one of the two.")
     if budget is not None and not 0 < budget < 1:

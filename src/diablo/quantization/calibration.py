@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from diablo.data.general_text import BUILTIN_TEXT, read_texts
 from diablo.errors import UserError, did_you_mean
 from diablo.tasks import TASKS, check_folder, check_split, get_task
+
+if TYPE_CHECKING:
+    import torch
 
 
 def calibration_rows(
@@ -33,6 +34,9 @@ def calibration_rows(
     Raises:
         UserError: there is no such text, or less than one row of it.
     """
+    # The check below is to need no torch.
+    import torch
+
     texts = _texts(source, folder)
     random.Random(f"calibration-{seed}").shuffle(texts)
     tokens: list[int] = []

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import torch
 
-ALPHA = 1e-4
-"""The authors' weight of the penalty where each group of inputs has a grid."""
 ALPHA_OF_ROWS = 1e-3
 """The authors' weight of the penalty where each whole output has a grid."""
 ITERATIONS = 200

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from diablo.errors import did_you_mean, shortened
-from diablo.models.checkpointing import Checkpointing
+from diablo.models.choices import Checkpointing
 from diablo.recipes.section import Section
 
 DEFAULT_OPTIMIZER = "adamw_torch_fused"

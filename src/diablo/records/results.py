@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 
 def describe_machine() -> dict[str, Any]:
     """The machine in general terms: processor, cores, threads, GPU, system and Python."""
+    import torch
+
     return {
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -48,6 +48,9 @@ def describe_versions() -> dict[str, str | None]:
 
 def peak_memory_bytes() -> int:
     """The most memory that was held so far, in bytes: on the GPU where there is one, otherwise by the process."""
+    # Everything else here reads and writes records, for which nobody is to wait for torch.
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

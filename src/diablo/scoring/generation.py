@@ -12,7 +12,7 @@ import torch
 
 from diablo.data.batching import collate
 from diablo.data.encoding import EncodedRow, RowEncoder
-from diablo.errors import UserError
+from diablo.scoring.asking import Decoding, decoding_for
 from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import Problem, Protocol, Task
 
@@ -38,62 +38,6 @@ def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, 
             batch = {name: values.to(model.device) for name, values in collate(features, pad_token_id).items()}
             total += summed_completion_loss(model, batch).item()
     return total / sum(row.supervised for row in rows)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the completions of an evaluation are generated.
-
-    Attributes:
-        samples: number of completions of each problem.
-        temperature: temperature of the sampling, which draws from the model's whole distribution. With 0 nothing is
-            sampled: decoding is greedy, or a beam search.
-        beams: number of beams of the search; 1 is greedy.
-        seed: seed of the sampling.
-    """
-
-    samples: int = 1
-    temperature: float = 0.0
-    beams: int = 1
-    seed: int = 0
-
-    def describe(self) -> str:
-        """The decoding in words."""
-        if self.temperature:
-            return f"{self.samples} samples at temperature {self.temperature}"
-        return f"{self.beams} beams" if self.beams > 1 else "greedy"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of transformers' ``generate``."""
-        if self.temperature:
-            return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        return {"do_sample": False, "num_beams": self.beams}
-
-
-def decoding_for(
-    task: Task, *, samples: int | None = None, temperature: float | None = None, seed: int = 0
-) -> Decoding:
-    """The decoding of a task: what the user asks for, and for the rest what the task asks for.
-
-    Args:
-        task: the task. Under the paper's protocol its number of beams is used, unless completions are sampled.
-        samples: number of completions of each problem; the task's own number where None.
-        temperature: temperature of the sampling; the task's own where None.
-        seed: seed of the sampling.
-
-    Raises:
-        UserError: several samples at temperature 0, which would all be the same.
-    """
-    samples = task.samples if samples is None else samples
-    temperature = task.temperature if temperature is None else temperature
-    if samples > 1 and not temperature:
-        raise UserError(
-            f"task {task.name}: found {samples} samples at temperature 0, which would all be the same; give a "
-            "temperature above 0 (--temperature, in a recipe evaluation.temperature), or 1 sample."
-        )
-    beams = task.beams if task.protocol == "paper" and not temperature else 1
-    return Decoding(samples, temperature, beams, seed)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from diablo.data.rows import Row
 from diablo.errors import UserError
 from diablo.scoring.generation import Answer, Progress, Score, evaluating
 from diablo.scoring.losses import completion_log_likelihoods
-from diablo.tasks import TASKS, MultipleChoice, Problem, Task
+from diablo.tasks import MultipleChoice, Problem, Task
 
 
 @dataclass(frozen=True)
@@ -131,28 +131,6 @@ def evaluate_choices(
         "acc_norm": sum(choice.is_right(lambda each: each.per_character) for choice in choices) / len(choices),
     }
     return Score(task.name, choices, time.perf_counter() - start, metrics, "likelihood")
-
-
-def as_multiple_choice(task: Task, *, key: str = "--likelihood", limit: int | None = None) -> MultipleChoice:
-    """Check that a task can be scored by likelihood, and that its problems list their choices.
-
-    Args:
-        task: the task.
-        key: the option or key by which the user asked for scoring by likelihood. The error message names it.
-        limit: number of problems that will be scored; all where None.
-
-    Returns:
-        The task itself.
-
-    Raises:
-        UserError: the task's answers are free text, or a problem does not list its choices.
-    """
-    if not isinstance(task, MultipleChoice):
-        allowed = [name for name, kind in TASKS.items() if issubclass(kind, MultipleChoice) and "test" in kind.splits]
-        raise UserError(f"{key}: task {task.name!r} has no choices; allowed: {', '.join(allowed)}.")
-    for problem in task.problems("test")[:limit]:
-        task.choices(problem)
-    return task
 
 
 @torch.no_grad()

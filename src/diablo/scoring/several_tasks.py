@@ -11,8 +11,9 @@ from rich.console import Console
 
 from diablo.data.encoding import RowEncoder
 from diablo.records.progress import ProgressReport
-from diablo.scoring.generation import Decoding, Score, evaluate_task
-from diablo.scoring.likelihood import as_multiple_choice, evaluate_choices
+from diablo.scoring.asking import Decoding, as_multiple_choice
+from diablo.scoring.generation import Score, evaluate_task
+from diablo.scoring.likelihood import evaluate_choices
 from diablo.tasks import Problem, Task
 
 

@@ -1,5 +1,5 @@
 """Trains an adapter as a recipe says, and survives failures on the way."""
 
-from diablo.training.run import RunResult, train
+from diablo.training.starting import train
 
-__all__ = ["RunResult", "train"]
+__all__ = ["train"]

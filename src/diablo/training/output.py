@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
-from rich.markup import escape
 
 from diablo.errors import UserError
-from diablo.models.adapters import save_start
-from diablo.planning.plan import Plan
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, plot_losses, write_json
 from diablo.training import saving
-from diablo.training.measuring import Losses
-from diablo.training.processes import Processes
+
+if TYPE_CHECKING:
+    from diablo.planning.plan import Plan
+    from diablo.training.measuring import Losses
+    from diablo.training.processes import Processes
 
 
-def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: bool) -> Path | None:
-    """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: what it goes on from; None where it starts anew.
+        torn: for each later checkpoint, by its name, why it is not whole.
+    """
+
+    checkpoint: Path | None = None
+    torn: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """A line for each checkpoint that is passed over."""
+        return [f"{name} is not whole ({fault}): it is passed over and deleted." for name, fault in self.torn.items()]
+
+
+def check_output(recipe: Recipe, *, resume: bool, overwrite: bool) -> Start:
+    """Check that the output folder may be written to, and find the checkpoint to go on from. Changes nothing.
+
+    Raises:
+        UserError: it may not, or there is no checkpoint that the recipe can go on from.
+    """
     folder = recipe.output
     last, torn = saving.last_whole(folder / "checkpoints")
     if resume:
-        for name, fault in torn.items():
-            console.print(f"{name} is not whole ({escape(fault)}): it is passed over and deleted.", soft_wrap=True)
         if last is None:
-            raise UserError(
+            reasons = [f"{name} is not whole ({fault})." for name, fault in torn.items()]
+            reasons.append(
                 f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
                 f"without --resume{', with --overwrite' if torn else ''}, and set training.save_steps to have some."
             )
+            raise UserError("\n".join(reasons))
         _check_same_run(recipe, folder / "recipe.yaml")
-        return last
+        return Start(last, torn)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output: {str(folder)!r} has files that diablo did not write; give a new or empty folder.")
     is_unfinished = (last is not None or bool(torn)) and not (folder / "run.json").is_file()
@@ -41,7 +63,7 @@ def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: b
         raise UserError(
             f"output: {str(folder)!r} holds an unfinished run; --resume goes on with it, --overwrite discards it."
         )
-    return None
+    return Start()
 
 
 def _check_same_run(recipe: Recipe, path: Path) -> None:
@@ -82,6 +104,9 @@ def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
 
 def start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
     """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
+    # The checks above are to need no torch.
+    from diablo.models.adapters import save_start
+
     processes.wait()
     if processes.is_main:
         _open_output(recipe, resume=resume)

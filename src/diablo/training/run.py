@@ -22,6 +22,7 @@ from diablo.merging import merge_adapter
 from diablo.models.adapters import save_adapter
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.loading import count_parameters, is_placed, load_model
+from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
@@ -37,7 +38,7 @@ from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
 from diablo.training.measuring import Losses
-from diablo.training.output import check_effective_batch, check_output, close_output, start_output
+from diablo.training.output import Start, check_effective_batch, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 
@@ -66,33 +67,27 @@ class RunResult:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def train(
-    recipe: Recipe, *, console: Console | None = None, resume: bool = False, overwrite: bool = False
-) -> RunResult:
-    """Carry out a recipe: check, train, save, score.
-
-    The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
-    ``run.json``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as ``answers-before.jsonl`` and
-    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: Console) -> RunResult:
+    """Carry out a recipe whose data is read and whose output folder is checked; see :func:`diablo.training.train`.
 
     Args:
         recipe: the recipe.
-        console: where progress is written; standard error where None.
-        resume: go on from the last checkpoint in the output folder.
-        overwrite: discard an unfinished run that lies in the output folder.
+        materials: what was read for it.
+        start_from: the checkpoint to go on from, if any.
+        console: where progress is written.
 
     Raises:
-        UserError: something in the recipe, the data or the output folder does not fit, a loss is not finite, or memory
-            or the disk is full.
-        Interrupted: somebody asked to stop, and a checkpoint was saved.
+        UserError: as :func:`diablo.training.train`.
+        Interrupted: likewise.
     """
     processes = Processes()
-    console = processes.console(console or Console(stderr=True))
-    checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
+    console = processes.console(console)
+    for line in start_from.describe():
+        console.print(line, markup=False, soft_wrap=True)
     with processes.main_first():
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, materials=materials)
     _say_special_text(plan, console)
-    _check_processes(processes, plan, checkpoint)
+    _check_processes(processes, plan, start_from.checkpoint)
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
     from diablo.training.tracking import environment_of
     from diablo.training.trainer import make_trainer
@@ -102,7 +97,7 @@ def train(
     model, load_seconds = _load(plan, processes.engine)
     timings = {"load_seconds": load_seconds}
 
-    adapter_start = start_output(processes, recipe, model, resume=resume)
+    adapter_start = start_output(processes, recipe, model, resume=start_from.checkpoint is not None)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
@@ -119,7 +114,7 @@ def train(
         _check_first_batch(trainer, plan)
         trainer.when_sharded = meter.pause()(measure_before)
         start = time.perf_counter()
-        _train(trainer, plan, asking, checkpoint)
+        _train(trainer, plan, asking, start_from.checkpoint)
     meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()

@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from diablo.errors import UserError, first_line
 from diablo.records.results import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 STAGING = "unfinished"
 """The folder beside the checkpoints in which the next one is written."""
@@ -97,12 +98,16 @@ def about(checkpoint: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors to a file; no file where there are none."""
+    from safetensors.torch import save_file
+
     if tensors:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, on the CPU; none where there is no file."""
+    from safetensors.torch import load_file
+
     return load_file(path) if path.is_file() else {}
 
 

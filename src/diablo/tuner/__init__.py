@@ -31,3 +31,6 @@ __all__ = [
     "preview_targets",
     "register",
 ]
+
+# At the end, when everything is there that PEFT is told of.
+register()

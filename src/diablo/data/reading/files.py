@@ -89,9 +89,9 @@ def _reader_of(path: Path) -> Callable[[Path, IO[bytes]], Records]:
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed."""
-    import pyarrow
-
     if path.name.lower().endswith(".zst"):
+        import pyarrow
+
         with path.open("rb") as packed, pyarrow.input_stream(packed, compression="zstd") as stream:
             yield io.BytesIO(stream.read())
     elif path.name.lower().endswith(".gz"):

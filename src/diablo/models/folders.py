@@ -1,0 +1,78 @@
+"""Folders of adapters and models: which is one, and how a new one is made whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diablo.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder of an adapter, given that folder or the output folder of a run.
+
+    Raises:
+        UserError: neither holds an adapter.
+    """
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    raise UserError(f"{str(path)!r} is no adapter: it has no {ADAPTER_CONFIG}; give the folder that training wrote.")
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter's folder, or a run's that has one."""
+    return any((folder / ADAPTER_CONFIG).is_file() for folder in (Path(path), Path(path) / "adapter"))
+
+
+def check_new_folder(folder: Path, what: str) -> None:
+    """Check that a folder can be made, or is empty.
+
+    Args:
+        folder: the folder.
+        what: what is to be written there, for the message.
+
+    Raises:
+        UserError: the folder has files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} exists and is not empty; give a new folder for the {what}.")
+
+
+@contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
+
+    Args:
+        folder: the folder to make; it must not exist or be empty.
+        what: what is written there, for the message.
+
+    Raises:
+        UserError: the folder has files, or is a file.
+    """
+    check_new_folder(folder, what)
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            target = Path(scratch) / "new"
+            target.mkdir()
+            yield target
+            put_in_place(target, folder)
+    except BaseException:
+        for parent in made:
+            parent.rmdir()
+        raise
+
+
+def put_in_place(source: Path, folder: Path) -> None:
+    """Rename a folder that is whole; what has the name is deleted."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    source.rename(folder)
