@@ -40,6 +40,8 @@ def print_plan(out: Console, plan: Plan) -> None:
     if plan.targets:
         out.print(kinds_table(plan.targets, f"{recipe.method.title} on {recipe.model}"))
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
+    if recipe.adapter is not None:
+        out.print(f"goes on from        {recipe.adapter}", markup=False)
     for line in _data(plan):
         out.print(line, markup=False)
     for task, decoding in plan.scored:

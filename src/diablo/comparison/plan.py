@@ -201,6 +201,8 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[f
             f"method: found {recipe.method.name}; a comparison takes a recipe of diablo, whose num_blocks sets how "
             "many parameters every method trains. Set method=diablo."
         )
+    if recipe.adapter is not None:
+        raise UserError("adapter: in a comparison every method starts from the base model; leave it out.")
     _check_training(recipe.training)
     if not recipe.scored and recipe.data.eval is None:
         raise UserError(

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
 from diablo.errors import UserError, first_line
-from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, is_adapter, new_folder, put_in_place
+from diablo.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_folder,
+    is_adapter,
+    new_folder,
+    put_in_place,
+    read_settings,
+)
 from diablo.models.loading import (
     choose_device,
     choose_dtype,
@@ -31,6 +45,7 @@ from diablo.models.loading import (
 from diablo.models.stored_weights import write_stop_tokens
 from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
+from diablo.tuner.base_digest import digest_on_model, is_same_base
 from diablo.tuner.card import write_model_card
 
 
@@ -111,7 +126,7 @@ def base_model_of(adapter: Path) -> str:
     Raises:
         UserError: the adapter's config cannot be read or does not say.
     """
-    name = _settings_of(adapter).get("base_model_name_or_path")
+    name = read_settings(adapter).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a base model; give one with --base.")
     return name
@@ -126,7 +141,7 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
     Raises:
         UserError: it cannot be read, or is not one that PEFT knows.
     """
-    settings = _settings_of(adapter)
+    settings = read_settings(adapter)
     method, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise UserError(f"{adapter / ADAPTER_CONFIG} names {base!r} as its base model; it takes a folder or a hub id.")
@@ -136,17 +151,6 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # what PEFT's methods make of values that are none is open-ended
         raise UserError(f"{adapter / ADAPTER_CONFIG} is no config of a {method} adapter: {first_line(error)}") from None
-
-
-def _settings_of(adapter: Path) -> dict[str, Any]:
-    path = adapter / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} cannot be read: it holds a {type(settings).__name__} in place of an object.")
-    return settings
 
 
 def load_adapter(
@@ -204,6 +208,26 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
         raise UserError(f"The adapter {str(adapter)!r} does not fit {name!r}: {' '.join(lines[:3])}") from None
     check_tensors(adapter, name, {key: tuple(value.shape) for key, value in tensors.items()})
     return model.eval()
+
+
+def load_values(model: PeftModel, adapter: Path, name: str) -> None:
+    """Give an adapter that has just been made the values of one that is saved, to go on training it.
+
+    Args:
+        model: the base model with an adapter of the same form.
+        adapter: the folder of the saved one.
+        name: what the base model is called, for messages.
+
+    Raises:
+        UserError: the files cannot be read, do not fit, or were made for other base weights.
+    """
+    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()})
+    if is_same_base(read_settings(adapter).get("base_digest"), digest_on_model(model)) is False:
+        raise UserError(
+            f"adapter: {str(adapter)!r} was made for base weights that differ at its targets from those of {name!r}; "
+            "set model to the one that it was trained on, in the revision of that time."
+        )
+    set_peft_model_state_dict(model, load_file(adapter / ADAPTER_WEIGHTS))
 
 
 def check_tensors(adapter: Path, name: str, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diablo.errors import UserError
+from diablo.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -29,6 +31,25 @@ def adapter_folder(path: str | Path) -> Path:
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is an adapter's folder, or a run's that has one."""
     return any((folder / ADAPTER_CONFIG).is_file() for folder in (Path(path), Path(path) / "adapter"))
+
+
+def read_settings(adapter: Path) -> dict[str, Any]:
+    """What the config of an adapter says, as it stands in the file.
+
+    Args:
+        adapter: the adapter's folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = adapter / ADAPTER_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} cannot be read: it holds a {type(settings).__name__} in place of an object.")
+    return settings
 
 
 def check_new_folder(folder: Path, what: str) -> None:

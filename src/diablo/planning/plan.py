@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
@@ -19,6 +20,8 @@ from diablo.data.general_text import encode_general_text
 from diablo.data.packing import join, pack
 from diablo.data.reading.sources import SourceRows
 from diablo.errors import UserError
+from diablo.models.adapters import check_tensors
+from diablo.models.folders import adapter_folder
 from diablo.models.loading import (
     choose_device,
     choose_dtype,
@@ -189,6 +192,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
             check_merges(recipe.method.type, "merge: found true")
     _check_smoothing(recipe, config)
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
+    if recipe.adapter is not None and isinstance(adapted, PeftModel):
+        shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+        check_tensors(adapter_folder(recipe.adapter), model_name, shapes)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     special_text = recipe.data.special_text

@@ -110,6 +110,19 @@ def build_config(kind: str, options: Mapping[str, Any]) -> PeftConfig:
         raise UserError(f"method: {first_line(error)}") from None
 
 
+def without_defaults(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a saved config that are not the defaults of its type.
+
+    Args:
+        kind: the type, such as ``"LORA"``; any text.
+        settings: values by the names of the config's fields, as JSON has them.
+    """
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return dict(settings)
+    defaults = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().to_dict()
+    return {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
+
+
 @functools.cache
 def config_keys(kind: str) -> dict[str, Any]:
     """The keys that a recipe may set of a type's config, with the types of their values.

@@ -7,15 +7,16 @@ A recipe is a short YAML file. Settings are grouped into sections; on the comman
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
-from diablo.recipes.section import ChatTemplateText, Names, Section
+from diablo.recipes.section import ChatTemplateText, Names, Section, explained
+from diablo.recipes.starting import method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
 
@@ -55,6 +56,9 @@ class Recipe(Section):
     """A training run. See docs/recipes.md for every key."""
 
     model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
+    adapter: Path | None = Field(
+        None, description="a run, an adapter's folder or a checkpoint that training goes on from"
+    )
     task: Names = Field([], description="the name of a task, or a list of names; leave it out to train on data.train")
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
@@ -98,6 +102,31 @@ class Recipe(Section):
         if self.data.held_out == "validation":
             return True
         return self.data.eval is not None or any("test" in TASKS[name].splits for name in self.task)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_of_adapter(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or not isinstance(settings.get("adapter"), str | Path):
+            return settings
+        with explained():
+            own = method_of(settings["adapter"])
+        return {"method": own, **settings}
+
+    @model_validator(mode="after")
+    def _goes_on_from_adapter(self) -> Recipe:
+        if self.adapter is None:
+            return self
+        # The recipe of a run that has gone on from one names both.
+        if self.method != TypeAdapter(Method).validate_python(method_of(self.adapter)):
+            raise ValueError(
+                f"method: found {self.method.title} with settings of its own, and adapter {str(self.adapter)!r} is "
+                "trained as it is; leave method out."
+            )
+        if self.output.resolve() in (self.adapter.resolve(), *self.adapter.resolve().parents):
+            raise ValueError(
+                f"output: {str(self.output)!r} holds the adapter that training goes on from; give another folder."
+            )
+        return self
 
     @model_validator(mode="after")
     def _name_of_model(self) -> Recipe:

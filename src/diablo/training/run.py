@@ -19,8 +19,9 @@ from diablo.data.packing import join
 from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
-from diablo.models.adapters import save_adapter
+from diablo.models.adapters import load_values, save_adapter
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
+from diablo.models.folders import adapter_folder
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan, make_plan, preflight
@@ -163,6 +164,8 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
     dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
     model = apply_method(load_model(plan.model_name, dtype, recipe.attention, recipe.quantization), recipe.method)
+    if recipe.adapter is not None:
+        load_values(model, adapter_folder(recipe.adapter), plan.model_name)
     if not (is_placed(model) or engine.shards):
         model = model.to(plan.device)
     return model, time.perf_counter() - start
