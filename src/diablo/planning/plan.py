@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
-from diablo.data.faults import Place, RowFault
+from diablo.data.faults import Place, Placed, RowFault, name_places
 from diablo.data.general_text import encode_general_text
 from diablo.data.reading.sources import SourceRows
 from diablo.errors import UserError
@@ -132,6 +132,62 @@ class Plan:
                 f"{joined:,} have the system's text before the first question: the chat template refuses it as a turn"
             )
         return lines
+
+    def data_record(self) -> dict[str, Any]:
+        """What rows there are, what they are for and which are left out, as values of JSON."""
+        tokens, supervised = self.tokens
+        spelling, special_tokens = self.special_text
+        return {
+            "rows": len(self.train),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "held_out_rows": len(self.held_out),
+            "validation_rows": self.validation,
+            "train": [source.record() for source in self.sources],
+            "eval": [source.record() for source in self.held_out_sources],
+            "malformed_rows_skipped": _places(self.faults),
+            "long_rows_dropped": _places(self.too_long),
+            "tested_rows_left_out": self.tested,
+            "special_text": {"rows": spelling, "tokens": special_tokens},
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The plan as values of JSON; what a run's record has, too, has the same names there.
+
+        ``examples`` are two rows, each as a list of tokens with ``text`` and ``supervised``.
+        """
+        trainable, total = self.parameters
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "targets": [asdict(target) for target in self.targets],
+            "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+            "data": {
+                **self.data_record(),
+                "general_rows": len(self.general),
+                "conversations": self.conversations,
+                "padding_share": self.padding_share,
+            },
+            "training": {
+                "optimizer": self.optimizer.describe(),
+                "schedule": self.schedule.describe(),
+                "steps": self.steps,
+                "effective_batch": self.effective_batch,
+            },
+            "scored": {
+                task.name: {
+                    "measure": task.measure,
+                    "protocol": task.protocol if decoding else "likelihood",
+                    "decoding": decoding and decoding.describe(),
+                }
+                for task, decoding in self.scored
+            },
+            "examples": [
+                [{"text": text, "supervised": is_supervised} for text, is_supervised in self.marked(row)]
+                for row in self.train[:2]
+            ],
+        }
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
@@ -280,3 +336,8 @@ def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, 
     chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
     return adapted, kinds, parameters
+
+
+def _places(rows: Sequence[Placed]) -> list[int | str]:
+    """Rows by number, and by file and number where there are several files."""
+    return [name_places([row]) if row.source else row.number for row in rows]

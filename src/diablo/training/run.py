@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import set_seed
 
 from diablo.data.batching import collate
-from diablo.data.faults import Placed, name_places
 from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
@@ -63,6 +62,11 @@ class RunResult:
     before: dict[str, Score] = field(default_factory=dict)
     after: dict[str, Score] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+
+    def paths(self) -> dict[str, str | None]:
+        """Where the run's things are, by the names of the attributes."""
+        merged = None if self.merged is None else str(self.merged)
+        return {"folder": str(self.folder), "adapter": str(self.adapter), "merged": merged}
 
 
 def train(
@@ -266,8 +270,6 @@ def _record(
     kept_step: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
-    tokens, supervised = plan.tokens
-    spelling, special_tokens = plan.special_text
     adapter_bytes = sum(path.stat().st_size for path in result.adapter.glob("*.safetensors"))
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -275,20 +277,7 @@ def _record(
         "machine": describe_machine(),
         "precision": str(plan.dtype).removeprefix("torch."),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
-        "data": {
-            "rows": len(plan.train),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "held_out_rows": len(plan.held_out),
-            "validation_rows": plan.validation,
-            "train": [source.record() for source in plan.sources],
-            "eval": [source.record() for source in plan.held_out_sources],
-            "malformed_rows_skipped": _places(plan.faults),
-            "long_rows_dropped": _places(plan.too_long),
-            "tested_rows_left_out": plan.tested,
-            "special_text": {"rows": spelling, "tokens": special_tokens},
-            "padding_share": meter.padding_share,
-        },
+        "data": plan.data_record() | {"padding_share": meter.padding_share},
         "training": {
             "optimizer": plan.optimizer.describe(),
             "schedule": plan.schedule.describe(),
@@ -315,8 +304,3 @@ def _record(
             if scores
         },
     }
-
-
-def _places(rows: Sequence[Placed]) -> list[int | str]:
-    """Rows by number, and by file and number where there are several files."""
-    return [name_places([row]) if row.source else row.number for row in rows]
