@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
-from diablo.data.faults import Place, Placed, RowFault, name_places
+from diablo.data.faults import Place, Placed, RowFault, by_reason, name_places
 from diablo.data.general_text import encode_general_text
 from diablo.data.reading.sources import SourceRows
+from diablo.data.special_text import describe_special_text
 from diablo.errors import UserError
 from diablo.models.loading import (
     choose_device,
@@ -132,6 +133,30 @@ class Plan:
                 f"{joined:,} have the system's text before the first question: the chat template refuses it as a turn"
             )
         return lines
+
+    def data_lines(self) -> Iterator[str]:
+        """What rows there are, what they are for and which are left out, in lines of two columns."""
+        for source in self.sources:
+            yield f"source              {source.describe()}"
+        for source in self.held_out_sources:
+            yield f"held-out source     {source.describe()}"
+        tokens, supervised = self.tokens
+        yield f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        for line in self.conversations:
+            yield f"conversations       {line}"
+        yield f"held-out rows       {len(self.held_out):,}"
+        if self.validation:
+            yield f"validation rows     {self.validation:,} kept out of training"
+        if self.general:
+            yield f"general text        {len(self.general):,} rows, whose loss is measured before and after"
+        for rows, fault in by_reason(self.faults):
+            yield f"malformed, left out {rows}: {fault.reason}"
+        if self.too_long:
+            yield f"too long, left out  {name_places(self.too_long)}"
+        if self.tested:
+            yield f"tested rows         {self.tested} left out of training"
+        if self.special_text[0]:
+            yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
 
     def data_record(self) -> dict[str, Any]:
         """What rows there are, what they are for and which are left out, as values of JSON."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from diablo.data.batching import collate
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
 from diablo.scoring.generation import held_out_loss
@@ -123,3 +124,22 @@ class HeldOutLoss(TrainerCallback):
         if training.keep == "best" and self.losses.best_step == step:
             whole = self.engine.trained(model)
             self.best = whole or {name: values.cpu().clone() for name, values in trained_parameters(model).items()}
+
+
+class MeteredCollator:
+    """Makes batches that know the numbers of their rows, and counts their tokens.
+
+    Args:
+        pad_token_id: fills rows up.
+        meter: counts the tokens.
+    """
+
+    def __init__(self, pad_token_id: int, meter: TokenMeter) -> None:
+        self.pad_token_id, self.meter = pad_token_id, meter
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of some rows, with ``numbers``, a list, beside the tensors."""
+        batch = collate(features, self.pad_token_id)
+        self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
+        # A list, which stays on the host.
+        return {**batch, "numbers": [row["number"] for row in features]}

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
 
 from diablo.errors import UserError
 from diablo.models.adapters import save_start
 from diablo.planning.plan import Plan
 from diablo.recipes.recipe import Recipe
+from diablo.records.log import RunLog, say
 from diablo.records.results import changed_settings, plot_losses, write_json
 from diablo.training import saving
 from diablo.training.measuring import Losses
@@ -26,7 +26,7 @@ def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: b
     last, torn = saving.last_whole(folder / "checkpoints")
     if resume:
         for name, fault in torn.items():
-            console.print(f"{name} is not whole ({escape(fault)}): it is passed over and deleted.", soft_wrap=True)
+            say(console, f"{name} is not whole ({fault}): it is passed over and deleted.")
         if last is None:
             raise UserError(
                 f"output: there is no {'whole ' if torn else ''}checkpoint in {str(folder)!r} to resume from; run "
@@ -79,11 +79,16 @@ def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
         )
 
 
-def start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
-    """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
+def start_output(processes: Processes, recipe: Recipe, model: Any, log: RunLog, *, resume: bool) -> Path | None:
+    """Make the output folder and begin the log in it.
+
+    Returns:
+        What :func:`diablo.models.adapters.save_start` saves in it, where it does.
+    """
     processes.wait()
     if processes.is_main:
         _open_output(recipe, resume=resume)
+        log.open(recipe.output / "train.log", append=resume)
         save_start(model, recipe.output / "start")
     processes.wait()
     return recipe.output / "start" if (recipe.output / "start").is_dir() else None

@@ -24,6 +24,7 @@ from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
+from diablo.records.log import LOGGER, RunLog
 from diablo.records.progress import TokenMeter
 from diablo.records.results import (
     describe_machine,
@@ -75,8 +76,8 @@ def train(
     """Carry out a recipe: check, train, save, score.
 
     The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
-    ``run.json``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as ``answers-before.jsonl`` and
-    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+    ``run.json``, ``train.log``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as
+    ``answers-before.jsonl`` and ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
 
     Args:
         recipe: the recipe.
@@ -91,21 +92,30 @@ def train(
     """
     processes = Processes()
     console = processes.console(console or Console(stderr=True))
-    checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
-    with processes.main_first():
-        plan = make_plan(recipe)
-    _say_special_text(plan, console)
-    _check_processes(processes, plan, checkpoint)
+    with RunLog(console, enabled=processes.is_main) as log:
+        checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
+        with processes.main_first():
+            plan = make_plan(recipe)
+        _say_plan(plan, console, checkpoint)
+        _check_processes(processes, plan, checkpoint)
+        return _carry_out(plan, processes, console, log, checkpoint)
+
+
+def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, checkpoint: Path | None) -> RunResult:
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
-    from diablo.training.tracking import environment_of
+    from diablo.training.trackers import Trackers
     from diablo.training.trainer import make_trainer
 
+    recipe, resume = plan.recipe, checkpoint is not None
+    trackers = Trackers(recipe, resume=resume)
+    if processes.is_main:
+        trackers.check()
     set_seed(recipe.seed)
     is_full = isinstance(recipe.method, FullMethod)
     model, load_seconds = _load(plan, processes.engine)
     timings = {"load_seconds": load_seconds}
 
-    adapter_start = start_output(processes, recipe, model, resume=resume)
+    adapter_start = start_output(processes, recipe, model, log, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
@@ -117,8 +127,8 @@ def train(
 
     if not processes.engine.shards:
         measure_before()
-    with environment_of(plan):
-        trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking)
+    with trackers.environment():
+        trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking, trackers)
         _check_first_batch(trainer, plan)
         trainer.when_sharded = meter.pause()(measure_before)
         start = time.perf_counter()
@@ -151,15 +161,25 @@ def train(
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
         with saving.writing(recipe.output):
             close_output(recipe, result.record, losses)
+        LOGGER.info("done: %s, trained in %.0f s", result.adapter, timings["train_seconds"])
     processes.wait()
     return result
 
 
-def _say_special_text(plan: Plan, console: Console) -> None:
+def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
+    recipe, versions = plan.recipe, describe_versions()
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    LOGGER.info("%s on %s, into %s", recipe.method.title, recipe.model, recipe.output)
+    LOGGER.info("versions            %s", installed)
+    for line in plan.data_lines():
+        LOGGER.info(line)
+    dtype = str(plan.dtype).removeprefix("torch.")
+    LOGGER.info("steps               %d of %d rows, in %s on %s", plan.steps, plan.effective_batch, dtype, plan.device)
+    if checkpoint is not None:
+        LOGGER.info("goes on from %s", checkpoint.name)
     spelling, tokens = plan.special_text
     if spelling:
-        mode = plan.recipe.data.special_text
-        console.print(f"data: {describe_special_text(spelling, tokens, mode)}", markup=False)
+        console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
 
 
 def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
@@ -221,6 +241,9 @@ def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) 
         limit=settings.limit,
         when=when,
     )
+    for name, score in scores.items():
+        for metric, value in score.metrics.items():
+            LOGGER.info("%s %s %s %.1f%% (%d of %d)", name, metric, when, 100 * value, score.right, len(score.answers))
     if write:
         with saving.writing(plan.recipe.output):
             write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())

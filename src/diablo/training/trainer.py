@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
@@ -25,14 +25,16 @@ from diablo.models.checkpointing import checkpointing_options
 from diablo.planning.optimizers import group_members
 from diablo.planning.plan import Plan, preflight
 from diablo.recipes.training import ParameterGroup
+from diablo.records.log import LOGGER
 from diablo.records.progress import TokenMeter, TrainingProgress
 from diablo.scoring.losses import summed_completion_loss
 from diablo.training import saving
 from diablo.training.averaging import Average
 from diablo.training.engines import DeepSpeed, Engine, trained_parameters
-from diablo.training.measuring import HeldOutLoss, Losses
+from diablo.training.measuring import HeldOutLoss, Losses, MeteredCollator
 from diablo.training.safeguards import FiniteLosses
-from diablo.training.tracking import TrackedConfig, TrainLog
+from diablo.training.trackers import Trackers
+from diablo.training.tracking import KINDS, LastLoss, TrackedConfig, TrainLog
 
 
 class CompletionTrainer(SFTTrainer):
@@ -45,6 +47,7 @@ class CompletionTrainer(SFTTrainer):
         average: averages the trained parameters.
         held_out: measures the held-out loss, and keeps what is best.
         train_log: writes ``train.jsonl``.
+        trackers: those that the run is told to.
         engine: how the processes hold the model.
         options: arguments of ``SFTTrainer``.
 
@@ -64,6 +67,7 @@ class CompletionTrainer(SFTTrainer):
         average: Average,
         held_out: HeldOutLoss,
         train_log: TrainLog,
+        trackers: Trackers,
         engine: Engine,
         **options: Any,
     ) -> None:
@@ -79,6 +83,9 @@ class CompletionTrainer(SFTTrainer):
         self._logged = 0
         super().__init__(**options)
         self.train_log = train_log
+        self.trackers = trackers
+        # Behind the trackers' own callbacks: what is a line of the log was told to them.
+        self.add_callback(trackers)
         self.add_callback(train_log)
         self.parameters_kept = engine.kept(options["model"])
 
@@ -177,7 +184,14 @@ class CompletionTrainer(SFTTrainer):
                 logs = {name: value for name, value in logs.items() if name != "loss"}
             else:
                 logs["loss"] = mean
-        super().log(logs, start_time)
+        kind = next((kind for kind in KINDS if kind in logs), None)
+        is_told = kind is not None and self.state.global_step <= self.train_log.told.get(kind, 0)
+        is_due = self.control.should_log
+        with self.trackers.silent(self.callback_handler) if is_told else nullcontext():
+            super().log(logs, start_time)
+        if kind == "held_out_loss":
+            # The trainer takes any log for the step's own, which may still be due.
+            self.control.should_log = is_due
 
     def take_over(self, checkpoint: Path, last_step: int) -> bool:
         """Take from a checkpoint what the trainer does not, before training goes on.
@@ -238,6 +252,7 @@ class CompletionTrainer(SFTTrainer):
                 saving.write_tensors(staged / saving.BEST, self.held_out.best)
                 saving.write_tensors(staged / saving.AVERAGE, self.average.values)
                 saving.publish(folder, self._about())
+                LOGGER.info("checkpoint of step %d saved", self.state.global_step)
             self.accelerator.wait_for_everyone()
         except Exception as error:
             if not saving.is_failed_write(error):
@@ -279,27 +294,6 @@ def split_groups(optimizer: torch.optim.Optimizer, model: Any, groups: Sequence[
                 optimizer.add_param_group({**held, "params": taken, **own})
 
 
-class LastLoss(TrainerCallback):
-    """Has the last step's loss logged too, which ``training.logging_steps`` may pass over."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for it."""
-        control.should_log = control.should_log or state.global_step >= state.max_steps
-
-
-class _MeteredCollator:
-    """Makes batches that know the numbers of their rows, and counts their tokens."""
-
-    def __init__(self, pad_token_id: int, meter: TokenMeter) -> None:
-        self.pad_token_id, self.meter = pad_token_id, meter
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = collate(features, self.pad_token_id)
-        self.meter.count(sum(len(row["input_ids"]) for row in features), batch["input_ids"].numel())
-        # A list, which stays on the host.
-        return {**batch, "numbers": [row["number"] for row in features]}
-
-
 def _number(row: EncodedRow) -> str:
     """The number of a row, with its file where there are several."""
     return f"{row.number} of {row.source}" if row.source else str(row.number)
@@ -337,6 +331,7 @@ def make_trainer(
     meter: TokenMeter,
     losses: Losses,
     asking: TrainerCallback,
+    trackers: Trackers,
 ) -> CompletionTrainer:
     """The trainer of a plan.
 
@@ -348,6 +343,7 @@ def make_trainer(
         meter: counts tokens.
         losses: where held-out losses are written to.
         asking: told of every step before anything is checked, logged or saved.
+        trackers: those that the run is told to.
     """
     training = plan.recipe.training
     on_cpu = plan.device.type == "cpu"
@@ -386,6 +382,8 @@ def make_trainer(
         ddp_find_unused_parameters=False,
         report_to=plan.recipe.tracking.report_to or "none",
         run_name=plan.recipe.tracking.name or plan.recipe.output.name,
+        # Trackio's; the others are told of it by the environment.
+        project=plan.recipe.tracking.project or "huggingface",
         disable_tqdm=True,
         recipe=plan.recipe.model_dump(mode="json"),
     )
@@ -406,12 +404,13 @@ def make_trainer(
             average=average,
             held_out=held_out,
             train_log=TrainLog(plan.recipe.output, meter, losses),
+            trackers=trackers,
             engine=engine,
             model=model,
             args=config,
             train_dataset=Dataset.from_list([{**row.features, "number": _number(row)} for row in plan.train]),
             processing_class=plan.encoder.tokenizer,
-            data_collator=_MeteredCollator(pad_token_id, meter),
+            data_collator=MeteredCollator(pad_token_id, meter),
             optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),
             # Where the held-out loss ends training, the last steps' losses are looked at as well.
             callbacks=[progress, asking, average, held_out, finite, LastLoss()],
