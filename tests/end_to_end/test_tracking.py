@@ -30,6 +30,8 @@ def test_every_logged_step_is_a_line_also_in_a_run_that_goes_on(diablo, tiny_mod
     assert diablo(*arguments)[0] == 0
     lines = lines_of(run)
     record = json.loads((run / "run.json").read_text())["training"]
+    # Also those of steps that have a held-out loss beside theirs.
+    assert [step for step, _ in record["loss"]] == [1, 2, 3, 4]
     assert [(line["step"], line["loss"]) for line in lines if "loss" in line] == [
         (step, pytest.approx(loss)) for step, loss in record["loss"]
     ]
@@ -208,6 +210,8 @@ def test_the_log_has_what_happened_with_times_and_a_resumed_run_appends_to_it(
 
     with monkeypatch.context() as broken:
         broken.setattr("diablo.training.run.save_adapter", fail)
+        # As in a program that has set up no logging: pytest has.
+        broken.setattr(logging.root, "handlers", [])
         with pytest.warns(UserWarning, match="nearly full"), pytest.raises(RuntimeError):
             diablo(*arguments)
     log = (run / "train.log").read_text()
@@ -220,7 +224,7 @@ def test_the_log_has_what_happened_with_times_and_a_resumed_run_appends_to_it(
     assert whole.startswith(log)
 
     for text in (
-        "DiaBlo, N = 4 on",
+        "diablo on ",
         "training rows       48: ",
         "mawps accuracy before 0.0% (0 of 6)",
         "step 1 of 4: loss ",
