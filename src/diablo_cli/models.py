@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from diablo_cli.shell import Base, app, check_file, check_model, out, progress, quiet, refuse
+from diablo_cli.output import answer, out, progress
+from diablo_cli.shell import Base, app, check_file, check_model, quiet, refuse
 
 
 @app.command()
@@ -53,6 +55,7 @@ def quantize(
         f"{escape(calibration)} the layers' outputs differ by {sum(errors.values()) / len(errors):.1%} on average, "
         f"most by {errors[worst]:.1%} in {worst}."
     )
+    answer({**asdict(report), **asdict(scheme), "calibration": calibration, "calibration_tokens": tokens.numel()})
 
 
 @app.command()
@@ -125,6 +128,7 @@ def merge(
             f"Loss per token on {report.measured_on}: {before:.4f} -> {after:.4f} by merging into {into} weights "
             f"({after - before:+.4f})."
         )
+    answer({**report.record(), "into": into})
 
 
 @app.command()
@@ -133,13 +137,13 @@ def inspect(
     other: Annotated[str | None, typer.Argument(help="A second adapter, shown beside the first.")] = None,
     base: Base = None,
     plot: Annotated[Path | None, typer.Option(help="Draw every block's norm by layer and module as a PNG.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every block's figures as JSON.")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="A file for every block's figures (JSON).")] = None,
 ) -> None:
     """Show where an adapter's update goes: how large it is beside the base weights, by layer and module."""
     from diablo.models.folders import adapter_folder
 
     check_file(plot, "--plot")
-    check_file(json_file, "--json")
+    check_file(out_file)
     given = [adapter_folder(each) for each in (adapter, other) if each is not None]
     check_model(base, "--base")
     quiet()
@@ -152,9 +156,11 @@ def inspect(
     if plot is not None:
         plot_inspections(plot, inspections)
         out.print(f"Wrote {escape(str(plot))}.")
-    if json_file is not None:
-        write_json(json_file, {"adapters": [inspection_record(each) for each in inspections]})
-        out.print(f"Wrote {escape(str(json_file))}.")
+    record = {"adapters": [inspection_record(each) for each in inspections]}
+    if out_file is not None:
+        write_json(out_file, record)
+        out.print(f"Wrote {escape(str(out_file))}.")
+    answer(record)
 
 
 @app.command("to-lora")
@@ -187,6 +193,7 @@ def to_lora(
         f"{sum(tensor.numel() for tensor in report.state_dict.values()):,} parameters. The update differs by "
         f"{report.relative_error:.1%} (Frobenius norm), most by {report.relative_errors[worst]:.1%} in {worst}."
     )
+    answer({"folder": folder, **report.record()})
 
 
 @app.command("import")
@@ -211,6 +218,7 @@ def import_(
         f"Wrote {escape(str(report.folder))}: {report.modules} modules, {report.parameters:,} parameters, "
         f"num_blocks={report.num_blocks}. Try: diablo generate {escape(str(report.folder))} 'How are you?'"
     )
+    answer(asdict(report))
 
 
 @app.command()
@@ -239,9 +247,10 @@ def generate(
     tokens = encoder.prompt(Row(1, prompt, completion="?"))
     (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
     out.print(text.strip(), markup=False)
+    answer({"model": model, "prompt": prompt, "text": text.strip()})
 
 
-@app.command()
+@app.command(no_record="a conversation is no one record; use diablo generate --json, or /save in the chat")
 def chat(
     model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
     base: Base = None,

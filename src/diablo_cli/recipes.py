@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import typer
 from rich.markup import escape
 
 from diablo_cli.completion import allowed, complete_trained_tasks, schema_text
-from diablo_cli.shell import app, check_file, out, progress, refuse
+from diablo_cli.output import answer, out, progress
+from diablo_cli.shell import app, check_file, refuse
 
 _MODEL, _TASK, _BLOCKS = "builtin:smollm2-135m", "mawps", 64
 
@@ -56,6 +58,8 @@ def init(
     output = output or Path(ask("Folder that the run will write to", f"runs/{name}"))
     num_blocks = num_blocks or ask("N (1/N of each target matrix is trained)", _BLOCKS, _positive)
 
+    import yaml
+
     from diablo.data.faults import explain_faults
     from diablo.recipes.starter import starter_recipe
 
@@ -76,6 +80,8 @@ def init(
         f"Wrote {escape(str(file))}: N = {num_blocks} on {escape(model)}, trained on {escape(str(task or data))}."
     )
     out.print(f"Next: diablo train {escape(shlex.quote(str(file)))} --dry-run")
+    malformed = {path: len(of_file) for path, of_file in faults.items()}
+    answer({"file": file, "recipe": yaml.safe_load(text), "malformed_rows": malformed})
 
 
 @app.command()
@@ -85,11 +91,13 @@ def schema(
     """Print the JSON schema of a recipe, by which editors complete and check one."""
     check_file(out_file)
     if out_file is None:
-        print(schema_text(), end="")
+        out.out(schema_text(), end="", highlight=False)
+        answer(json.loads(schema_text()))
         return
     out_file.write_text(schema_text(), encoding="utf-8")
     out.print(f"Wrote {escape(str(out_file))}. The first line of a recipe beside it:")
     out.print(f"# yaml-language-server: $schema={out_file.name}", markup=False)
+    answer({"file": out_file})
 
 
 def _check_target(file: Path, *, force: bool) -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,22 +42,13 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     if recipe.adapter is not None:
         out.print(f"goes on from        {recipe.adapter}", markup=False)
-    for line in _data(plan):
+    for line in plan.data_lines():
         out.print(line, markup=False)
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")
-    if recipe.training.packing:
-        each = len(plan.train) / len(plan.sequences)
-        out.print(
-            f"packing             into {len(plan.sequences):,} sequences of up to {plan.longest:,} tokens, {each:.1f} "
-            "rows in each"
-        )
-        effective = f"{plan.effective_batch} sequences, about {plan.effective_batch * each:.0f} rows"
-    else:
-        effective = f"{plan.effective_batch} rows"
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
-    out.print(f"effective batch     {effective}")
+    out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
     for line in _optimization(plan.recipe.training):
         out.print(line, markup=False)
@@ -71,34 +62,6 @@ def print_plan(out: Console, plan: Plan) -> None:
             visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
             parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
         out.print("".join(parts) + "\n")
-
-
-def _data(plan: Plan) -> Iterator[str]:
-    """What rows there are, what they are for and which are left out, in lines of a plan."""
-    from diablo.data.faults import by_reason, name_places
-    from diablo.data.special_text import describe_special_text
-
-    for source in plan.sources:
-        yield f"source              {source.describe()}"
-    for source in plan.held_out_sources:
-        yield f"held-out source     {source.describe()}"
-    tokens, supervised = plan.tokens
-    yield f"training rows       {len(plan.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
-    for line in plan.conversations:
-        yield f"conversations       {line}"
-    yield f"held-out rows       {len(plan.held_out):,}"
-    if plan.validation:
-        yield f"validation rows     {plan.validation:,} kept out of training"
-    if plan.general:
-        yield f"general text        {len(plan.general):,} rows, whose loss is measured before and after"
-    for rows, fault in by_reason(plan.faults):
-        yield f"malformed, left out {rows}: {fault.reason}"
-    if plan.too_long:
-        yield f"too long, left out  {name_places(plan.too_long)}"
-    if plan.tested:
-        yield f"tested rows         {plan.tested} left out of training"
-    if plan.special_text[0]:
-        yield f"special text        {describe_special_text(*plan.special_text, plan.recipe.data.special_text)}"
 
 
 def _optimization(training: Training) -> list[str]:

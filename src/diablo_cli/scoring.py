@@ -9,7 +9,8 @@ import typer
 from rich.markup import escape
 
 from diablo_cli.completion import complete_scored_tasks, complete_task
-from diablo_cli.shell import Base, app, check_file, check_model, out, progress, quiet, refuse
+from diablo_cli.output import answer, out, progress
+from diablo_cli.shell import Base, app, check_file, check_model, quiet, refuse
 
 if TYPE_CHECKING:
     from diablo.scoring.asking import Decoding
@@ -112,6 +113,13 @@ def evaluate(
         out.print(f"{name}: {figures} ({score.right} of {len(score.answers)}) in {score.seconds:.0f} s")
     if out_file is not None:
         out.print(f"answers  {escape(str(out_file))}")
+    answer(
+        {
+            "model": model,
+            "scores": {name: score.summary() for name, score in scores.items()},
+            "answers": out_file,
+        }
+    )
 
 
 @app.command()
@@ -129,9 +137,11 @@ def tasks(
 
     if name is not None:
         print_task(out, task_class(name))
+        answer(task_class(name).record())
         return
     out.print(tasks_table(TASKS.values()))
     out.print("Where a task's data comes from, and how its answers are read: diablo tasks NAME")
+    answer({"tasks": [task.record() for task in TASKS.values()]})
 
 
 def _evaluate_by_harness(
@@ -153,5 +163,7 @@ def _evaluate_by_harness(
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
     figures = run_harness(loaded, encoder, tasks, **settings)
     out.print(harness_table(figures, f"lm-eval on {model}"))
+    record = harness_record(figures, {"model": model, "chat": encoder.chat, **settings})
     if path is not None:
-        write_json(path, harness_record(figures, {"model": model, "chat": encoder.chat, **settings}))
+        write_json(path, record)
+    answer(record)

@@ -1,4 +1,4 @@
-"""What the verbs share: the application, where they write to, and what they refuse."""
+"""What the verbs share: the application, and what they refuse."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-app = typer.Typer(
+from diablo_cli.output import App
+
+app = App(
     help="Fine-tune language models by their diagonal blocks: from a data file to a merged model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
-progress = Console(stderr=True, highlight=False)
 
 Base = Annotated[str | None, typer.Option(help="Base model to use in place of the one that the adapter names.")]
 

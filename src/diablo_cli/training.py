@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from diablo_cli.completion import complete_methods, complete_recipe
-from diablo_cli.shell import app, check_model, is_recipe, out, progress, quiet, refuse
+from diablo_cli.output import answer, out, progress
+from diablo_cli.shell import app, check_model, is_recipe, quiet, refuse
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's.")
@@ -42,7 +43,9 @@ def train(
         from diablo.planning.plan import make_plan
         from diablo_cli.reporting import print_plan
 
-        print_plan(out, make_plan(settings, materials=materials))
+        plan_of_run = make_plan(settings, materials=materials)
+        print_plan(out, plan_of_run)
+        answer(plan_of_run.record())
         return
     from diablo.training import train as run
     from diablo_cli.reporting import print_result
@@ -51,6 +54,7 @@ def train(
     # With several processes the record is the main one's.
     if result.record:
         print_result(out, result)
+        answer(result.paths() | result.record)
 
 
 @app.command()
@@ -94,9 +98,11 @@ def compare(
     comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
     print_comparison_plan(out, comparison)
     if dry_run:
+        answer(comparison.record())
         return
     record = run(comparison, console=progress)
     print_comparison(out, record, comparison.folder)
+    answer({"folder": comparison.folder, **record})
     if any(each["failure"] for each in record["runs"]):
         sys.exit(1)
 
@@ -156,6 +162,16 @@ def plan(
             f"{training.batch_size} x {training.max_length} tokens (training.max_length) in {dtype}, "
             f"gradient checkpointing: {training.gradient_checkpointing}",
         )
+        answer(
+            {
+                "model": recipe.model,
+                **sizes.record(),
+                "quantization": recipe.quantization,
+                "batch_size": training.batch_size,
+                "length": training.max_length,
+                "gradient_checkpointing": training.gradient_checkpointing,
+            }
+        )
         return
     if overrides:
         raise UserError(
@@ -190,3 +206,13 @@ def plan(
     )
     batch = f"{batch_size} x {length} tokens in {dtype}, gradient checkpointing: {checkpointing}"
     print_sizes(out, sizes, model, batch)
+    answer(
+        {
+            "model": model,
+            **sizes.record(),
+            "quantization": None,
+            "batch_size": batch_size,
+            "length": length,
+            "gradient_checkpointing": checkpointing,
+        }
+    )

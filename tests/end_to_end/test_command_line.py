@@ -27,7 +27,7 @@ SHORT = [
 ]
 
 
-RUN_FILES = ("run.json", "train.jsonl", "recipe.yaml", "loss.png", "checkpoints")
+RUN_FILES = ("run.json", "train.jsonl", "train.log", "recipe.yaml", "loss.png", "checkpoints")
 
 
 def quickstart_on(model: Path, output: Path, *overrides: str) -> list[str]:

@@ -76,7 +76,7 @@ def saved(tiny_model, tmp_path):
 
 
 def test_the_command_shows_modules_and_layers(diablo, saved, tmp_path):
-    status, out, _ = diablo("inspect", saved[0], "--plot", tmp_path / "map.png", "--json", tmp_path / "figures.json")
+    status, out, _ = diablo("inspect", saved[0], "--plot", tmp_path / "map.png", "--out", tmp_path / "figures.json")
     assert status == 0
     for kind in ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"):
         assert kind in out
@@ -88,7 +88,7 @@ def test_the_command_shows_modules_and_layers(diablo, saved, tmp_path):
 
 
 def test_two_adapters_stand_side_by_side(diablo, saved, tmp_path):
-    status, out, _ = diablo("inspect", *saved, "--plot", tmp_path / "map.png", "--json", tmp_path / "figures.json")
+    status, out, _ = diablo("inspect", *saved, "--plot", tmp_path / "map.png", "--out", tmp_path / "figures.json")
     assert status == 0
     assert "A  " in out
     assert "B  " in out

@@ -90,6 +90,27 @@ class Comparison:
             **recipe,
         }
 
+    def record(self) -> dict[str, Any]:
+        """What will be run, as values of JSON; ``comparison.json`` has the same names for the same."""
+        return {
+            "folder": str(self.folder),
+            "settings": self.settings,
+            "budget": self.budget,
+            "total_parameters": self.total,
+            "steps": self.steps,
+            "methods": [
+                {
+                    "method": contender.name,
+                    "settings": contender.method.model_dump(mode="json"),
+                    "size": contender.size,
+                    "trained_parameters": contender.trained,
+                    "deviation_from_budget": contender.deviation,
+                }
+                for contender in self.contenders
+            ],
+            "planned_runs": self.planned_runs,
+        }
+
     def run(self, contender: Contender, stage: Stage, rate: float, seed: int) -> Run:
         """The run of a method with a learning rate and a seed.
 

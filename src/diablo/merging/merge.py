@@ -70,6 +70,19 @@ class MergeReport:
     measured_on: str = ""
     untied: Mapping[str, str] = field(default_factory=dict)
 
+    def record(self) -> dict[str, Any]:
+        """The same as values of JSON."""
+        return {
+            "folder": str(self.folder),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "is_same_base": self.is_same_base,
+            "verified_tensors": self.verified,
+            "logits": self.logits and dict(zip(("largest_difference", "largest"), self.logits, strict=True)),
+            "losses": self.losses and dict(zip(("adapted", "merged"), self.losses, strict=True)),
+            "measured_on": self.measured_on or None,
+            "untied": dict(self.untied),
+        }
+
 
 def merge_adapter(
     adapter: Path,

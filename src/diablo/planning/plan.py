@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from transformers import PretrainedConfig
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
-from diablo.data.faults import Place, RowFault
+from diablo.data.faults import Place, Placed, RowFault, by_reason, name_places
 from diablo.data.general_text import encode_general_text
 from diablo.data.packing import join, pack
 from diablo.data.reading.sources import SourceRows
+from diablo.data.special_text import describe_special_text
 from diablo.errors import UserError
 from diablo.models.adapters import check_tensors
 from diablo.models.folders import adapter_folder
@@ -111,6 +112,14 @@ class Plan:
         return self.sampler.batch_size
 
     @property
+    def effective_batch_in_words(self) -> str:
+        """What an optimizer step is of."""
+        if not self.recipe.training.packing:
+            return f"{self.effective_batch} rows"
+        rows = self.effective_batch * len(self.train) / len(self.sequences)
+        return f"{self.effective_batch} sequences, about {rows:.0f} rows"
+
+    @property
     def padding_share(self) -> float:
         """The share of padding in the first epoch, from 0 to 1."""
         if self.recipe.training.packing and "flash" in self.recipe.attention:
@@ -157,6 +166,93 @@ class Plan:
                 f"{joined:,} have the system's text before the first question: the chat template refuses it as a turn"
             )
         return lines
+
+    def data_lines(self) -> Iterator[str]:
+        """What rows there are, what they are for and which are left out, in lines of two columns."""
+        for source in self.sources:
+            yield f"source              {source.describe()}"
+        for source in self.held_out_sources:
+            yield f"held-out source     {source.describe()}"
+        tokens, supervised = self.tokens
+        yield f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        for line in self.conversations:
+            yield f"conversations       {line}"
+        if self.recipe.training.packing:
+            each = len(self.train) / len(self.sequences)
+            yield (
+                f"packing             into {len(self.sequences):,} sequences of up to {self.longest:,} tokens, "
+                f"{each:.1f} rows in each"
+            )
+        yield f"held-out rows       {len(self.held_out):,}"
+        if self.validation:
+            yield f"validation rows     {self.validation:,} kept out of training"
+        if self.general:
+            yield f"general text        {len(self.general):,} rows, whose loss is measured before and after"
+        for rows, fault in by_reason(self.faults):
+            yield f"malformed, left out {rows}: {fault.reason}"
+        if self.too_long:
+            yield f"too long, left out  {name_places(self.too_long)}"
+        if self.tested:
+            yield f"tested rows         {self.tested} left out of training"
+        if self.special_text[0]:
+            yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
+
+    def data_record(self) -> dict[str, Any]:
+        """What rows there are, what they are for and which are left out, as values of JSON."""
+        tokens, supervised = self.tokens
+        spelling, special_tokens = self.special_text
+        return {
+            "rows": len(self.train),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "held_out_rows": len(self.held_out),
+            "validation_rows": self.validation,
+            "train": [source.record() for source in self.sources],
+            "eval": [source.record() for source in self.held_out_sources],
+            "malformed_rows_skipped": _places(self.faults),
+            "long_rows_dropped": _places(self.too_long),
+            "tested_rows_left_out": self.tested,
+            "special_text": {"rows": spelling, "tokens": special_tokens},
+            "sequences": len(self.sequences),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The plan as values of JSON; what a run's record has, too, has the same names there.
+
+        ``examples`` are two rows, each as a list of tokens with ``text`` and ``supervised``.
+        """
+        trainable, total = self.parameters
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "targets": [asdict(target) for target in self.targets],
+            "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+            "data": {
+                **self.data_record(),
+                "general_rows": len(self.general),
+                "conversations": self.conversations,
+                "padding_share": self.padding_share,
+            },
+            "training": {
+                "optimizer": self.optimizer.describe(),
+                "schedule": self.schedule.describe(),
+                "steps": self.steps,
+                "effective_batch": self.effective_batch,
+            },
+            "scored": {
+                task.name: {
+                    "measure": task.measure,
+                    "protocol": task.protocol if decoding else "likelihood",
+                    "decoding": decoding and decoding.describe(),
+                }
+                for task, decoding in self.scored
+            },
+            "examples": [
+                [{"text": text, "supervised": is_supervised} for text, is_supervised in self.marked(row)]
+                for row in self.train[:2]
+            ],
+        }
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
@@ -309,3 +405,8 @@ def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, 
     chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
     return adapted, kinds, parameters
+
+
+def _places(rows: Sequence[Placed]) -> list[int | str]:
+    """Rows by number, and by file and number where there are several files."""
+    return [name_places([row]) if row.source else row.number for row in rows]

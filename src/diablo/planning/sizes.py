@@ -6,7 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -106,6 +106,18 @@ class Sizes:
         shapes = shapes_of(self.targets).items()
         rows = [BlockLayout(*shape, self.num_blocks).block_in for shape, count in shapes for _ in range(count)]
         return float(f"{0.1 / statistics.median(rows):.0e}")
+
+    def record(self) -> dict[str, Any]:
+        """The same as values of JSON. Memory is in bytes."""
+        return {
+            "method": self.method,
+            "num_blocks": self.num_blocks,
+            "targets": [asdict(target) for target in self.targets],
+            "parameters": {"trainable": self.trained, "total": self.total, "share": self.trained / self.total},
+            "learning_rate": self.learning_rate,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "memory": [{**asdict(each), "total": each.total} for each in self.memory],
+        }
 
 
 def plan_sizes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -62,6 +63,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def json_text(content: Any) -> str:
+    """One line of JSON for programs of others. NaN and infinities, for which JSON has no form, are null there."""
+    return json.dumps(_finite(content), default=str, allow_nan=False)
 
 
 def write_record(path: Path, question: str, settings: Mapping[str, Any], results: Any) -> None:
@@ -130,6 +136,14 @@ def plot_losses(path: Path, train: list[tuple[int, float]], held_out: list[tuple
         axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _processor_name() -> str:

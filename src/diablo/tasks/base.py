@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -68,6 +70,30 @@ class Task(ABC):
     def __init__(self, *, folder: Path | None = None, protocol: Protocol = "strict") -> None:
         self.folder = folder
         self.protocol: Protocol = protocol
+
+    @classmethod
+    def record(cls) -> dict[str, Any]:
+        """All about the task, as values of JSON. The size of a split is None where it depends on the user's files."""
+        source = cls.source
+        return {
+            "task": cls.name,
+            "description": inspect.cleandoc(cls.__doc__ or ""),
+            "splits": dict(itertools.zip_longest(cls.splits, cls.sizes)),
+            "source": source and {"hub": source.hub, "config": source.config, "origin": source.origin},
+            "paths": {split: source.paths(split) for split in cls.splits} if source else {},
+            "licence": cls.licence,
+            "scored": None
+            if "test" not in cls.splits
+            else {
+                "measure": cls.measure,
+                "max_new_tokens": cls.max_new_tokens,
+                "samples": cls.samples,
+                "temperature": cls.temperature,
+                "beams_of_paper": cls.beams,
+                "runs_code": cls.runs_code,
+                "readings": dict(zip(PROTOCOLS, cls.readings, strict=True)),
+            },
+        }
 
     @abstractmethod
     def problems(self, split: Split) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainerCallback
 
+from diablo.data.batching import collate
+from diablo.data.packing import flatten
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
 from diablo.scoring.generation import held_out_loss
@@ -117,11 +119,8 @@ class HeldOutLoss(TrainerCallback):
         every = self.plan.recipe.training.eval_steps
         if not (every and state.global_step % every == 0):
             return
-        is_logged = control.should_log
         with self.meter.pause(), self.average.in_place(model):
             self._measure(model, state.global_step)
-        # What was reported counts as the step's log, and its training loss would be left out.
-        control.should_log = is_logged
         if self.is_over and not control.should_training_stop:
             control.should_training_stop = True
             # As after the last step: a run that is killed from here on has nothing left to train.
@@ -162,3 +161,23 @@ class HeldOutLoss(TrainerCallback):
         if training.keep == "best" and self.losses.best_step == step:
             whole = self.engine.trained(model)
             self.best = whole or {name: values.cpu().clone() for name, values in trained_parameters(model).items()}
+
+
+class MeteredCollator:
+    """Makes batches that know the numbers of their rows, and counts their tokens.
+
+    Args:
+        pad_token_id: fills rows up.
+        meter: counts the tokens.
+        flat: put sequences of packed rows one behind the other, for attention that needs no padding.
+    """
+
+    def __init__(self, pad_token_id: int, meter: TokenMeter, *, flat: bool = False) -> None:
+        self.pad_token_id, self.meter, self.flat = pad_token_id, meter, flat
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of some sequences, with the ``numbers`` of their rows, a list, beside the tensors."""
+        batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
+        self.meter.count(sum(len(sequence["input_ids"]) for sequence in features), batch["input_ids"].numel())
+        # A list, which stays on the host.
+        return {**batch, "numbers": [number for sequence in features for number in sequence["numbers"]]}

@@ -17,6 +17,7 @@ from diablo.training import saving
 
 if TYPE_CHECKING:
     from diablo.planning.plan import Plan
+    from diablo.records.log import RunLog
     from diablo.training.measuring import Losses
     from diablo.training.processes import Processes
 
@@ -102,14 +103,19 @@ def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
         )
 
 
-def start_output(processes: Processes, recipe: Recipe, model: Any, *, resume: bool) -> Path | None:
-    """Make the output folder; what :func:`diablo.models.adapters.save_start` saves in it, where it does."""
+def start_output(processes: Processes, recipe: Recipe, model: Any, log: RunLog, *, resume: bool) -> Path | None:
+    """Make the output folder and begin the log in it.
+
+    Returns:
+        What :func:`diablo.models.adapters.save_start` saves in it, where it does.
+    """
     # The checks above are to need no torch.
     from diablo.models.adapters import save_start
 
     processes.wait()
     if processes.is_main:
         _open_output(recipe, resume=resume)
+        log.open(recipe.output / "train.log", append=resume)
         save_start(model, recipe.output / "start")
     processes.wait()
     return recipe.output / "start" if (recipe.output / "start").is_dir() else None

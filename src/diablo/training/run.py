@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import set_seed
 
 from diablo.data.batching import collate
-from diablo.data.faults import Placed, name_places
 from diablo.data.packing import join
 from diablo.data.special_text import describe_special_text
 from diablo.errors import Interrupted
@@ -28,6 +27,7 @@ from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
+from diablo.records.log import LOGGER, RunLog, say
 from diablo.records.progress import TokenMeter
 from diablo.records.results import (
     describe_machine,
@@ -67,6 +67,11 @@ class RunResult:
     after: dict[str, Score] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
+    def paths(self) -> dict[str, str | None]:
+        """Where the run's things are, by the names of the attributes."""
+        merged = None if self.merged is None else str(self.merged)
+        return {"folder": str(self.folder), "adapter": str(self.adapter), "merged": merged}
+
 
 def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: Console) -> RunResult:
     """Carry out a recipe whose data is read and whose output folder is checked; see :func:`diablo.training.train`.
@@ -83,22 +88,31 @@ def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: 
     """
     processes = Processes()
     console = processes.console(console)
-    for line in start_from.describe():
-        console.print(line, markup=False, soft_wrap=True)
-    with processes.main_first():
-        plan = make_plan(recipe, materials=materials)
-    _say_special_text(plan, console)
-    _check_processes(processes, plan, start_from.checkpoint)
+    with RunLog(console, enabled=processes.is_main) as log:
+        for line in start_from.describe():
+            say(console, line)
+        with processes.main_first():
+            plan = make_plan(recipe, materials=materials)
+        _say_plan(plan, console, start_from.checkpoint)
+        _check_processes(processes, plan, start_from.checkpoint)
+        return _carry_out(plan, processes, console, log, start_from.checkpoint)
+
+
+def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, checkpoint: Path | None) -> RunResult:
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
-    from diablo.training.tracking import environment_of
+    from diablo.training.trackers import Trackers
     from diablo.training.trainer import make_trainer
 
+    recipe, resume = plan.recipe, checkpoint is not None
+    trackers = Trackers(recipe, resume=resume)
+    if processes.is_main:
+        trackers.check()
     set_seed(recipe.seed)
     is_full = isinstance(recipe.method, FullMethod)
     model, load_seconds = _load(plan, processes.engine)
     timings = {"load_seconds": load_seconds}
 
-    adapter_start = start_output(processes, recipe, model, resume=start_from.checkpoint is not None)
+    adapter_start = start_output(processes, recipe, model, log, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
@@ -110,12 +124,12 @@ def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: 
 
     if not processes.engine.shards:
         measure_before()
-    with environment_of(plan):
-        trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking)
+    with trackers.environment():
+        trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking, trackers)
         _check_first_batch(trainer, plan)
         trainer.when_sharded = meter.pause()(measure_before)
         start = time.perf_counter()
-        _train(trainer, plan, asking, start_from.checkpoint)
+        _train(trainer, plan, asking, checkpoint)
     meter.tokens, meter.padded = processes.total(meter.tokens), processes.total(meter.padded)
     timings["train_seconds"] = time.perf_counter() - start - meter.paused_seconds
     training_peak = peak_memory_bytes()
@@ -144,15 +158,26 @@ def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: 
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
         with saving.writing(recipe.output):
             close_output(recipe, result.record, losses)
+        LOGGER.info("done: %s, trained in %.0f s", result.adapter, timings["train_seconds"])
     processes.wait()
     return result
 
 
-def _say_special_text(plan: Plan, console: Console) -> None:
+def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
+    recipe, versions = plan.recipe, describe_versions()
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    LOGGER.info("%s on %s, into %s", recipe.method.title, recipe.model, recipe.output)
+    LOGGER.info("versions            %s", installed)
+    for line in plan.data_lines():
+        LOGGER.info(line)
+    dtype = str(plan.dtype).removeprefix("torch.")
+    batch = plan.effective_batch_in_words
+    LOGGER.info("steps               %d of %s, in %s on %s", plan.steps, batch, dtype, plan.device)
+    if checkpoint is not None:
+        LOGGER.info("goes on from %s", checkpoint.name)
     spelling, tokens = plan.special_text
     if spelling:
-        mode = plan.recipe.data.special_text
-        console.print(f"data: {describe_special_text(spelling, tokens, mode)}", markup=False)
+        console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
 
 
 def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
@@ -220,6 +245,9 @@ def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) 
         limit=settings.limit,
         when=when,
     )
+    for name, score in scores.items():
+        for metric, value in score.metrics.items():
+            LOGGER.info("%s %s %s %.1f%% (%d of %d)", name, metric, when, 100 * value, score.right, len(score.answers))
     if write:
         with saving.writing(plan.recipe.output):
             write_answers(plan.recipe.output / f"answers-{when}.jsonl", scores.values())
@@ -269,8 +297,6 @@ def _record(
     kept_step: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
-    tokens, supervised = plan.tokens
-    spelling, special_tokens = plan.special_text
     adapter_bytes = sum(path.stat().st_size for path in result.adapter.glob("*.safetensors"))
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
@@ -278,21 +304,7 @@ def _record(
         "machine": describe_machine(),
         "precision": str(plan.dtype).removeprefix("torch."),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
-        "data": {
-            "rows": len(plan.train),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "held_out_rows": len(plan.held_out),
-            "validation_rows": plan.validation,
-            "train": [source.record() for source in plan.sources],
-            "eval": [source.record() for source in plan.held_out_sources],
-            "malformed_rows_skipped": _places(plan.faults),
-            "long_rows_dropped": _places(plan.too_long),
-            "tested_rows_left_out": plan.tested,
-            "special_text": {"rows": spelling, "tokens": special_tokens},
-            "sequences": len(plan.sequences),
-            "padding_share": meter.padding_share,
-        },
+        "data": plan.data_record() | {"padding_share": meter.padding_share},
         "training": {
             "optimizer": plan.optimizer.describe(),
             "schedule": plan.schedule.describe(),
@@ -320,8 +332,3 @@ def _record(
             if scores
         },
     }
-
-
-def _places(rows: Sequence[Placed]) -> list[int | str]:
-    """Rows by number, and by file and number where there are several files."""
-    return [name_places([row]) if row.source else row.number for row in rows]

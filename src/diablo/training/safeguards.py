@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
+from diablo.records.log import LOGGER, say
 
 _MOST_SKIPPED_IN_A_ROW = 10
 
@@ -84,6 +85,7 @@ class FiniteLosses(TrainerCallback):
         """Remove all gradients where the step is left out: optimizers skip parameters that have no gradient."""
         if self._leave_out:
             self.skipped.append(state.global_step + 1)
+            LOGGER.warning("step %d is left out: its loss is not finite", state.global_step + 1)
             self._excluded += self._of_step
             self._excluded_steps += 1
             model.zero_grad(set_to_none=True)
@@ -211,7 +213,7 @@ class StopWhenAsked(TrainerCallback):
         if self.asked is not None:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number)
-        self.console.print(f"{self.asked.name}: stopping after this step; once more to stop at once.", soft_wrap=True)
+        say(self.console, f"{self.asked.name}: stopping after this step; once more to stop at once.")
 
 
 def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> UserError | None:

@@ -20,8 +20,8 @@ def train(
     """Carry out a recipe: check, train, save, score.
 
     The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
-    ``run.json``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as ``answers-before.jsonl`` and
-    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+    ``run.json``, ``train.log``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as
+    ``answers-before.jsonl`` and ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
 
     Args:
         recipe: the recipe.

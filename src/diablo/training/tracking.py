@@ -1,11 +1,10 @@
-"""What is told of a run while it trains: a line in ``train.jsonl`` for each logged step, and what trackers are told."""
+"""What is told of a run while it trains: a line in ``train.jsonl`` for each logged step, and the settings."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from diablo.planning.plan import Plan
+from diablo.records.log import LOGGER
 from diablo.records.progress import TokenMeter
 from diablo.training.measuring import Losses
 
 LOG = "train.jsonl"
+KINDS = ("loss", "held_out_loss")
+"""The keys of a log that make it a line."""
 
 
 @dataclass
@@ -45,28 +46,6 @@ def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{name}", value
 
 
-@contextmanager
-def environment_of(plan: Plan) -> Iterator[None]:
-    """The environment variables by which trackers are told where to write, while a run trains.
-
-    What the user has set in the environment stays as it is.
-    """
-    tracking, output = plan.recipe.tracking, plan.recipe.output
-    wanted = {"TENSORBOARD_LOGGING_DIR": str(output / "tensorboard")}
-    if tracking.project is not None:
-        wanted |= dict.fromkeys(("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "COMET_PROJECT_NAME"), tracking.project)
-    if tracking.tags:
-        wanted["WANDB_TAGS"] = ",".join(tracking.tags)
-        wanted["MLFLOW_TAGS"] = json.dumps(dict.fromkeys(tracking.tags, "true"))
-    given = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name in given:
-            os.environ.pop(name, None)
-
-
 class TrainLog(TrainerCallback):
     """Writes every logged step to ``train.jsonl``: step, epoch, loss, learning rate, gradient norm, tokens and seconds.
 
@@ -74,10 +53,15 @@ class TrainLog(TrainerCallback):
         folder: the run's folder.
         meter: counts tokens and seconds.
         losses: have the held-out loss from before training.
+
+    Attributes:
+        told: the last step that was logged before the run went on, for each kind of loss. It may lie behind the
+            checkpoint.
     """
 
     def __init__(self, folder: Path, meter: TokenMeter, losses: Losses) -> None:
         self.path, self.meter, self.losses = folder / LOG, meter, losses
+        self.told: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the file, or go on with it."""
@@ -88,15 +72,30 @@ class TrainLog(TrainerCallback):
         """Keep the lines of a step and of those before it, and drop the others; none is kept of another run."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         before = [json.dumps({"step": step, "held_out_loss": loss}) for step, loss in self.losses.held_out]
+        steps = {line: step_of for line in lines if math.isfinite(step_of := _step_of(line))} if step else {}
+        self.told = {kind: max((s for line, s in steps.items() if f'"{kind}"' in line), default=0) for kind in KINDS}
         kept = [line for line in lines if _step_of(line) <= step] if step else before
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line."""
-        if state.is_world_process_zero and logs and ("loss" in logs or "held_out_loss" in logs):
+        if state.is_world_process_zero and logs and any(kind in logs for kind in KINDS):
             line = {"step": state.global_step, **logs, "tokens": self.meter.tokens, "seconds": self.meter.seconds()}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            figures = [f"{kind.replace('held_out_', 'held-out ')} {logs[kind]:.4f}" for kind in KINDS if kind in logs]
+            if "loss" in logs:
+                figures.append(f"learning rate {logs['learning_rate']:.3g}")
+                figures.append(f"{self.meter.tokens_per_second():.0f} tokens/s")
+            LOGGER.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(figures))
+
+
+class LastLoss(TrainerCallback):
+    """Has the last step's loss logged too, which ``training.logging_steps`` may pass over."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for it."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
 
 
 def _step_of(line: str) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,24 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
-from diablo.data.batching import LengthGroupedSampler, collate
+from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
-from diablo.data.packing import flatten
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
 from diablo.planning.optimizers import group_members
 from diablo.planning.plan import Plan, preflight
 from diablo.recipes.training import ParameterGroup
+from diablo.records.log import LOGGER
 from diablo.records.progress import TokenMeter, TrainingProgress
 from diablo.scoring.losses import summed_completion_loss
 from diablo.training import saving
 from diablo.training.averaging import Average
 from diablo.training.engines import DeepSpeed, Engine, trained_parameters
-from diablo.training.measuring import HeldOutLoss, Losses
+from diablo.training.measuring import HeldOutLoss, Losses, MeteredCollator
 from diablo.training.safeguards import FiniteLosses
-from diablo.training.tracking import TrackedConfig, TrainLog
+from diablo.training.trackers import Trackers
+from diablo.training.tracking import KINDS, LastLoss, TrackedConfig, TrainLog
 
 
 class CompletionTrainer(SFTTrainer):
@@ -47,6 +48,7 @@ class CompletionTrainer(SFTTrainer):
         average: averages the trained parameters.
         held_out: measures the held-out loss, and keeps what is best.
         train_log: writes ``train.jsonl``.
+        trackers: those that the run is told to.
         engine: how the processes hold the model.
         options: arguments of ``SFTTrainer``.
 
@@ -66,6 +68,7 @@ class CompletionTrainer(SFTTrainer):
         average: Average,
         held_out: HeldOutLoss,
         train_log: TrainLog,
+        trackers: Trackers,
         engine: Engine,
         **options: Any,
     ) -> None:
@@ -81,6 +84,9 @@ class CompletionTrainer(SFTTrainer):
         self._logged = 0
         super().__init__(**options)
         self.train_log = train_log
+        self.trackers = trackers
+        # Behind the trackers' own callbacks: what is a line of the log was told to them.
+        self.add_callback(trackers)
         self.add_callback(train_log)
         self.parameters_kept = engine.kept(options["model"])
 
@@ -179,7 +185,14 @@ class CompletionTrainer(SFTTrainer):
                 logs = {name: value for name, value in logs.items() if name != "loss"}
             else:
                 logs["loss"] = mean
-        super().log(logs, start_time)
+        kind = next((kind for kind in KINDS if kind in logs), None)
+        is_told = kind is not None and self.state.global_step <= self.train_log.told.get(kind, 0)
+        is_due = self.control.should_log
+        with self.trackers.silent(self.callback_handler) if is_told else nullcontext():
+            super().log(logs, start_time)
+        if kind == "held_out_loss":
+            # The trainer takes any log for the step's own, which may still be due.
+            self.control.should_log = is_due
 
     def take_over(self, checkpoint: Path, last_step: int) -> bool:
         """Take from a checkpoint what the trainer does not, before training goes on.
@@ -242,6 +255,7 @@ class CompletionTrainer(SFTTrainer):
                 saving.write_tensors(staged / saving.BEST, self.held_out.best)
                 saving.write_tensors(staged / saving.AVERAGE, self.average.values)
                 saving.publish(folder, self._about())
+                LOGGER.info("checkpoint of step %d saved", self.state.global_step)
             self.accelerator.wait_for_everyone()
         except Exception as error:
             if not saving.is_failed_write(error):
@@ -283,27 +297,6 @@ def split_groups(optimizer: torch.optim.Optimizer, model: Any, groups: Sequence[
                 optimizer.add_param_group({**held, "params": taken, **own})
 
 
-class LastLoss(TrainerCallback):
-    """Has the last step's loss logged too, which ``training.logging_steps`` may pass over."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for it."""
-        control.should_log = control.should_log or state.global_step >= state.max_steps
-
-
-class _MeteredCollator:
-    """Makes batches that know the numbers of their rows, and counts their tokens."""
-
-    def __init__(self, pad_token_id: int, meter: TokenMeter, *, flat: bool) -> None:
-        self.pad_token_id, self.meter, self.flat = pad_token_id, meter, flat
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
-        self.meter.count(sum(len(sequence["input_ids"]) for sequence in features), batch["input_ids"].numel())
-        # A list, which stays on the host.
-        return {**batch, "numbers": [number for sequence in features for number in sequence["numbers"]]}
-
-
 def _number(row: EncodedRow) -> str:
     """The number of a row, with its file where there are several."""
     return f"{row.number} of {row.source}" if row.source else str(row.number)
@@ -341,6 +334,7 @@ def make_trainer(
     meter: TokenMeter,
     losses: Losses,
     asking: TrainerCallback,
+    trackers: Trackers,
 ) -> CompletionTrainer:
     """The trainer of a plan.
 
@@ -352,6 +346,7 @@ def make_trainer(
         meter: counts tokens.
         losses: where held-out losses are written to.
         asking: told of every step before anything is checked, logged or saved.
+        trackers: those that the run is told to.
     """
     training = plan.recipe.training
     on_cpu = plan.device.type == "cpu"
@@ -390,6 +385,8 @@ def make_trainer(
         ddp_find_unused_parameters=False,
         report_to=plan.recipe.tracking.report_to or "none",
         run_name=plan.recipe.tracking.name or plan.recipe.output.name,
+        # Trackio's; the others are told of it by the environment.
+        project=plan.recipe.tracking.project or "huggingface",
         disable_tqdm=True,
         recipe=plan.recipe.model_dump(mode="json"),
     )
@@ -410,6 +407,7 @@ def make_trainer(
             average=average,
             held_out=held_out,
             train_log=TrainLog(plan.recipe.output, meter, losses),
+            trackers=trackers,
             engine=engine,
             model=model,
             args=config,
@@ -420,7 +418,7 @@ def make_trainer(
                 ]
             ),
             processing_class=plan.encoder.tokenizer,
-            data_collator=_MeteredCollator(
+            data_collator=MeteredCollator(
                 pad_token_id, meter, flat=training.packing and is_flash_attention_requested(model.config)
             ),
             optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),

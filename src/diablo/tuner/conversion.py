@@ -35,6 +35,15 @@ class LoraConversion:
     relative_errors: dict[str, float]
     relative_error: float
 
+    def record(self) -> dict[str, Any]:
+        """What was lost and by what layer, as values of JSON; ``parameters`` are LoRA's."""
+        return {
+            "parameters": sum(tensor.numel() for tensor in self.state_dict.values()),
+            "relative_error": self.relative_error,
+            "ranks": self.ranks,
+            "relative_errors": self.relative_errors,
+        }
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT loads without this package."""
         Path(folder).mkdir(parents=True, exist_ok=True)
