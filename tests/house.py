@@ -27,6 +27,7 @@ ROOMS = (
     "diablo/planning",
     "diablo/quantization",
     "diablo/merging",
+    "diablo/publishing",
     "diablo/training",
     "diablo/comparison",
     "diablo_cli",

@@ -36,8 +36,10 @@ def train(
     quiet()
     if dry_run:
         from diablo.planning.plan import make_plan
+        from diablo.publishing.hub import check_upload
         from diablo_cli.reporting import print_plan
 
+        check_upload(settings.push_to_hub)
         print_plan(out, make_plan(settings))
         return
     from diablo.training import train as run
@@ -47,6 +49,16 @@ def train(
     # With several processes the record is the main one's.
     if result.record:
         print_result(out, result)
+    if result.upload_fault is not None:
+        push = settings.push_to_hub
+        assert push is not None
+        options = " --private" * push.private + (f" --base {push.base}" if push.base else "")
+        for line in (
+            f"error: {result.upload_fault}",
+            f"The run itself is whole. Upload it with: diablo push {settings.output} {push.repo}{options}",
+        ):
+            print(line, file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()

@@ -22,6 +22,8 @@ from diablo.models.adapters import save_adapter
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.plan import Plan, make_plan, preflight
+from diablo.publishing.card import Kind, write_run_card
+from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
@@ -55,6 +57,8 @@ class RunResult:
         before: scores before training by task, where the recipe asks for them.
         after: scores after training, likewise.
         record: what ``run.json`` holds.
+        upload: what was uploaded to the hub, where the recipe asks for that.
+        upload_fault: why that failed; None where it did not.
     """
 
     folder: Path
@@ -63,6 +67,8 @@ class RunResult:
     before: dict[str, Score] = field(default_factory=dict)
     after: dict[str, Score] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    upload: Upload | None = None
+    upload_fault: str | None = None
 
 
 def train(
@@ -72,7 +78,8 @@ def train(
 
     The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
     ``run.json``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as ``answers-before.jsonl`` and
-    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+    ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``. Where the recipe has
+    ``push_to_hub``, the adapter or the model is then uploaded; a failed upload is no error of the run.
 
     Args:
         recipe: the recipe.
@@ -82,12 +89,13 @@ def train(
 
     Raises:
         UserError: something in the recipe, the data or the output folder does not fit, a loss is not finite, or memory
-            or the disk is full.
+            or the disk is full; or the hub says that nothing can be uploaded there.
         Interrupted: somebody asked to stop, and a checkpoint was saved.
     """
     processes = Processes()
     console = processes.console(console or Console(stderr=True))
     checkpoint = check_output(recipe, console, resume=resume, overwrite=overwrite)
+    check_upload(recipe.push_to_hub if processes.is_main else None)
     with processes.main_first():
         plan = make_plan(recipe)
     _say_special_text(plan, console)
@@ -145,10 +153,20 @@ def train(
             # The run is not recorded yet.
             merge_adapter(result.adapter, result.merged, trained_as=recipe.model_dump(mode="json"))
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
-        with saving.writing(recipe.output):
-            close_output(recipe, result.record, losses)
+        _close(recipe, result, losses, "model" if is_full else "adapter")
     processes.wait()
     return result
+
+
+def _close(recipe: Recipe, result: RunResult, losses: Losses, kind: Kind) -> None:
+    """Write the model cards and the record, and upload the result where the recipe asks for that."""
+    with saving.writing(recipe.output):
+        write_run_card(result.adapter, result.record, kind)
+        if result.merged is not None:
+            write_run_card(result.merged, result.record, "merged")
+        close_output(recipe, result.record, losses)
+    # The run is whole and recorded by now, whatever becomes of the upload.
+    result.upload, result.upload_fault = upload_result(recipe.push_to_hub, result.adapter, kind)
 
 
 def _say_special_text(plan: Plan, console: Console) -> None:
