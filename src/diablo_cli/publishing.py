@@ -60,7 +60,7 @@ def push(
 LlamaCpp = Annotated[
     Path | None, typer.Option("--llama-cpp", help="llama.cpp's folder; else $LLAMA_CPP, or the PATH, is looked at.")
 ]
-OutType = Annotated[str, typer.Option("--outtype", help="auto, f32, f16, bf16 or q8_0; auto is the model's own.")]
+OutType = Annotated[str, typer.Option("--outtype", help="auto, f32, f16, bf16 or q8_0; auto is 16 bits.")]
 Source = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run's folder, or that of an adapter or of a merged model.")
 ]
@@ -82,7 +82,7 @@ def export_gguf(
     check_model(base, "--base")
     converter = find_converter(llama_cpp)
     quiet()
-    check_plain(source)
+    check_plain(source, base)
     with plain_model(source, path.parent, base=base, console=progress) as model:
         _print_gguf(write_gguf(model, path, converter, out_type=out_type, name=path.stem))
 
@@ -113,7 +113,7 @@ def export_ollama(
     check_system(system, chat=chat)
     converter = find_converter(llama_cpp)
     quiet()
-    check_plain(source)
+    check_plain(source, base)
     name = folder.resolve().name.lower()
     with (
         new_folder(folder, "model") as target,

@@ -117,6 +117,7 @@ def test_exporting_says_what_is_missing_and_writes_nothing(
         (("gguf", adapter, out, "--llama-cpp", tmp_path), f"--llama-cpp: found '{tmp_path}', where there is no"),
         (("gguf", adapter, out, *given, "--outtype", "q4"), "--outtype: found 'q4'; allowed: auto, f32, f16, bf16"),
         (("gguf", tmp_path / "none", out, *given), "holds neither an adapter nor a model"),
+        (("gguf", tiny_model, out, *given, "--base", tiny_model), "--base: "),
         (("gguf", adapter, tmp_path / "no" / "x.gguf", *given), "OUT: "),
         (
             ("gguf", tiny_model, tmp_path / "fails.gguf", *given),

@@ -86,13 +86,20 @@ def find_converter(folder: Path | None) -> Path:
     raise UserError(f"{SCRIPT} of llama.cpp is not found; {_HOW_TO_GET}.")
 
 
-def check_plain(source: str) -> None:
+def check_plain(source: str, base: str | None) -> None:
     """Check that a model is there to be exported, as it is or merged, before anything is done.
 
+    Args:
+        source: see :func:`plain_model`.
+        base: see there.
+
     Raises:
-        UserError: there is neither a model nor an adapter, or the adapter has to be merged with a choice.
+        UserError: there is neither a model nor an adapter, the adapter has to be merged with a choice, or a base model
+            is given where there is a model already.
     """
-    if _model_folder(source) is not None:
+    if (folder := _model_folder(source)) is not None:
+        if base is not None:
+            raise UserError(f"--base: {str(folder)!r} is a whole model, into which nothing is merged; leave it out.")
         return
     adapter = adapter_folder(source) if is_adapter(source) else None
     if adapter is None:
@@ -135,7 +142,8 @@ def write_gguf(model: Path, path: Path, converter: Path, *, out_type: str = "aut
         model: the folder of a plain transformers model.
         path: the file; it is replaced where it is there.
         converter: what :func:`find_converter` found.
-        out_type: the type of the weights, one of :data:`OUT_TYPES`; ``auto`` is that of the model.
+        out_type: the type of the weights, one of :data:`OUT_TYPES`; ``auto`` is ``bf16`` for a model
+            in bf16 and ``f16`` otherwise.
         name: the model's name in the file.
 
     Raises:
