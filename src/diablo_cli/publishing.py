@@ -23,8 +23,8 @@ def push(
     source: Annotated[
         str, typer.Argument(metavar="RUN", help="A run's folder, or that of an adapter or of a merged model.")
     ],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; it is made where it is missing.")],
-    private: Annotated[bool, typer.Option("--private", help="Only where the repository is private.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub; it is made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private; a public one is an error.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made where it is missing.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The run's merged model, and not its adapter.")] = False,
     base: Annotated[

@@ -16,7 +16,9 @@ import yaml
 from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import ModelCard, constants
 
-from diablo.publishing.hub import Repository, check_writable
+from diablo.errors import UserError
+from diablo.models.builtin import cache_folder
+from diablo.publishing.hub import Repository, base_on_hub, check_writable
 from diablo.recipes.reading import check_settings, load_recipe
 from diablo.training import train
 
@@ -303,12 +305,18 @@ def test_pushing_says_what_is_missing(hub, distant, run, tmp_path):
     assert not hub.repositories
 
 
+@pytest.mark.parametrize("name", ["builtin:smollm2-135m", str(cache_folder() / "smollm2-135m-0123abcd")])
+def test_an_adapter_of_a_builtin_model_names_the_model_that_it_was_made_of(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    assert base_on_hub(tmp_path, None, "--base") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_nothing_is_asked_offline_and_a_hub_that_is_not_there_is_not_waited_for(monkeypatch, distant, run):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(Exception, match="cannot be reached while HF_HUB_OFFLINE is set; unset it"):
+    with pytest.raises(UserError, match="cannot be reached while HF_HUB_OFFLINE is set; unset it"):
         check_writable(Repository("ann/apples"), "REPO")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(Exception, match=r"the hub \(http://127.0.0.1:9\) did not answer when asked about 'ann/apples'"):
+    with pytest.raises(UserError, match=r"the hub \(http://127.0.0.1:9\) did not answer when asked about 'ann/apples'"):
         check_writable(Repository("ann/apples"), "REPO")
