@@ -47,16 +47,7 @@ def check_output(recipe: Recipe, console: Console, *, resume: bool, overwrite: b
 def _check_same_run(recipe: Recipe, path: Path) -> None:
     """A resumed run must be told what the interrupted one was told, reporting aside."""
     started = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    free = {
-        "output",
-        "evaluation",
-        "merge",
-        "push_to_hub",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-    }
+    free = {"output", "evaluation", "merge", "eval_steps", "save_steps", "save_total_limit", "logging_steps"}
     # Another number of processes needs other ones; what they come to is checked when it is known.
     free |= {"batch_size", "gradient_accumulation"}
     # What an error of the run may have advised, and changes nothing of what is learned.
