@@ -219,6 +219,8 @@ def print_result(out: Console, result: RunResult) -> None:
     out.print(f"{what:<16} {adapter} ({record['adapter_bytes'] / 1e6:.1f} MB)")
     if result.merged:
         out.print(f"merged model     {escape(str(result.merged))}")
+    if result.upload:
+        out.print(f"uploaded to      {escape(result.upload.url)}")
     out.print(f"record           {folder}/run.json, {folder}/loss.png")
     if runs:
         out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")

@@ -41,8 +41,10 @@ def train(
         materials = gather(settings)
         # What can be refused without torch has been.
         from diablo.planning.plan import make_plan
+        from diablo.publishing.hub import check_upload
         from diablo_cli.reporting import print_plan
 
+        check_upload(settings.push_to_hub)
         plan_of_run = make_plan(settings, materials=materials)
         print_plan(out, plan_of_run)
         answer(plan_of_run.record())
@@ -55,6 +57,16 @@ def train(
     if result.record:
         print_result(out, result)
         answer(result.paths() | result.record)
+    if result.upload_fault is not None:
+        push = settings.push_to_hub
+        assert push is not None
+        options = " --private" * push.private + (f" --base {push.base}" if push.base else "")
+        for line in (
+            f"error: {result.upload_fault}",
+            f"The run itself is whole. Upload it with: diablo push {settings.output} {push.repo}{options}",
+        ):
+            print(line, file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()

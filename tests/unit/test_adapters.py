@@ -80,7 +80,8 @@ def test_saved_folder_has_a_card_and_no_leftovers(saved: tuple[Path, torch.Tenso
     assert names == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md"}
     assert [path.name for path in saved[0].parent.iterdir()] == ["adapter"]
     card = (saved[0] / "README.md").read_text(encoding="utf-8")
-    assert str(tiny_model) in card
+    assert f"a folder called {tiny_model.name}" in card
+    assert str(tiny_model) not in card
     assert "| num_blocks | 4 |" in card
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.schema import SCHEMA_FILE, recipe_schema, schema_text
@@ -48,7 +49,8 @@ def properties(schema: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_key_is_there_with_its_description():
     found = dict(properties(recipe_schema()))
-    sections = (Recipe, Data, DataSource, Training, Optimizer, ParameterGroup, Tracking, Evaluation, *METHODS.values())
+    sections = (Recipe, Data, DataSource, Training, Optimizer, ParameterGroup, Tracking, Evaluation, PushToHub)
+    sections += tuple(METHODS.values())
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):
         assert schema.get("description"), key

@@ -125,7 +125,7 @@ class Comparison:
         settings["evaluation"] |= {"before": False, "after": is_test and self.recipe.evaluation.after}
         if not is_test:
             settings["evaluation"]["general"] = None
-        settings |= {"seed": seed, "merge": False, "output": self.folder / "runs" / name}
+        settings |= {"seed": seed, "merge": False, "push_to_hub": None, "output": self.folder / "runs" / name}
         return Run(contender.name, stage, rate, seed, Recipe.model_validate(settings))
 
 

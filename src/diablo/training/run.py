@@ -24,6 +24,8 @@ from diablo.models.folders import adapter_folder
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan, make_plan, preflight
+from diablo.publishing.card import Kind, write_run_card
+from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
@@ -58,6 +60,8 @@ class RunResult:
         before: scores before training by task, where the recipe asks for them.
         after: scores after training, likewise.
         record: what ``run.json`` holds.
+        upload: what was uploaded to the hub, where the recipe asks for that.
+        upload_fault: why that failed; None where it did not.
     """
 
     folder: Path
@@ -66,6 +70,8 @@ class RunResult:
     before: dict[str, Score] = field(default_factory=dict)
     after: dict[str, Score] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    upload: Upload | None = None
+    upload_fault: str | None = None
 
     def paths(self) -> dict[str, str | None]:
         """Where the run's things are, by the names of the attributes."""
@@ -92,6 +98,7 @@ def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: 
         for line in start_from.describe():
             say(console, line)
         with processes.main_first():
+            check_upload(recipe.push_to_hub if processes.is_main else None)
             plan = make_plan(recipe, materials=materials)
         _say_plan(plan, console, start_from.checkpoint)
         _check_processes(processes, plan, start_from.checkpoint)
@@ -156,11 +163,21 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
             # The run is not recorded yet.
             merge_adapter(result.adapter, result.merged, trained_as=recipe.model_dump(mode="json"))
         result.record = _record(plan, model, result, losses, meter, timings, training_peak, trainer, kept_step)
-        with saving.writing(recipe.output):
-            close_output(recipe, result.record, losses)
+        _close(recipe, result, losses, "model" if is_full else "adapter")
         LOGGER.info("done: %s, trained in %.0f s", result.adapter, timings["train_seconds"])
     processes.wait()
     return result
+
+
+def _close(recipe: Recipe, result: RunResult, losses: Losses, kind: Kind) -> None:
+    """Write the model cards and the record, and upload the result where the recipe asks for that."""
+    with saving.writing(recipe.output):
+        write_run_card(result.adapter, result.record, kind)
+        if result.merged is not None:
+            write_run_card(result.merged, result.record, "merged")
+        close_output(recipe, result.record, losses)
+    # The run is whole and recorded by now, whatever becomes of the upload.
+    result.upload, result.upload_fault = upload_result(recipe.push_to_hub, result.adapter, kind)
 
 
 def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:

@@ -22,6 +22,8 @@ def train(
     The output folder then holds ``adapter/`` (``model/`` for full fine-tuning), ``merged/`` where asked for,
     ``run.json``, ``train.log``, ``loss.png``, ``recipe.yaml``, the answers of what was scored as
     ``answers-before.jsonl`` and ``answers-after.jsonl`` and, where ``training.save_steps`` is set, ``checkpoints/``.
+    Where the recipe has ``push_to_hub``, the adapter or the model is then uploaded; a failed upload is no error of the
+    run.
 
     Args:
         recipe: the recipe.
@@ -31,7 +33,7 @@ def train(
 
     Raises:
         UserError: something in the recipe, the data or the output folder does not fit, a loss is not finite, or memory
-            or the disk is full.
+            or the disk is full; or the hub says that nothing can be uploaded there.
         Interrupted: somebody asked to stop, and a checkpoint was saved.
     """
     start = check_output(recipe, resume=resume, overwrite=overwrite)

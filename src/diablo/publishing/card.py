@@ -1,0 +1,279 @@
+"""The part of a model card that tells of a run: its data, its scores, its recipe, and how its result is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from diablo.errors import UserError
+from diablo.models.builtin import LICENSE, ORIGIN, PREFIX
+from diablo.recipes.recipe import Recipe
+from diablo.records.card import CARD, HERE, Card, EditedCardError, called, hub_id
+from diablo.records.results import kept_loss
+from diablo.tasks import TASKS
+
+Kind = Literal["adapter", "merged", "model"]
+"""What a folder of a run holds: an adapter, the model that it was merged into, or a model trained in full."""
+
+_WHAT = {"adapter": "adapter", "merged": "model, merged from an adapter", "model": "model, trained in full"}
+# Not a setting of what was trained, or something about this machine.
+_UNTOLD = ("output", "push_to_hub", "tracking", "merge")
+_PATHS = ("path", "folder", "train", "eval", "general", "model", "base")
+
+
+def write_run_card(folder: Path, record: Mapping[str, Any], kind: Kind) -> None:
+    """Write what is known of a run into the model card of one of its folders. Nothing of it names a path.
+
+    Args:
+        folder: the folder of the adapter or of the model.
+        record: what ``run.json`` holds.
+        kind: what the folder holds.
+
+    Raises:
+        UserError: somebody has written into the card where this belongs.
+    """
+    try:
+        card = Card.read(folder)
+        card.put("run", run_part(record, kind), run_data(record, kind), title_of(record, kind))
+    except EditedCardError as error:
+        raise UserError(f"{folder / CARD} is left as it is: {error}; delete it to have a new one.") from None
+    (folder / CARD).write_text(card.content(), encoding="utf-8")
+
+
+def base_of(model: str) -> str | None:
+    """The id on the hub of a recipe's model; None where it is a folder of this machine."""
+    return ORIGIN[model.removeprefix(PREFIX)] if model.startswith(PREFIX) else hub_id(model)
+
+
+def title_of(record: Mapping[str, Any], kind: Kind) -> str:
+    """The title of the card: the method, the base model and the data, in a line."""
+    recipe = record["recipe"]
+    base = base_of(recipe["model"])
+    name = base.rpartition("/")[2] if base else Path(recipe["model"]).name
+    rows = " and ".join(recipe["task"]) or "own data"
+    return f"{name} trained on {rows} by {recipe['method']['name']}: {_WHAT[kind]}"
+
+
+def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """The YAML at the top of the card, as the hub reads it."""
+    recipe = record["recipe"]
+    base = base_of(recipe["model"])
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_dataset_of(task) or task,
+            dataset_name=task,
+            dataset_split="test",
+            dataset_args={"first_rows": score["total"]} if recipe["evaluation"]["limit"] else None,
+            metric_type=score["headline"],
+            metric_value=score[score["headline"]],
+        )
+        for task, score in record["scores"].get("after", {}).items()
+    ]
+    sources = [source["hub"] for source in record["data"]["train"] if "hub" in source]
+    datasets = [*sources, *filter(None, map(_dataset_of, recipe["task"]))]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if kind == "adapter" else "finetune") if base else None,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=[recipe["method"].get("type", recipe["method"]["name"]).lower(), "diablo-peft"],
+        datasets=list(dict.fromkeys(datasets)) or None,
+        eval_results=results or None,
+        model_name=title_of(record, kind) if results else None,
+        **license_of(recipe["model"]),
+    )
+    return data.to_dict()
+
+
+def license_of(model: str) -> dict[str, Any]:
+    """The licence of a recipe's model, as its own card states it; empty where no such card is on this machine."""
+    if model.startswith(PREFIX):
+        return {"license": LICENSE[model.removeprefix(PREFIX)]}
+    path = Path(model) / CARD if Path(model).is_dir() else try_to_load_from_cache(model, CARD)
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # cards of others hold anything
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+
+
+def run_part(record: Mapping[str, Any], kind: Kind) -> str:
+    """The part of the card in Markdown."""
+    recipe = record["recipe"]
+    parts = [_intro(record, kind), _data(record), _results(record), _use(recipe, kind)]
+    settings = yaml.safe_dump(shareable_recipe(recipe), sort_keys=False, allow_unicode=True).strip()
+    parts.append(f"## Recipe\n\n```yaml\n{settings}\n```")
+    parts.append(_machine(record))
+    text = "\n\n".join(parts)
+    for place, word in ((os.getcwd(), "."), (str(Path.home()), "~")):
+        if len(place) > 1:
+            text = text.replace(place, word)
+    return text
+
+
+def shareable_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recipe for others: what differs from the defaults, with the names of files in place of their paths."""
+    told = {}
+    for key, value in recipe.items():
+        field = Recipe.model_fields.get(key)
+        default = None if field is None or field.default is PydanticUndefined else field.default
+        if isinstance(default, BaseModel):
+            default = default.model_dump(mode="json")
+        if key not in _UNTOLD and (kept := _changed(value, default)) not in (None, {}, []):
+            told[key] = kept
+    if "chat_template" in told:
+        told["chat_template"] = f"(Jinja of {len(told['chat_template'])} characters)"
+    return _nameless(told)
+
+
+def _changed(value: Any, default: Any) -> Any:
+    if isinstance(value, dict):
+        inner = default if isinstance(default, dict) else {}
+        kept = {key: _changed(each, inner.get(key)) for key, each in value.items()}
+        kept = {key: each for key, each in kept.items() if each not in (None, {}, [])}
+        # The kind of a section is needed to read its other settings.
+        return {"name": value["name"], **kept} if kept and "name" in value else kept
+    return None if value == default else value
+
+
+def _nameless(value: Any, key: str = "") -> Any:
+    """Settings without the folders that files are in."""
+    if isinstance(value, dict):
+        return {name: _nameless(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_nameless(each, key) for each in value]
+    if not isinstance(value, str):
+        return value
+    is_local = os.path.isabs(value) or value.startswith(("~", "./", "../")) or (key in _PATHS and Path(value).exists())
+    return Path(value).name if is_local else value
+
+
+def _dataset_of(task: str) -> str | None:
+    source = TASKS[task].source if task in TASKS else None
+    return source.hub if source else None
+
+
+def _intro(record: Mapping[str, Any], kind: Kind) -> str:
+    recipe, parameters = record["recipe"], record["parameters"]
+    base = base_of(recipe["model"])
+    named = f"[{base}](https://huggingface.co/{base})" if base else called(recipe["model"])
+    text = (
+        f"Trained on {named} by `{recipe['method']['name']}`: {parameters['trainable']:,} of {parameters['total']:,} "
+        f"parameters ({parameters['share']:.2%}), in {record['training']['steps']:,} steps."
+    )
+    if recipe["model"].startswith(PREFIX):
+        text += (
+            "\n\nThe base weights were those of a 4-bit GGUF file of that model, which differ from the model's own by "
+            "rounding. On the model's own weights the results differ a little, and loading says so."
+        )
+    if recipe["quantization"]:
+        text += f"\n\nThe base weights were quantized to {recipe['quantization']} while it was trained."
+    return (
+        f"{text}\n\n"
+        + {
+            "adapter": "It is an adapter: its base model is needed beside it.",
+            "merged": "It is a plain transformers model: transformers, vLLM and others load it without diablo.",
+            "model": "It is a plain transformers model: transformers, vLLM and others load it without diablo.",
+        }[kind]
+    )
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    data, recipe = record["data"], record["recipe"]
+    lines = ["| trained on | format | rows |", "|---|---|---|"]
+    for source in data["train"]:
+        if "hub" in source:
+            details = [source[key] for key in ("name", "split", "revision") if source.get(key)]
+            where = f"[{source['hub']}](https://huggingface.co/datasets/{source['hub']}) {', '.join(details)}".strip()
+        else:
+            where = Path(source["path"]).name
+        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
+        lines.append(f"| {where}{weight} | {', '.join(source['format'])} | {source['rows']:,} |")
+    for task in recipe["task"]:
+        hub = _dataset_of(task)
+        where = f"[{hub}](https://huggingface.co/datasets/{hub})" if hub else "in the package diablo"
+        lines.append(f"| the task {task} ({where}) | prompt/completion | its train split |")
+    left_out = {
+        "malformed": len(data["malformed_rows_skipped"]),
+        "too long": len(data["long_rows_dropped"]),
+        "in the test split as well": data["tested_rows_left_out"],
+    }
+    told = [f"{count:,} {why}" for why, count in left_out.items() if count]
+    text = (
+        f"{data['rows']:,} rows with {data['tokens']:,} tokens, {data['supervised_tokens']:,} of which carry loss; "
+        f"{data['held_out_rows']:,} rows held out."
+    )
+    if told:
+        text += f" Left out: {', '.join(told)}."
+    return "\n".join(["## Data", "", *lines, "", text])
+
+
+def _results(record: Mapping[str, Any]) -> str:
+    training, scores = record["training"], record["scores"]
+    lines = ["| measure | before | after |", "|---|---|---|"]
+    for task in scores.get("after") or scores.get("before") or {}:
+        cells = []
+        for when in ("before", "after"):
+            score = scores.get(when, {}).get(task)
+            cells.append(
+                f"{score[score['headline']]:.1%} ({score['right']:,} of {score['total']:,})" if score else "not scored"
+            )
+        any_score = (scores.get("after") or scores["before"])[task]
+        lines.append(f"| {task}, {any_score['headline']} ({any_score['protocol']}) | {' | '.join(cells)} |")
+    if training["held_out_loss"]:
+        before, after = training["held_out_loss"][0][1], kept_loss(training)
+        lines.append(f"| loss on held-out rows, nats a token | {before:.4f} | {after:.4f} |")
+    if general := record["general_loss"]:
+        lines.append(f"| loss on general text, nats a token | {general['before']:.4f} | {general['after']:.4f} |")
+    if len(lines) == 2:
+        lines = ["Nothing was held out or scored."]
+    if training["loss"]:
+        (first, start), (last, end) = training["loss"][0], training["loss"][-1]
+        lines += ["", f"Training loss: {start:.4f} at step {first:,}, {end:.4f} at step {last:,}."]
+    return "\n".join(["## Results", "", *lines])
+
+
+def _use(recipe: Mapping[str, Any], kind: Kind) -> str:
+    chat = " --chat" if recipe["chat"] else ""
+    form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
+    lines = ["## Use", "", f"It was trained on prompts that are given {form}.", ""]
+    if kind == "adapter":
+        lines += [
+            "```console",
+            "$ pip install 'diablo-peft[cli]'",
+            f'$ diablo generate .{chat} "..."    # in the folder of these files',
+            "$ diablo merge . merged    # a plain transformers model",
+            "```",
+        ]
+    else:
+        lines += [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    machine, training, versions = record["machine"], record["training"], record["versions"]
+    device = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    processes = f" in {training['processes']} processes" if training["processes"] > 1 else ""
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return (
+        f"## Machine and versions\n\n{device}{processes}, {record['precision']}, "
+        f"{record['timings']['train_seconds']:,.0f} s of training at {training['tokens_per_second']:,.0f} tokens/s. "
+        f"{found}."
+    )
