@@ -82,7 +82,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     when_imported("huggingface_hub", _quiet_hub)
     when_imported("transformers", _quiet_transformers)
-    when_imported("logbar", _quiet_logbar)
+    # Its import alone prints an empty line. It comes with gptqmodel, for which transformers is imported first.
+    when_imported("transformers", _quiet_logbar)
 
 
 def _quiet_hub() -> None:

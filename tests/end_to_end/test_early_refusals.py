@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,10 @@ def test_a_script_that_imports_the_package_imports_nothing_heavy_before_it_asks_
     # Warnings are errors here, of which an import may have none.
     command = [sys.executable, "-W", "error", "-c", script]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == []
+
+
+@pytest.mark.skipif(find_spec("logbar") is None, reason="gptqmodel's log is not installed")
+def test_what_a_library_prints_when_it_is_imported_is_no_part_of_the_output():
+    script = "from diablo_cli.shell import quiet; quiet(); import transformers; import logbar"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
