@@ -175,11 +175,10 @@ def test_who_asks_to_stop_gets_a_checkpoint_and_the_line_to_go_on_with(tiny_mode
     command = [sys.executable, "-m", "diablo", "train", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
-        # The loss is logged at each step, but only a terminal's bar shows it: what shows here is the file of the run.
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "recipe.yaml").is_file() and time.monotonic() < deadline:
+        # The loss is logged at each step, but only a terminal's bar shows it: what shows here is the log of the run.
+        log, deadline = tmp_path / "run" / "train.log", time.monotonic() + 120
+        while not (log.is_file() and "step 2 of" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(3)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)
     finally:
@@ -191,6 +190,7 @@ def test_who_asks_to_stop_gets_a_checkpoint_and_the_line_to_go_on_with(tiny_mode
     assert line.endswith(f"Go on with: diablo train {tmp_path / 'run' / 'recipe.yaml'} --resume")
     last, _ = saving.last_whole(tmp_path / "run" / "checkpoints")
     assert last.name == f"checkpoint-{step}"
+    assert log.read_text().splitlines()[-1].endswith(line)
 
 
 def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_adapter(tiny_model, tmp_path, monkeypatch):
