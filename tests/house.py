@@ -14,6 +14,7 @@ SOURCES = ROOT / "src"
 # A room imports those before it. What stands here is a package or a file of the package diablo, or another package.
 ROOMS = (
     "diablo/errors.py",
+    "diablo/devices.py",
     "diablo/layout.py",
     "diablo/ops",
     "diablo/tuner",

@@ -121,7 +121,7 @@ def plan(
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
     from diablo.errors import UserError
-    from diablo.models.loading import parse_dtype
+    from diablo.devices import parse_dtype
     from diablo.planning.sizes import plan_sizes, recipe_sizes
     from diablo.recipes.reading import load_recipe
     from diablo_cli.reporting import print_sizes

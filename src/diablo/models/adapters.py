@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError, first_line
 from diablo.models.loading import (
-    choose_device,
-    choose_dtype,
     count_parameters,
     is_placed,
     load_config,

@@ -17,10 +17,9 @@ from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowFault
 from diablo.data.general_text import encode_general_text
 from diablo.data.reading.sources import SourceRows
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.loading import (
-    choose_device,
-    choose_dtype,
     count_parameters,
     load_config,
     load_generation_config,
@@ -34,6 +33,7 @@ from diablo.planning import preflight
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
 from diablo.planning.rows import choose_rows, encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
+from diablo.planning.speed import check_speed
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_precision
@@ -166,6 +166,7 @@ def make_plan(recipe: Recipe, *, replicas: int | None = None) -> Plan:
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
+    check_speed(recipe, config, adapted, device, dtype)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
         load_tokenizer(model_name, recipe.chat_template),

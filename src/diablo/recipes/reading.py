@@ -15,6 +15,7 @@ from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
+from diablo.recipes.speed import Speed
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
 
@@ -107,6 +108,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "training": Training,
     "optimizer": Optimizer,
     "groups": ParameterGroup,
+    "speed": Speed,
     "tracking": Tracking,
     "evaluation": Evaluation,
 }

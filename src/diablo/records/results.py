@@ -6,14 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from diablo.devices import choose_device, describe_device
 
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
@@ -24,7 +24,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": describe_device(choose_device()),
         "system": platform.system(),
         "python": platform.python_version(),
     }
@@ -44,14 +44,6 @@ def describe_versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that was held so far, in bytes: on the GPU where there is one, otherwise by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

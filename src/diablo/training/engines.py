@@ -288,6 +288,12 @@ def check_shardable(plan: Plan) -> None:
             "forward and its recomputation, and allows full alone: set full, or launch with zero_stage 2."
         )
     _check_optimization(plan.recipe.training, without)
+    for key, given in plan.recipe.speed.model_dump().items():
+        if given:
+            raise UserError(
+                f"speed.{key}: found true, which is for a model that each process holds whole: leave it out, or "
+                f"{without}."
+            )
     if plan.device.type == "cpu" and plan.dtype != torch.float32:
         raise UserError(
             "precision: found bf16 or fp16, and on CPUs a sharded model is trained in fp32: set precision=fp32, or "
