@@ -73,9 +73,9 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any engine serves."""
+    from diablo.devices import parse_dtype
     from diablo.merging import merge_adapter
     from diablo.models.adapters import adapter_folder, check_new_folder
-    from diablo.devices import parse_dtype
     from diablo.quantization import calibration_rows, check_calibration
     from diablo.tuner.base_digest import CANNOT_BE_TOLD
 

@@ -120,8 +120,8 @@ def plan(
     ] = None,
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""
-    from diablo.errors import UserError
     from diablo.devices import parse_dtype
+    from diablo.errors import UserError
     from diablo.planning.sizes import plan_sizes, recipe_sizes
     from diablo.recipes.reading import load_recipe
     from diablo_cli.reporting import print_sizes

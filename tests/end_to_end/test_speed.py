@@ -62,7 +62,6 @@ def test_a_compiled_run_learns_the_same_and_compiles_once_for_all_lengths(diablo
     assert not counters["graph_break"]
     assert_nearly_the_same(run, plain)
     record, expected = (json.loads((folder / "run.json").read_text())["training"] for folder in (run, plain))
-    assert len(record["loss"]) == 8
     for key in ("loss", "held_out_loss"):
         for found, wanted in zip(record[key], expected[key], strict=True):
             assert found == pytest.approx(wanted, abs=1e-4)
@@ -80,6 +79,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_once_for_all_lengths(diablo
     assert not any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["method=lora", "training.gradient_checkpointing=full"])
 def test_other_methods_and_checkpointing_compile_too(recipe: Path, tmp_path: Path, setting: str):
     settings = [setting, "training.max_steps=2", "training.eval_steps=null", "training.save_steps=null"]

@@ -91,6 +91,12 @@ class FullyShardedDataParallel(Engine):
                 "accelerate was launched with FSDP 1, which cannot hold frozen weights beside trained ones: set "
                 "fsdp_version: 2 in its config file, or launch it with --fsdp_version 2."
             )
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            raise UserError(
+                "accelerate was launched with fsdp_offload_params: true, under which the checks and held-out losses "
+                "here would compute on the CPU: set it to false, or launch with DeepSpeed's ZeRO-3 and "
+                "offload_param_device: cpu, as examples/accelerate_offload.yaml does."
+            )
         # With "true", only one process would read the model. But each process checks the model before it is sharded.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
