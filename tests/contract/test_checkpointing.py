@@ -77,7 +77,7 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 @pytest.mark.parametrize("choice", ["none", "full"])
 @pytest.mark.parametrize("method", ["in place", "beside"])
 def test_what_the_backward_needs_can_wait_in_another_memory(method, choice):
-    """As with TRL's ``activation_offloading``: what is saved for a backward is handed over, and comes back as a copy."""
+    """As with TRL's ``activation_offloading``: what is saved for a backward is handed over and comes back as a copy."""
     expected = gradients(adapted(method, choice))
     model = adapted(method, choice)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

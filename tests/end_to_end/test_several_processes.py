@@ -163,7 +163,7 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(tiny_model,
         train(load_recipe(recipe))
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(UserError, match="offload_param_device: cpu, as examples/accelerate_offload.yaml does"):
+    with pytest.raises(UserError, match=r"offload_param_device: cpu, as examples/accelerate_offload\.yaml does"):
         train(load_recipe(recipe))
     assert not (tmp_path / "one").exists()
 

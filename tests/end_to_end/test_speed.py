@@ -73,7 +73,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_once_for_all_lengths(diablo
     status, _, error = diablo("train", recipe, "speed.compile=true", "--resume")
     assert status == 0, error
     assert all(torch.equal(values, before[name]) for name, values in adapter_of(run).items())
-    status, said, error = diablo("generate", run, "apple apple", "--max-new-tokens", 3)
+    status, _, error = diablo("generate", run, "apple apple", "--max-new-tokens", 3)
     assert status == 0, error
     model, _ = load_for_generation(str(run))
     assert not any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())

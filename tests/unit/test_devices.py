@@ -58,7 +58,7 @@ def test_auto_is_bf16_where_the_device_has_it(kind):
             "fp16",
             "mps",
             True,
-            "precision: found fp16; MPS, which has no scaler of gradients, takes auto, bf16 or fp32.",
+            "precision: found fp16; MPS, which has no scaler of gradients, takes auto, bf16",
         ),
         ("bf16", "mps", True, torch.bfloat16),
         ("bf16", "mps", False, "precision: found bf16, which MPS has from macOS 14 on; take auto or fp32"),

@@ -1,8 +1,7 @@
-"""Liger's kernels in a model: what is replaced, what is left alone, and that the loss and its gradients are the same."""
+"""Liger's kernels in a model: what is replaced, what is left alone, and that loss and gradients are the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class Number(float):
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's kernels in Triton's interpreter, which has no functions of a GPU's own library."""
     if not INTERPRETED:
         pytest.skip("Triton compiles for a GPU")
@@ -42,8 +41,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         interpreter, "_implicit_cvt", lambda given: Number(given) if isinstance(given, float) else convert(given)
     )
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda values: tl.rsqrt(values))
-    return
+
+    def rsqrt(values: Any) -> Any:
+        # The interpreter replaces the name in Triton's module, so that it has to be looked up when it is called.
+        return tl.rsqrt(values)
+
+    monkeypatch.setattr(rms_norm, "rsqrt", rsqrt)
 
 
 def model_of(folder: Path) -> Any:
