@@ -23,7 +23,8 @@ from benchmarks.tables import print_perplexities
 from diablo.data import RowEncoder
 from diablo.data.encoding import EncodedRow
 from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
-from diablo.models.loading import choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from diablo.devices import choose_device, choose_dtype
+from diablo.models.loading import load_model, load_tokenizer, resolve_model
 from diablo.quantization import METHODS, Scheme, calibration_rows
 from diablo.quantization.model import quantize_model
 from diablo.records.results import write_record

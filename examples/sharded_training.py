@@ -123,8 +123,8 @@ def main(
 ) -> None:
     """Train a recipe's adapter on a model that is spread over the processes."""
     distributed.init_process_group()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.get_node_local_rank())
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(distributed.get_node_local_rank())
     # Cut, the processes are one model, and have the same rows.
     plan = make_plan(load_recipe(recipe, overrides or []), replicas=1 if shard is Shard.tensor else None)
     if plan.recipe.training.gradient_accumulation > 1:

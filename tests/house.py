@@ -15,6 +15,7 @@ SOURCES = ROOT / "src"
 ROOMS = (
     "diablo/errors.py",
     "diablo/importing.py",
+    "diablo/devices.py",
     "diablo/layout.py",
     "diablo/records",
     "diablo/ops",

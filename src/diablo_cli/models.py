@@ -92,8 +92,8 @@ def merge(
     else:
         check_calibration(calibration, data_folder)
     quiet()
+    from diablo.devices import parse_dtype
     from diablo.merging import merge_adapter
-    from diablo.models.loading import parse_dtype
     from diablo.tuner.base_digest import CANNOT_BE_TOLD
 
     chosen = parse_dtype(dtype) if dtype else None

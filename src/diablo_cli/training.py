@@ -202,7 +202,7 @@ def plan(
     check_dtype(dtype)
     check_checkpointing(checkpointing)
     quiet()
-    from diablo.models.loading import parse_dtype
+    from diablo.devices import parse_dtype
     from diablo.planning.sizes import plan_sizes
     from diablo_cli.reporting import print_sizes
 

@@ -74,6 +74,35 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert torch.equal(got[name], values), name
 
 
+@pytest.mark.parametrize("choice", ["none", "full"])
+@pytest.mark.parametrize("method", ["in place", "beside"])
+def test_what_the_backward_needs_can_wait_in_another_memory(method, choice):
+    """As with TRL's ``activation_offloading``: what is saved for a backward is handed over and comes back as a copy."""
+    expected = gradients(adapted(method, choice))
+    model = adapted(method, choice)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    inputs, moved = set(), set()
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        moved.add(tensor.data_ptr())
+        return tensor.clone()
+
+    layers = [module for name, module in model.named_modules() if name.endswith(("q_proj", "up_proj", "down_proj"))]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: inputs.add(args[0].data_ptr()))
+    with torch.autograd.graph.saved_tensors_hooks(move, lambda tensor: tensor):
+        loss, found = gradients(model)
+    assert loss == expected[0]
+    assert_same_bits(found, expected[1])
+    if choice == "none":
+        assert len(inputs) >= 2
+        assert inputs <= moved
+    else:
+        assert moved
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)

@@ -259,6 +259,25 @@ def test_forward_and_backward_compile_without_a_graph_break(name):
         assert_close(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "beside"])
+@pytest.mark.parametrize("name", ["ragged", "llama"])
+def test_a_compiled_layer_takes_any_number_of_tokens_without_compiling_again(name, in_place):
+    torch._dynamo.reset()
+    model = BY_NAME[name].adapted(torch.float32, in_place=in_place).train()
+    layer = next(iter(tuner_layers(model).values()))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    blocks = layer.diablo_blocks["default"]
+    # Fewer tokens than a product is worth starting otherwise for, and more of them.
+    for rows, length in ((3, 5), (2, 9), (4, 50)):
+        x = torch.randn(rows, length, layer.in_features, generator=torch.Generator().manual_seed(rows))
+        got = torch.autograd.grad(compiled(x.requires_grad_()).square().sum(), [x, blocks])
+        expected = torch.autograd.grad(layer(x).square().sum(), [x, blocks])
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b, 1e-4)
+        assert counter.frame_count == 1
+
+
 # Loading.
 
 

@@ -161,7 +161,25 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(tiny_model,
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UserError, match="launched with FSDP 1, which cannot hold frozen weights beside trained ones"):
         train(load_recipe(recipe))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match=r"offload_param_device: cpu, as examples/accelerate_offload\.yaml does"):
+        train(load_recipe(recipe))
     assert not (tmp_path / "one").exists()
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.slow
+def test_frozen_weights_that_zero_3_offloads_train_the_same(tiny_model, tmp_path):
+    recipe = write_recipe(tmp_path, tiny_model)
+    train(load_recipe(recipe, ["training.save_steps=null"]))
+    offloaded = SHARDED["zero-3"] | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+    done = launch(
+        "-m", "diablo_cli", "train", str(recipe), f"output={tmp_path / 'two'}", processes=1, settings=offloaded
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, values in adapter_of(tmp_path / "one").items():
+        torch.testing.assert_close(adapter_of(tmp_path / "two")[name], values, rtol=0, atol=1e-5)
 
 
 def test_deepspeed_that_is_not_installed_names_the_extra(tiny_model, tmp_path, monkeypatch):

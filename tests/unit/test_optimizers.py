@@ -79,7 +79,7 @@ def test_every_optimizer_that_is_allowed_trains_or_says_what_it_needs(recipe: Pa
         assert "pip install" in line
         return
     if name.startswith("paged_") and not torch.cuda.is_available():
-        assert "out of a GPU's memory, and there is no GPU; take '" in refusal(recipe, setting)
+        assert "out of a GPU's memory, and there is no GPU with a memory of its own; take '" in refusal(recipe, setting)
         return
     # Without this, bitsandbytes keeps the state of tensors as small as these in fp32.
     small = ["training.optimizer.options.min_8bit_size=16"] if "8bit" in name and "torch" not in name else []

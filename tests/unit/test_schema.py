@@ -18,6 +18,7 @@ from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.schema import SCHEMA_FILE, recipe_schema, schema_text
+from diablo.recipes.speed import Speed
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Optimizer, ParameterGroup, Training
 from diablo.tasks import TASKS
@@ -49,8 +50,19 @@ def properties(schema: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_key_is_there_with_its_description():
     found = dict(properties(recipe_schema()))
-    sections = (Recipe, Data, DataSource, Training, Optimizer, ParameterGroup, Tracking, Evaluation, PushToHub)
-    sections += tuple(METHODS.values())
+    sections = (
+        Recipe,
+        Data,
+        DataSource,
+        Training,
+        Optimizer,
+        ParameterGroup,
+        PushToHub,
+        Speed,
+        Tracking,
+        Evaluation,
+        *METHODS.values(),
+    )
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):
         assert schema.get("description"), key

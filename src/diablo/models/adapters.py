@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from diablo.data import RowEncoder
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError, first_line
 from diablo.models.folders import (
     ADAPTER_CONFIG,
@@ -32,8 +33,6 @@ from diablo.models.folders import (
     read_settings,
 )
 from diablo.models.loading import (
-    choose_device,
-    choose_dtype,
     count_parameters,
     is_placed,
     load_config,

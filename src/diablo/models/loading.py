@@ -20,12 +20,10 @@ from transformers import (
     PretrainedConfig,
 )
 
+from diablo.devices import choose_device
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.choices import check_dtype
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_model(model: str) -> str:
@@ -150,7 +148,7 @@ def _quantization_config(name: str, dtype: torch.dtype, quantization: str | None
                 "install 'diablo-peft[gptq]'."
             )
         # Left to itself, gptqmodel may take a kernel without a backward, which is no error there.
-        trainable = "auto_trainable" if torch.cuda.is_available() else "gptq_torch"
+        trainable = "auto_trainable" if choose_device().type == "cuda" else "gptq_torch"
         return GPTQConfig(bits=stored["bits"], backend=trainable)
     return None
 
@@ -177,40 +175,6 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters()
     ]
     return sum(size for is_trained, size in sizes if is_trained), sum(size for _, size in sizes)
-
-
-def choose_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that a recipe's ``precision`` means on a device; ``"auto"`` is bf16 where the hardware has it.
-
-    Raises:
-        UserError: fp16 on a CPU, where its products are slow and its gradients cannot be scaled.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision: found fp16; a CPU takes auto, bf16 or fp32.")
-    if precision == "auto":
-        precision = "bf16" if _has_fast_bf16(device) else "fp32"
-    return parse_dtype(precision)
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype called ``bf16``, ``fp16`` or ``fp32``.
-
-    Raises:
-        UserError: it is called something else.
-    """
-    check_dtype(name)
-    return _DTYPES[name]
-
-
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> str:

@@ -9,6 +9,7 @@ Both compute, for block i of ``blocks`` with shape ``(N, d_in, d_out)``,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from diablo.layout import BlockLayout, Layout
 from diablo.ops.backend import kernels_for
-from diablo.ops.tile_product import FEW_TOKENS, as_rows, tile_product
+from diablo.ops.tile_product import as_rows, has_few_tokens, tile_product
 
 
 def block_diagonal_linear_reference(
@@ -157,7 +158,7 @@ def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: L
         layout: the geometry.
         overwrite: replace the values in the columns of the blocks instead of adding to them. They are not read.
     """
-    rows, target = as_rows(x), y if y.dim() == 2 else y.view(y.shape[:-1].numel(), y.shape[-1])
+    rows, target = as_rows(x), y if y.dim() == 2 else y.view(math.prod(y.shape[:-1]), y.shape[-1])
     if blocks.dtype is not x.dtype:
         blocks = blocks.to(x.dtype)
     for tile in layout.tiles:
@@ -167,7 +168,7 @@ def accumulate(y: torch.Tensor, x: torch.Tensor, blocks: torch.Tensor, layout: L
 
 def _outer_product(x: torch.Tensor, grad_y: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     x, grad_y = as_rows(x), as_rows(grad_y)
-    is_small = x.is_cpu and x.shape[0] <= FEW_TOKENS
+    is_small = x.is_cpu and has_few_tokens(x)
     if not is_small and (kernels := kernels_for(x.device)) is not None:
         return kernels.outer_product(x, grad_y, layout, dtype)
     if layout.is_even:

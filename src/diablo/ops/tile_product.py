@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from diablo.layout import Tile
@@ -21,7 +23,7 @@ def tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Ten
     Returns:
         ``(count, block_in, block_out)`` in the dtype of ``x``.
     """
-    if x.shape[0] <= FEW_TOKENS:
+    if has_few_tokens(x):
         return torch.bmm(tile.of_input_transposed(x), tile.of_output(grad_y))
     if tile.block_in > tile.block_out:
         # Matrix units are fastest where the columns of the narrower operand become the rows of the product.
@@ -39,8 +41,17 @@ def tile_product(x: torch.Tensor, grad_y: torch.Tensor, tile: Tile) -> torch.Ten
     return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(tile.count, tile.block_in, tile.block_out)
 
 
+def has_few_tokens(rows: torch.Tensor) -> bool:
+    """Whether ``(tokens, features)`` has so few tokens that products of it are started in the simplest way.
+
+    It is False while torch.compile traces: a graph is to serve every number of tokens.
+    """
+    return not torch.compiler.is_compiling() and rows.shape[0] <= FEW_TOKENS
+
+
 def as_rows(features: torch.Tensor) -> torch.Tensor:
     """``(..., features)`` -> ``(tokens, features)``; the number of tokens may be 0."""
     if features.dim() == 2:
         return features
-    return features.reshape(features.shape[:-1].numel(), features.shape[-1])
+    # `Size.numel` would make the compiler take the number of tokens for a constant.
+    return features.reshape(math.prod(features.shape[:-1]), features.shape[-1])

@@ -62,13 +62,18 @@ def choose_optimizer(training: Training, device: torch.device) -> OptimizerChoic
         UserError: it is not installed, cannot run there, or does not take what it is told.
     """
     settings = training.optimizer
-    if settings.name.startswith("paged_") and device.type != "cuda":
+    if settings.name.startswith("paged_") and device.type not in ("cuda", "xpu"):
         plain = _NOT_PAGED.get(settings.name, settings.name.removeprefix("paged_"))
         raise UserError(
             f"training.optimizer: found {settings.name!r}, which moves its state out of a GPU's memory, and there "
-            f"is no GPU; take {plain!r}."
+            f"is no GPU with a memory of its own; take {plain!r}."
         )
     kind, arguments = _of_transformers(training)
+    if device.type == "mps" and kind.__module__.startswith("bitsandbytes") and "8bit" in settings.name:
+        raise UserError(
+            f"training.optimizer: found {settings.name!r}, and bitsandbytes has no optimizer in 8 bits for MPS; take "
+            f"{DEFAULT_OPTIMIZER!r}."
+        )
     taken = inspect.signature(kind).parameters
     arguments |= _own_keys(settings, taken) | _options(settings, kind, taken)
     try:

@@ -20,12 +20,11 @@ from diablo.data.general_text import encode_general_text
 from diablo.data.packing import join, pack
 from diablo.data.reading.sources import SourceRows
 from diablo.data.special_text import describe_special_text
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.adapters import check_tensors
 from diablo.models.folders import adapter_folder
 from diablo.models.loading import (
-    choose_device,
-    choose_dtype,
     count_parameters,
     load_config,
     load_generation_config,
@@ -40,6 +39,7 @@ from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
 from diablo.planning.rows import encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
+from diablo.planning.speed import check_speed
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
@@ -293,6 +293,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
+    check_speed(recipe, config, adapted, device, dtype)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
         load_tokenizer(model_name, recipe.chat_template),

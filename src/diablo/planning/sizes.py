@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
 from diablo.models.loading import (
-    choose_device,
-    choose_dtype,
     count_parameters,
     load_config,
     meta_model,

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.folders import check_new_folder
-from diablo.models.loading import choose_device, choose_dtype
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.quantization.scheme import Scheme
 from diablo.quantization.weights import check_library, dequantize, quantize_weight

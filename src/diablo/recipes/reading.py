@@ -16,6 +16,7 @@ from diablo.recipes.methods import METHODS
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
+from diablo.recipes.speed import Speed
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
 
@@ -109,6 +110,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "training": Training,
     "optimizer": Optimizer,
     "groups": ParameterGroup,
+    "speed": Speed,
     "tracking": Tracking,
     "evaluation": Evaluation,
     "push_to_hub": PushToHub,

@@ -17,6 +17,7 @@ from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
+from diablo.recipes.speed import ATTENTIONS, Attention, Speed
 from diablo.recipes.starting import method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
@@ -79,9 +80,14 @@ class Recipe(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto, bf16, fp16 or fp32: what is computed in; auto is bf16 where the hardware has it"
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="auto, eager, sdpa, flash_attention_2 or flex_attention: what computes the attention"
+    attention: Attention = Field(
+        "auto",
+        description=(
+            f"{', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}, or a kernel of the hub, such as "
+            "kernels-community/flash-attn2: what computes the attention"
+        ),
     )
+    speed: Speed = Field(default=Speed(), description="a section: what makes a step faster or smaller")
     seed: int = Field(0, ge=0, description="an integer of at least 0: the same seed makes the same run")
     output: Path = Field(description="a folder to write to: a new one, an empty one, or a run's")
     merge: bool = Field(False, description="true or false: also write the merged model")

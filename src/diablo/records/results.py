@@ -7,9 +7,7 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,16 @@ VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 
 def describe_machine() -> dict[str, Any]:
     """The machine in general terms: processor, cores, threads, GPU, system and Python."""
+    # Everything else here reads and writes records, for which nobody is to wait for torch.
     import torch
+
+    from diablo.devices import choose_device, describe_device
 
     return {
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": describe_device(choose_device()),
         "system": platform.system(),
         "python": platform.python_version(),
     }
@@ -45,17 +46,6 @@ def describe_versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that was held so far, in bytes: on the GPU where there is one, otherwise by the process."""
-    # Everything else here reads and writes records, for which nobody is to wait for torch.
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def _check_same_run(recipe: Recipe, path: Path) -> None:
     # Another number of processes needs other ones; what they come to is checked when it is known.
     free |= {"batch_size", "gradient_accumulation"}
     # What an error of the run may have advised, and changes nothing of what is learned.
-    free |= {"gradient_checkpointing", "on_nonfinite", "tracking", "push_to_hub"}
+    free |= {"gradient_checkpointing", "on_nonfinite", "speed", "tracking", "push_to_hub"}
     if recipe.training.depends_on_held_out:
         free -= {"eval_steps"}
     names = changed_settings(started, recipe.model_dump(mode="json"))

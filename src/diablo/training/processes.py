@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import AbstractContextManager
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
 
+from diablo.devices import choose_device
+from diablo.errors import UserError
 from diablo.training.engines import DeepSpeed, launched_engine
 
 
@@ -29,7 +32,13 @@ class Processes:
 
     def __init__(self) -> None:
         self.engine = launched_engine()
-        on_cpu = not torch.cuda.is_available()
+        device = choose_device()
+        on_cpu = device.type == "cpu"
+        if device.type == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "Several processes were launched on MPS, which is one device and has no way to connect them: start "
+                "diablo without torchrun and accelerate launch."
+            )
         # PartialState also chooses the GPU of this process; from then on, "cuda" means that GPU. With cpu=True,
         # accelerate would not set up DeepSpeed, although DeepSpeed works on CPUs too.
         self._state = (

@@ -16,11 +16,14 @@ from transformers import set_seed
 from diablo.data.batching import collate
 from diablo.data.packing import join
 from diablo.data.special_text import describe_special_text
+from diablo.devices import peak_memory_bytes
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
 from diablo.models.adapters import load_values, save_adapter
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
+from diablo.models.compiling import compiled_layers
 from diablo.models.folders import adapter_folder
+from diablo.models.liger import apply_liger
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan, make_plan, preflight
@@ -31,11 +34,7 @@ from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
 from diablo.records.log import LOGGER, RunLog, say
 from diablo.records.progress import TokenMeter
-from diablo.records.results import (
-    describe_machine,
-    describe_versions,
-    peak_memory_bytes,
-)
+from diablo.records.results import describe_machine, describe_versions
 from diablo.scoring.generation import Score
 from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
@@ -205,7 +204,10 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     start, recipe = time.perf_counter(), plan.recipe
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
     dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
-    model = apply_method(load_model(plan.model_name, dtype, recipe.attention, recipe.quantization), recipe.method)
+    model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization)
+    if recipe.speed.liger:
+        apply_liger(model)
+    model = apply_method(model, recipe.method)
     if recipe.adapter is not None:
         load_values(model, adapter_folder(recipe.adapter), plan.model_name)
     if not (is_placed(model) or engine.shards):
@@ -275,8 +277,10 @@ def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkp
     """Run the trainer, until it is done, something goes wrong or somebody asks it to stop."""
     if checkpoint is not None and trainer.take_over(checkpoint, plan.steps):
         return
+    waiting = asking if trainer.accelerator.num_processes == 1 else nullcontext()
+    model: Any = trainer.model
     try:
-        with asking if trainer.accelerator.num_processes == 1 else nullcontext():
+        with waiting, compiled_layers(model) if plan.recipe.speed.compile else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         advice = out_of_memory_advice(error, plan.recipe, plan.longest)

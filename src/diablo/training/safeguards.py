@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
+from diablo.devices import is_out_of_memory
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
 from diablo.records.log import LOGGER, say
@@ -139,7 +140,8 @@ def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> 
 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        # A compiled layer does not call what is registered on the modules inside.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             forward()
     finally:
         for handle in handles:
@@ -224,8 +226,7 @@ def out_of_memory_advice(error: Exception, recipe: Recipe, longest: int) -> User
         recipe: the run's recipe.
         longest: number of tokens of the longest sequence.
     """
-    is_out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    if not is_out:
+    if not is_out_of_memory(error):
         return None
     training, size = recipe.training, recipe.training.batch_size
     advice = []

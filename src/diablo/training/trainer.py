@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
+from diablo.devices import can_pin_memory
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
 from diablo.models.checkpointing import checkpointing_options
@@ -366,6 +367,7 @@ def make_trainer(
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing != "none",
         gradient_checkpointing_kwargs=checkpointing_options(training.gradient_checkpointing),
+        activation_offloading=plan.recipe.speed.activation_offloading,
         logging_steps=training.logging_steps,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
@@ -378,7 +380,7 @@ def make_trainer(
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        dataloader_pin_memory=plan.device.type == "cuda",
+        dataloader_pin_memory=can_pin_memory(plan.device),
         # Its filter asks the device in each step whether the loss is finite.
         logging_nan_inf_filter=False,
         # That every trained parameter gets a gradient is checked before the first step.
