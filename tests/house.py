@@ -15,6 +15,7 @@ SOURCES = ROOT / "src"
 ROOMS = (
     "diablo/errors.py",
     "diablo/layout.py",
+    "diablo/muon.py",
     "diablo/ops",
     "diablo/tuner",
     "diablo/records",

@@ -21,6 +21,7 @@ from diablo.planning.schedules import choose_schedule
 from diablo.recipes.reading import load_recipe
 from diablo.recipes.training import (
     OPTIMIZERS,
+    OUR_OPTIMIZERS,
     REFUSED_OPTIMIZERS,
     REFUSED_SCHEDULES,
     SCHEDULES,
@@ -63,7 +64,9 @@ def refusal(recipe: Path, *overrides: str) -> str:
 
 
 def test_every_optimizer_of_transformers_is_allowed_or_refused_with_a_reason() -> None:
-    assert sorted([*OPTIMIZERS, *REFUSED_OPTIMIZERS]) == sorted(name.value for name in OptimizerNames)
+    ours = set(OUR_OPTIMIZERS)
+    assert ours <= set(OPTIMIZERS)
+    assert sorted({*OPTIMIZERS, *REFUSED_OPTIMIZERS} - ours) == sorted(name.value for name in OptimizerNames)
 
 
 def test_every_schedule_of_transformers_is_allowed_or_refused_with_a_reason() -> None:
@@ -140,6 +143,9 @@ def test_adamw_in_8_bits_is_named_where_a_paged_one_has_nothing_to_page() -> Non
         ("{name: sgd, options: {nesterov: 1}}", ["options.nesterov: found 1; allowed: true or false"]),
         ("{name: sgd, options: {nesterov: true}}", ["sgd does not take its settings: Nesterov momentum requires"]),
         ("{name: adafactor, options: {eps: [1e-30]}}", ["options.eps: found [1e-30]; allowed: a list of 2"]),
+        ("{name: muon, options: {ns_step: 3}}", ["options.ns_step: muon has no such option", "mean ns_steps?"]),
+        ("{name: muon, options: {ns_steps: 2.5}}", ["muon does not take its settings: ns_steps must be an integer"]),
+        ("{name: muon, options: {momentum: 1}}", ["momentum must be from 0 to below 1, and is 1"]),
         ("{options: {lr: 1}}", ["options.lr: write training.learning_rate in its place"]),
         ("{options: {eps: 1}}", ["options.eps: write training.optimizer.epsilon in its place"]),
         ("{options: {fused: true}}", ["options.fused: adamw_torch_fused has no such option; it takes amsgrad"]),
