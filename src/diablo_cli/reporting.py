@@ -297,7 +297,8 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     """What a comparison will do."""
     from diablo.comparison.sweep import MOST_EXTENSIONS
 
-    table = Table("method", "size", "trained parameters", "of the model", "deviation", title="methods")
+    columns = (Column("method", overflow="fold"), "size", "trained parameters", "of the model", "deviation")
+    table = Table(*columns, title="methods")
     for contender in comparison.contenders:
         deviation = "-" if contender.deviation is None else f"{contender.deviation:+.2%}"
         share = f"{contender.trained / comparison.total:.2%}"
