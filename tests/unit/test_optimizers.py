@@ -99,6 +99,30 @@ def test_every_optimizer_that_is_allowed_trains_or_says_what_it_needs(recipe: Pa
     assert all(bool(values.abs().max() > 0) for values in trained.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "bytes_of_a_value"),
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_8bit", 2.03),
+        ("lion_32bit", 4),
+        ("lion_8bit", 1.02),
+        ("muon", 4),
+        # A row and a column of second moments for each block of 32 x 32 values.
+        ("adafactor", 0.25),
+    ],
+)
+def test_the_state_for_a_trained_value_takes_as_many_bytes_as_is_said(name: str, bytes_of_a_value: float) -> None:
+    blocks = torch.nn.Parameter(torch.zeros(64, 32, 32))
+    choice = choose_optimizer(Training(optimizer=Optimizer(name=name)), CPU)
+    optimizer = choice.kind([blocks], **choice.arguments)
+    blocks.grad = torch.ones_like(blocks)
+    optimizer.step()
+    # The table from a byte to its value is one for all parameters.
+    state = {key: value for key, value in optimizer.state[blocks].items() if not key.startswith("qmap")}
+    found = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+    assert found / blocks.numel() == pytest.approx(bytes_of_a_value, rel=0.01)
+
+
 @pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
 def test_an_optimizer_that_is_refused_says_why(recipe: Path, name: str) -> None:
     assert refusal(recipe, f"training.optimizer={name}") == (
