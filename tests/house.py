@@ -18,6 +18,7 @@ ROOMS = (
     "diablo/devices.py",
     "diablo/layout.py",
     "diablo/records",
+    "diablo/muon.py",
     "diablo/ops",
     "diablo/tuner",
     "diablo/execution",

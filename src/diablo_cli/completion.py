@@ -74,6 +74,11 @@ def complete_methods(incomplete: str) -> list[str]:
     return _next_of_list(incomplete, allowed("method"))
 
 
+def complete_optimizers(incomplete: str) -> list[str]:
+    """Names of optimizers, separated by commas."""
+    return _next_of_list(incomplete, allowed("training", "optimizer"))
+
+
 def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 

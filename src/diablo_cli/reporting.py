@@ -275,11 +275,14 @@ def harness_table(figures: list[HarnessFigure], title: str) -> Table:
 
 def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     """What a comparison will do."""
-    table = Table("method", "size", "trained parameters", "of the model", "deviation", title="methods")
+    from diablo.comparison.sweep import MOST_EXTENSIONS
+
+    columns = (Column("method", overflow="fold"), "size", "trained parameters", "of the model", "deviation")
+    table = Table(*columns, title="methods")
     for contender in comparison.contenders:
         deviation = "-" if contender.deviation is None else f"{contender.deviation:+.2%}"
         share = f"{contender.trained / comparison.total:.2%}"
-        table.add_row(contender.name, contender.size, f"{contender.trained:,}", share, deviation)
+        table.add_row(contender.title, contender.size, f"{contender.trained:,}", share, deviation)
     out.print(table)
     runs, data = comparison.planned_runs, comparison.recipe.data
     out.print(f"learning rates      {', '.join(f'{rate:g}' for rate in comparison.rates)}, extended at an edge")
@@ -289,8 +292,8 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(f"scored              {', '.join(scored) or 'held-out loss only'}")
     out.print(f"forgetting          loss on general text ({escape(str(comparison.recipe.evaluation.general))})")
     out.print(
-        f"runs                {runs} of {comparison.steps} steps, {runs * comparison.steps:,} steps in all; up to 2 "
-        "runs a method more where its best rate is at an edge of the grid"
+        f"runs                {runs} of {comparison.steps} steps, {runs * comparison.steps:,} steps in all; up to "
+        f"{MOST_EXTENSIONS} more on each side of a grid, as long as the best rate is at its edge"
     )
     out.print(f"folder              {escape(str(comparison.folder))}")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diablo_cli.completion import complete_methods, complete_recipe
+from diablo_cli.completion import complete_methods, complete_optimizers, complete_recipe
 from diablo_cli.output import answer, out, progress
 from diablo_cli.shell import app, check_model, is_recipe, quiet, refuse
 
@@ -86,6 +86,14 @@ def compare(
             autocompletion=complete_methods,
         ),
     ] = None,
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of optimizers, separated by commas: every method is run with each of them; the recipe's own "
+            "if not given.",
+            autocompletion=complete_optimizers,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates of the sweep; 2e-4,5e-4,1e-3,2e-3 if not given.")
@@ -107,7 +115,14 @@ def compare(
     rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
     names = DEFAULT_METHODS if methods is None else methods.split(",")
     quiet()
-    comparison = plan_comparison(settings, methods=names, seeds=seeds, rates=rates, folder=folder)
+    comparison = plan_comparison(
+        settings,
+        methods=names,
+        optimizers=None if optimizers is None else optimizers.split(","),
+        seeds=seeds,
+        rates=rates,
+        folder=folder,
+    )
     print_comparison_plan(out, comparison)
     if dry_run:
         answer(comparison.record())

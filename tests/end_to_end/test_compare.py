@@ -33,9 +33,17 @@ def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate(settings | changes)
 
 
-def plan_in(folder: Path, model: Path, methods: tuple[str, ...] = ("diablo", "lora"), **changes: Any) -> Comparison:
+def plan_in(
+    folder: Path,
+    model: Path,
+    methods: tuple[str, ...] = ("diablo", "lora"),
+    optimizers: tuple[str, ...] | None = None,
+    **changes: Any,
+) -> Comparison:
     recipe = recipe_on(model, folder / "run", **changes)
-    return plan_comparison(recipe, methods=methods, seeds=2, rates=RATES, folder=folder / "comparison")
+    return plan_comparison(
+        recipe, methods=methods, optimizers=optimizers, seeds=2, rates=RATES, folder=folder / "comparison"
+    )
 
 
 class InThisProcess:
@@ -128,6 +136,7 @@ def test_another_setting_is_an_error_that_names_it(compared, tiny_model, tmp_pat
     for comparison, name in (
         (plan_in(tmp_path, tiny_model, training={"max_steps": 4, "batch_size": 8}), "training.max_steps"),
         (plan_in(tmp_path, tiny_model, methods=("diablo",)), "methods"),
+        (plan_in(tmp_path, tiny_model, optimizers=("muon",)), "optimizers"),
         (plan_in(tmp_path, tiny_model, seed=5), "seeds, seed"),
     ):
         with pytest.raises(UserError, match=rf"^{name}: changed since the comparison in .*--out"):
@@ -164,6 +173,23 @@ def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp
     assert {name.partition("-")[0] for name in second.done} == {"lora"}
 
 
+def test_optimizers_are_compared_each_at_its_best_rate(diablo, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_in_subprocess", InThisProcess())
+    arguments = ["--methods", "diablo", "--optimizers", "muon,sgd", "--lrs", "1e-3,1e-2", "--seeds", 1]
+    status, out, _ = diablo(*command(tiny_model, tmp_path / "run", *arguments))
+    assert status == 0
+    assert "diablo+muon" in out
+    record = json.loads((tmp_path / "run-comparison" / "comparison.json").read_text())
+    assert {(method["method"], method["optimizer"]) for method in record["methods"]} == {
+        ("diablo+muon", "muon"),
+        ("diablo+sgd", "sgd"),
+    }
+    for run in record["runs"]:
+        saved = json.loads((tmp_path / "run-comparison" / run["folder"] / "run.json").read_text())
+        assert f"diablo+{saved['training']['optimizer']['name']}" == run["method"]
+        assert saved["training"]["optimizer"]["lr"] == run["learning_rate"]
+
+
 def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_path):
     arguments = command(tiny_model, tmp_path / "run", "--lrs", "1e-3,1e-2", "--seeds", 2)
     status, out, _ = diablo(*arguments, "--dry-run")
@@ -179,6 +205,7 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_pat
         (["--methods", "diablo,lorra"], "--methods: found 'lorra'"),
         (["--lrs", "1e-3,fast"], "--lrs: found '1e-3,fast'"),
         (["--lrs", "-1"], "--lrs: found -1"),
+        (["--optimizers", "muon,mion"], "--optimizers: found 'mion'; allowed: adamw_torch_fused"),
         (["--seeds", "0"], "--seeds: found 0"),
         (["--general", "none.txt"], "evaluation.general: there is no file 'none.txt'"),
     ],

@@ -55,6 +55,7 @@ def in_bash(line: str, folder: Path) -> list[str]:
         ("diablo train fol", set(), {"folder/"}),
         ("diablo compare qui", {"quickstart"}, {"mine.yaml"}),
         ("diablo compare quickstart --methods diablo,d", {"diablo,dora"}, {"diablo,diablo", "diablo,lora"}),
+        ("diablo compare quickstart --optimizers muon,li", {"muon,lion_8bit"}, {"muon,muon", "muon,sgd"}),
         ("diablo evaluate run --task gsm8k,", {"gsm8k,boolq", "gsm8k,aqua"}, {"gsm8k,gsm8k", "gsm8k,math10k"}),
         ("diablo tasks mat", {"math", "math10k"}, {"gsm8k"}),
         ("diablo init --task m", {"mawps", "math10k"}, {"math"}),

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.comparison import Comparison, plan_comparison
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
-from diablo.comparison.sweep import Sweep, beyond_edge, sweep
+from diablo.comparison.sweep import Sweep, sweep
 from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row
@@ -108,6 +109,38 @@ def test_a_type_of_peft_shares_targets_and_dropout_with_diablo_or_is_refused(tin
         contender(shared, "peft:SHIRA:r")
 
 
+def test_every_method_is_run_with_every_optimizer_and_the_recipes_own_keeps_what_it_is_told(tiny_model, tmp_path):
+    own = {"name": "adamw_torch", "betas": [0.8, 0.95]}
+    recipe = recipe_on(tiny_model, tmp_path / "run", training={"max_steps": 3, "optimizer": own})
+    comparison = plan_comparison(recipe, methods=["diablo", "lora"], optimizers=["muon", "adamw_torch"], seeds=1)
+    titles = ["diablo+muon", "diablo+adamw_torch", "lora+muon", "lora+adamw_torch"]
+    assert [contender.title for contender in comparison.contenders] == titles
+    assert comparison.planned_runs == 4 * (4 + 1)
+    assert (comparison.settings["methods"], comparison.settings["optimizers"]) == (
+        ["diablo", "lora"],
+        ["muon", "adamw_torch"],
+    )
+    runs = [comparison.run(contender, "test", 1e-3, 0) for contender in comparison.contenders]
+    assert [run.method for run in runs] == titles
+    assert [run.recipe.output.name for run in runs] == [f"{title}-test-lr0.001-seed0" for title in titles]
+    assert [run.recipe.training.optimizer.name for run in runs] == ["muon", "adamw_torch"] * 2
+    assert [run.recipe.training.optimizer.betas for run in runs] == [None, [0.8, 0.95]] * 2
+
+
+def test_without_names_the_recipes_own_optimizer_is_taken_and_no_name_is_longer(tiny_model, tmp_path):
+    recipe = recipe_on(tiny_model, tmp_path / "run", training={"max_steps": 3, "optimizer": "muon"})
+    comparison = plan_comparison(recipe, methods=["diablo"])
+    assert comparison.contenders[0].title == "diablo"
+    assert comparison.settings["optimizers"] is None
+    assert comparison.run(comparison.contenders[0], "test", 1e-3, 0).recipe.training.optimizer.name == "muon"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has paged optimizers")
+def test_an_optimizer_that_this_machine_lacks_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"^--optimizers: found 'paged_adamw_8bit', which .* take 'adamw_8bit'\.$"):
+        plan_comparison(recipe_on(Path("no/model"), tmp_path / "run"), optimizers=["muon", "paged_adamw_8bit"])
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
@@ -160,6 +193,10 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
         ({"methods": ["peft:GRALORA:r:gralora=2"]}, {}, ["found 'gralora=2' in", "Did you mean gralora_k?"]),
         ({"methods": ["peft:GRALORA:r:alpha=["]}, {}, ["'alpha=['", "not a valid YAML value"]),
         ({"methods": []}, {}, ["--methods: found none"]),
+        ({"optimizers": ["adam"]}, {}, ["--optimizers: found 'adam'; allowed: adamw_torch_fused, ", "Did you mean"]),
+        ({"optimizers": ["lomo"]}, {}, ["--optimizers: found 'lomo', which changes the weights within the backward"]),
+        ({"optimizers": ["muon", "muon"]}, {}, ["--optimizers: found muon, muon", "once"]),
+        ({"optimizers": []}, {}, ["--optimizers: found none"]),
         ({"seeds": 0}, {}, ["--seeds: found 0", "at least 1"]),
         ({"rates": [1e-3, 0.0]}, {}, ["--lrs: found 0.001, 0", "above 0"]),
         ({"rates": [math.inf]}, {}, ["--lrs: found inf"]),
@@ -251,8 +288,10 @@ def test_a_cut_that_leaves_nothing_to_train_on(tiny_model, tmp_path):
         # One step is enough to see that the edge was the best.
         ([1e-3, 2e-3, 4e-3], 4e-3, [1e-3, 2e-3, 4e-3, 8e-3], 4e-3, None),
         # The steps of an uneven grid are those at the edge.
-        ([2e-4, 1e-3, 2e-3], 8e-6, [8e-6, 4e-5, 2e-4, 1e-3, 2e-3], 8e-6, "lowest"),
-        ([2e-4, 1e-3, 2e-3], 1.0, [2e-4, 1e-3, 2e-3, 4e-3, 8e-3], 8e-3, "highest"),
+        ([2e-4, 1e-3, 2e-3], 8e-6, [1.6e-6, 8e-6, 4e-5, 2e-4, 1e-3, 2e-3], 8e-6, None),
+        # Six steps at most on each side.
+        ([1e-3, 2e-3], 1.0, [0.001 * 2**step for step in range(8)], 0.128, "highest"),
+        ([1e-3, 2e-3], 1e-9, [0.002 / 2**step for step in reversed(range(8))], 1e-3 / 2**6, "lowest"),
         ([1e-3], 1e-3, [5e-4, 1e-3, 2e-3], 1e-3, None),
     ],
 )
@@ -276,7 +315,7 @@ def test_a_rate_that_diverges_or_fails_is_never_the_best_and_bounds_the_grid():
     found = sweep(list(losses), losses.__getitem__)
     assert (found.best, found.edge, found.extended) == (2e-3, None, [])
     assert sweep([1e-3], lambda rate: None) == Sweep({1e-3: None}, [], None, None)
-    assert beyond_edge({1e-3: math.inf}) is None
+    assert sweep([1e-3], lambda rate: math.inf) == Sweep({1e-3: math.inf}, [], None, None)
 
 
 # The figures
@@ -359,6 +398,23 @@ def test_the_notes_name_edges_extensions_and_failures(summary):
     assert "full: no run of the sweep gave a finite loss." in said
     assert "Failed: lora, test, learning rate 0.001, seed 1: out of memory" in said
     assert "6 validation rows" in said
+
+
+def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model, tmp_path):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo"], optimizers=["muon", "sgd"])
+    muon, sgd = comparison.contenders
+    runs = [
+        describe_run(comparison.run(contender, "test", rate, 0), figures_of(score, 1.0), None)
+        for contender, rate, score in ((muon, 1e-3, 0.5), (sgd, 1e-2, 0.6))
+    ]
+    sweeps = {"diablo+muon": Sweep({1e-3: 1.0}, [], 1e-3, None), "diablo+sgd": Sweep({1e-2: 1.0}, [], 1e-2, None)}
+    record = summarize(comparison, sweeps, runs, [])
+    found = [(method["method"], method["optimizer"], method["learning_rate"]) for method in record["methods"]]
+    assert found == [("diablo+sgd", "sgd", 1e-2), ("diablo+muon", "muon", 1e-3)]
+    said = "\n".join(notes(record))
+    assert "Every method, with each of the optimizers, was run at the learning rates" in said
+    assert "PiSSA" not in said
+    assert "| diablo+sgd | N = 4 | 3,072 | 0.01 | 60.0% |" in markdown(record)
 
 
 # The general text

@@ -21,6 +21,7 @@ from diablo.planning.schedules import choose_schedule
 from diablo.recipes.reading import load_recipe
 from diablo.recipes.training import (
     OPTIMIZERS,
+    OUR_OPTIMIZERS,
     REFUSED_OPTIMIZERS,
     REFUSED_SCHEDULES,
     SCHEDULES,
@@ -63,7 +64,9 @@ def refusal(recipe: Path, *overrides: str) -> str:
 
 
 def test_every_optimizer_of_transformers_is_allowed_or_refused_with_a_reason() -> None:
-    assert sorted([*OPTIMIZERS, *REFUSED_OPTIMIZERS]) == sorted(name.value for name in OptimizerNames)
+    ours = set(OUR_OPTIMIZERS)
+    assert ours <= set(OPTIMIZERS)
+    assert sorted({*OPTIMIZERS, *REFUSED_OPTIMIZERS} - ours) == sorted(name.value for name in OptimizerNames)
 
 
 def test_every_schedule_of_transformers_is_allowed_or_refused_with_a_reason() -> None:
@@ -94,6 +97,30 @@ def test_every_optimizer_that_is_allowed_trains_or_says_what_it_needs(recipe: Pa
     trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(values).all()) for values in trained.values())
     assert all(bool(values.abs().max() > 0) for values in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_of_a_value"),
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_8bit", 2.03),
+        ("lion_32bit", 4),
+        ("lion_8bit", 1.02),
+        ("muon", 4),
+        # A row and a column of second moments for each block of 32 x 32 values.
+        ("adafactor", 0.25),
+    ],
+)
+def test_the_state_for_a_trained_value_takes_as_many_bytes_as_is_said(name: str, bytes_of_a_value: float) -> None:
+    blocks = torch.nn.Parameter(torch.zeros(64, 32, 32))
+    choice = choose_optimizer(Training(optimizer=Optimizer(name=name)), CPU)
+    optimizer = choice.kind([blocks], **choice.arguments)
+    blocks.grad = torch.ones_like(blocks)
+    optimizer.step()
+    # The table from a byte to its value is one for all parameters.
+    state = {key: value for key, value in optimizer.state[blocks].items() if not key.startswith("qmap")}
+    found = sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+    assert found / blocks.numel() == pytest.approx(bytes_of_a_value, rel=0.01)
 
 
 @pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
@@ -140,6 +167,9 @@ def test_adamw_in_8_bits_is_named_where_a_paged_one_has_nothing_to_page() -> Non
         ("{name: sgd, options: {nesterov: 1}}", ["options.nesterov: found 1; allowed: true or false"]),
         ("{name: sgd, options: {nesterov: true}}", ["sgd does not take its settings: Nesterov momentum requires"]),
         ("{name: adafactor, options: {eps: [1e-30]}}", ["options.eps: found [1e-30]; allowed: a list of 2"]),
+        ("{name: muon, options: {ns_step: 3}}", ["options.ns_step: muon has no such option", "mean ns_steps?"]),
+        ("{name: muon, options: {ns_steps: 2.5}}", ["muon does not take its settings: ns_steps must be an integer"]),
+        ("{name: muon, options: {momentum: 1}}", ["momentum must be from 0 to below 1, and is 1"]),
         ("{options: {lr: 1}}", ["options.lr: write training.learning_rate in its place"]),
         ("{options: {eps: 1}}", ["options.eps: write training.optimizer.epsilon in its place"]),
         ("{options: {fused: true}}", ["options.fused: adamw_torch_fused has no such option; it takes amsgrad"]),

@@ -117,6 +117,8 @@ def test_what_a_recipe_may_hold_is_valid(change: Any) -> None:
         {"method": "lorra"},
         {"method": {"name": "lora", "num_blocks": 3}},
         {"method": {"num_block": 3}},
+        {"training": {"optimizer": "muom"}},
+        {"training": {"optimizer": {"name": "lomo"}}},
         {"method": {"r": 4}},  # DiaBlo has none
         {"method": {"layers_to_transform": ["a"]}},
         {"task": "gsm"},

@@ -1,8 +1,9 @@
-"""Who is compared: methods at the size at which they train as many parameters as DiaBlo."""
+"""Who is compared: methods at the size at which they train as many parameters as DiaBlo, and their optimizers."""
 
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,20 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from diablo.comparison.names import FORM
+from diablo.devices import choose_device
 from diablo.errors import UserError, did_you_mean
 from diablo.models.loading import meta_model
+from diablo.planning.optimizers import choose_optimizer
 from diablo.planning.plan import adapt_on_meta
 from diablo.recipes.applying import Shapes, closest_size, nearest_size, peft_config
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
 from diablo.recipes.peft_methods import config_keys, peft_type, size_keys, takes_default_targets
+from diablo.recipes.training import Optimizer, Training
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method at the size at which it is compared.
+    """A method at the size at which it is compared, and with the optimizer, where optimizers are compared.
 
     Attributes:
         name: what the user calls it: a method's name in a recipe, or ``peft:TYPE:KEY``.
@@ -31,6 +35,7 @@ class Contender:
         trained: trained parameters.
         deviation: by how much that is more than DiaBlo's, as a share of DiaBlo's; None for full fine-tuning, which has
             no size to choose.
+        optimizer: the section of the recipe; None where it is the recipe's own.
     """
 
     name: str
@@ -38,11 +43,38 @@ class Contender:
     size: str
     trained: int
     deviation: float | None
+    optimizer: Optimizer | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called beside the others: the method's name, with ``+`` and the optimizer's behind it."""
+        return self.name if self.optimizer is None else f"{self.name}+{self.optimizer.name}"
 
     @property
     def folder(self) -> str:
-        """The name, as folders may be called."""
-        return urllib.parse.quote(self.name.replace(":", "-"), safe="=")
+        """The title, as folders may be called."""
+        return urllib.parse.quote(self.title.replace(":", "-"), safe="=+")
+
+
+def optimizers_of(names: Sequence[str], training: Training) -> list[Optimizer]:
+    """The sections of optimizers: the recipe's own for its own optimizer, and that of the name alone for others.
+
+    Args:
+        names: names that :func:`check_optimizers` lets pass.
+        training: the recipe's settings.
+
+    Raises:
+        UserError: an optimizer is not installed, or cannot run on this machine.
+    """
+    own, sections = training.optimizer, []
+    for name in names:
+        section = own if name == own.name else Optimizer(name=name)
+        try:
+            choose_optimizer(training.model_copy(update={"optimizer": section}), choose_device())
+        except UserError as error:
+            raise UserError(f"--optimizers: {str(error).removeprefix('training.optimizer: ')}") from None
+        sections.append(section)
+    return sections
 
 
 def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shapes: Shapes, budget: int) -> Contender:

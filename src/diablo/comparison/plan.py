@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diablo.comparison.names import OFFERED, check_methods
+from diablo.comparison.names import OFFERED, check_methods, check_optimizers
 from diablo.data.general_text import BUILTIN_TEXT
 from diablo.errors import UserError
 from diablo.planning.materials import gather
@@ -34,7 +34,7 @@ class Run:
     """One training run of a comparison.
 
     Attributes:
-        method: the contender's name.
+        method: the contender's title.
         stage: which rows the run is judged by.
         rate: learning rate.
         seed: seed of the run.
@@ -55,7 +55,7 @@ class Comparison:
     Attributes:
         recipe: the recipe, with DiaBlo as its method.
         folder: where everything is written.
-        contenders: the methods at their sizes.
+        contenders: the methods at their sizes, each once for every optimizer.
         seeds: the seeds of the runs that are judged on the test rows. The runs of the sweep use the first one.
         rates: the grid of learning rates, in ascending order.
         budget: number of DiaBlo's trained parameters.
@@ -81,10 +81,12 @@ class Comparison:
     def settings(self) -> dict[str, Any]:
         """The settings, for a JSON file. An interrupted comparison goes on only where they are the same."""
         recipe = self.recipe.model_dump(mode="json")
+        optimizers = [contender.optimizer.name for contender in self.contenders if contender.optimizer]
         # These two are left out, since each run has a folder and a rate of its own.
         del recipe["output"], recipe["training"]["learning_rate"]
         return {
-            "methods": [contender.name for contender in self.contenders],
+            "methods": list(dict.fromkeys(contender.name for contender in self.contenders)),
+            "optimizers": list(dict.fromkeys(optimizers)) or None,
             "seeds": self.seeds,
             "lrs": self.rates,
             **recipe,
@@ -122,17 +124,20 @@ class Comparison:
         settings["method"] = contender.method.model_dump()
         settings["data"]["held_out"] = stage
         settings["training"] |= {"learning_rate": rate, "eval_steps": None, "save_steps": None}
+        if contender.optimizer:
+            settings["training"]["optimizer"] = contender.optimizer.model_dump()
         settings["evaluation"] |= {"before": False, "after": is_test and self.recipe.evaluation.after}
         if not is_test:
             settings["evaluation"]["general"] = None
         settings |= {"seed": seed, "merge": False, "push_to_hub": None, "output": self.folder / "runs" / name}
-        return Run(contender.name, stage, rate, seed, Recipe.model_validate(settings))
+        return Run(contender.title, stage, rate, seed, Recipe.model_validate(settings))
 
 
 def plan_comparison(
     recipe: Recipe,
     *,
     methods: Sequence[str] = DEFAULT_METHODS,
+    optimizers: Sequence[str] | None = None,
     seeds: int = 3,
     rates: Sequence[float] = DEFAULT_RATES,
     folder: Path | None = None,
@@ -145,6 +150,7 @@ def plan_comparison(
             its ``evaluation.after`` is false, only losses are compared. Forgetting is measured on its
             ``evaluation.general``, or on the builtin text where the recipe names none.
         methods: names of the methods to compare, and ``peft:TYPE:KEY`` for one of PEFT's types whose KEY is solved for.
+        optimizers: names of the optimizers with each of which every method is run; the recipe's own where None.
         seeds: number of seeds of the runs on the test rows. They count up from the recipe's seed.
         rates: the grid of learning rates.
         folder: where to write; the recipe's output with ``-comparison`` behind it where None.
@@ -152,7 +158,7 @@ def plan_comparison(
     Raises:
         UserError: an argument, the recipe, the model or the data does not fit.
     """
-    _check(recipe, methods, seeds, rates)
+    _check(recipe, methods, optimizers, seeds, rates)
     folder = folder or recipe.output.with_name(f"{recipe.output.name}-comparison")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {str(folder)!r} is a file; give a folder.")
@@ -162,7 +168,7 @@ def plan_comparison(
     recipe = Recipe.model_validate(settings)
     materials = gather(recipe)
     # They import torch and PEFT, and nothing that is refused above is to wait for that.
-    from diablo.comparison.contenders import contender_of, read_type
+    from diablo.comparison.contenders import contender_of, optimizers_of, read_type
     from diablo.models.loading import meta_model
     from diablo.planning.plan import check_quantized, make_plan
     from diablo.recipes.applying import shapes_of
@@ -170,6 +176,7 @@ def plan_comparison(
     for name in methods:
         if name not in OFFERED:
             read_type(name)
+    sections = [None] if optimizers is None else optimizers_of(optimizers, recipe.training)
     if recipe.data.validation_rows is None:
         rows = len(make_plan(recipe, materials=materials).train)
         settings["data"]["validation_rows"] = min(_MOST_VALIDATION_ROWS, max(1, rows // _VALIDATION_SHARE))
@@ -179,12 +186,12 @@ def plan_comparison(
     budget, total = plan.parameters[0], sum(parameter.numel() for parameter in meta_model(plan.config).parameters())
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)
-    contenders = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]
-    check_quantized(recipe, plan.config, [contender.method for contender in contenders])
+    sized = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]
+    check_quantized(recipe, plan.config, [contender.method for contender in sized])
     return Comparison(
         recipe=recipe,
         folder=folder,
-        contenders=contenders,
+        contenders=[replace(contender, optimizer=section) for contender in sized for section in sections],
         seeds=[recipe.seed + number for number in range(seeds)],
         rates=sorted(rates),
         budget=budget,
@@ -205,8 +212,12 @@ def parse_rates(text: str) -> list[float]:
         raise UserError(f"--lrs: found {text!r}; give numbers, separated by commas.") from None
 
 
-def _check(recipe: Recipe, methods: Sequence[str], seeds: int, rates: Sequence[float]) -> None:
+def _check(
+    recipe: Recipe, methods: Sequence[str], optimizers: Sequence[str] | None, seeds: int, rates: Sequence[float]
+) -> None:
     check_methods(methods)
+    if optimizers is not None:
+        check_optimizers(optimizers)
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; give an integer of at least 1.")
     # The names of the runs' folders have the rates with six digits. Two rates with the same digits would share one.

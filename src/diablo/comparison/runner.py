@@ -82,7 +82,7 @@ def compare(comparison: Comparison, *, console: Console | None = None, runner: R
 
     for contender in comparison.contenders:
         found = _sweep(comparison, contender, carry_out)
-        sweeps[contender.name] = found
+        sweeps[contender.title] = found
         if found.best is not None:
             for seed in comparison.seeds:
                 carry_out(comparison.run(contender, "test", found.best, seed))

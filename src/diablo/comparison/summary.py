@@ -79,19 +79,21 @@ def summarize(
 
     Args:
         comparison: the comparison.
-        sweeps: the outcomes of the sweeps by the method's name. A method that is missing here has not been run yet.
+        sweeps: the outcomes of the sweeps by the contender's title. A contender that is missing here has not been run
+            yet.
         runs: the figures of every run, from :func:`describe_run`.
         records: the contents of the runs' ``run.json``. Machines and versions are taken from them.
     """
     methods = []
     for contender in comparison.contenders:
-        if contender.name not in sweeps:
+        if contender.title not in sweeps:
             continue
-        found = sweeps[contender.name]
-        tested = [run for run in runs if run["method"] == contender.name and run["stage"] == "test"]
+        found = sweeps[contender.title]
+        tested = [run for run in runs if run["method"] == contender.title and run["stage"] == "test"]
         methods.append(
             {
-                "method": contender.name,
+                "method": contender.title,
+                "optimizer": (contender.optimizer or comparison.recipe.training.optimizer).name,
                 "settings": contender.method.model_dump(mode="json"),
                 "size": contender.size,
                 "trained_parameters": contender.trained,
@@ -139,18 +141,17 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     data, seeds = settings["data"], settings["seeds"]
     scored = sorted({task for run in record["runs"] for task in run.get("scores", {})})
     metrics = f"{'headline metric' if len(scored) == 1 else 'mean of the headline metrics'} of {', '.join(scored)}"
+    each = "Every method, with each of the optimizers," if settings["optimizers"] else "Every method"
     said = [
         f"The model is {settings['model']}. A run has {record['steps']} steps. Figures are the mean ± the standard "
         f"deviation over the seeds {', '.join(map(str, seeds))}. "
         + (f"The score is the {metrics} on the test problems. " if scored else "")
         + "Losses are in nats per token.",
-        f"Every method was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
+        f"{each} was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
         f"{seeds[0]}. The rate with the lowest loss on {data['validation_rows']} validation rows was then used for all "
         f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
         "or tested on them.",
-        f"DiaBlo trains {record['budget']:,} parameters. Full fine-tuning trains all weights. Every other method has "
-        "the size at which it trains the number of parameters that is closest to DiaBlo's. PiSSA's file holds twice as "
-        "many values as PiSSA trains, since it holds the difference to PiSSA's start.",
+        _sizes(record),
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",
     ]
@@ -174,6 +175,22 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         if run["failure"] is not None
     ]
     return said
+
+
+def _sizes(record: Mapping[str, Any]) -> str:
+    """What is said of the methods' sizes, as far as there are such methods."""
+    said, names = [f"DiaBlo trains {record['budget']:,} parameters."], set(record["settings"]["methods"])
+    if "full" in names:
+        said.append("Full fine-tuning trains all weights.")
+    if names - {"diablo", "full"}:
+        said.append(
+            "Every other method has the size at which it trains the number of parameters that is closest to DiaBlo's."
+        )
+    if "pissa" in names:
+        said.append(
+            "PiSSA's file holds twice as many values as PiSSA trains, since it holds the difference to PiSSA's start."
+        )
+    return " ".join(said)
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -216,8 +233,8 @@ def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
                     xerr=(spread["deviation"] or 0) * factor,
                     fmt="o",
                     capsize=4,
-                    color="tab:blue" if method["method"] == "diablo" else "tab:gray",
-                    markerfacecolor="none" if method["method"] == "full" else None,
+                    color="tab:blue" if method["settings"]["name"] == "diablo" else "tab:gray",
+                    markerfacecolor="none" if method["settings"]["name"] == "full" else None,
                 )
         axes.set_xlabel(title)
         axes.grid(axis="x", alpha=0.3)

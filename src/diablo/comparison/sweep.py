@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-MOST_EXTENSIONS = 2
+MOST_EXTENSIONS = 6
+"""By how many steps a grid is extended on each of its sides at most."""
+
 _FACTOR_OF_ONE = 2.0
 
 
@@ -32,8 +35,8 @@ class Sweep:
 def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> Sweep:
     """Find the best learning rate.
 
-    Where the best rate is at an edge of the grid, one more rate is tried beyond that edge, at most twice. See
-    :func:`beyond_edge`.
+    As long as the best rate is at an edge of the grid, one more rate is tried beyond that edge, at most
+    :data:`MOST_EXTENSIONS` on each side. See :func:`beyond_edge`.
 
     Args:
         rates: the grid.
@@ -41,9 +44,12 @@ def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> S
     """
     losses = {rate: _comparable(measure(rate)) for rate in sorted(rates)}
     extended: list[float] = []
-    while len(extended) < MOST_EXTENSIONS and (rate := beyond_edge(losses)) is not None:
+    steps: Counter[str] = Counter()
+    while (edge := _edge(losses)) is not None and steps[edge] < MOST_EXTENSIONS:
+        rate = beyond_edge(losses, edge)
         losses[rate] = _comparable(measure(rate))
         extended.append(rate)
+        steps[edge] += 1
     best = best_rate(losses)
     return Sweep(dict(sorted(losses.items())), extended, best, _edge(losses))
 
@@ -54,16 +60,13 @@ def best_rate(losses: Mapping[float, float | None]) -> float | None:
     return min(finite, key=finite.__getitem__, default=None)
 
 
-def beyond_edge(losses: Mapping[float, float | None]) -> float | None:
-    """The next rate beyond the edge of the grid where the best rate lies; None where the best rate lies inside.
+def beyond_edge(rates: Iterable[float], edge: str) -> float:
+    """The next rate beyond the ``"lowest"`` or ``"highest"`` rate of a grid.
 
     The next rate is the edge's rate times one step. The step is the ratio of the two outermost rates at that edge. With
     only one rate in the grid the step is 2.
     """
-    edge = _edge(losses)
-    if edge is None:
-        return None
-    outer, *inner = sorted(losses, reverse=edge == "highest")
+    outer, *inner = sorted(rates, reverse=edge == "highest")
     factor = outer / inner[0] if inner else _FACTOR_OF_ONE
     return float(f"{outer * factor:.6g}")
 

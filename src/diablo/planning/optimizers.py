@@ -13,7 +13,8 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from diablo.errors import UserError, did_you_mean, first_line, shortened
-from diablo.recipes.training import DEFAULT_OPTIMIZER, Optimizer, ParameterGroup, Training
+from diablo.muon import Muon
+from diablo.recipes.training import DEFAULT_OPTIMIZER, OUR_OPTIMIZERS, Optimizer, ParameterGroup, Training
 
 # Arguments that have a key of their own in a recipe.
 _KEYS = {
@@ -37,7 +38,7 @@ class OptimizerChoice:
     """An optimizer that is known to be there and to take its arguments.
 
     Attributes:
-        name: as transformers calls it.
+        name: as a recipe calls it.
         kind: its class.
         arguments: of the class, the learning rate among them.
     """
@@ -68,7 +69,7 @@ def choose_optimizer(training: Training, device: torch.device) -> OptimizerChoic
             f"training.optimizer: found {settings.name!r}, which moves its state out of a GPU's memory, and there "
             f"is no GPU with a memory of its own; take {plain!r}."
         )
-    kind, arguments = _of_transformers(training)
+    kind, arguments = _ours(training) if settings.name in OUR_OPTIMIZERS else _of_transformers(training)
     if device.type == "mps" and kind.__module__.startswith("bitsandbytes") and "8bit" in settings.name:
         raise UserError(
             f"training.optimizer: found {settings.name!r}, and bitsandbytes has no optimizer in 8 bits for MPS; take "
@@ -83,6 +84,11 @@ def choose_optimizer(training: Training, device: torch.device) -> OptimizerChoic
             f"training.optimizer: {settings.name} does not take its settings: {first_line(error)}"
         ) from None
     return OptimizerChoice(settings.name, kind, arguments)
+
+
+def _ours(training: Training) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and the arguments of Muon."""
+    return Muon, {"lr": training.learning_rate, "weight_decay": training.weight_decay}
 
 
 def _of_transformers(training: Training) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -15,6 +15,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.section import Section
+from diablo.recipes.training import OPTIMIZERS
 from diablo.tasks import TASKS
 
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
@@ -47,7 +48,10 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(schema_generator=_ForEditors)
     train, test = ([name for name, task in TASKS.items() if split in task.splits] for split in ("train", "test"))
     _allow_only(train, schema["properties"]["task"])
-    _allow_only(test, schema["$defs"]["Evaluation"]["properties"]["tasks"])
+    sections = schema["$defs"]
+    _allow_only(test, sections["Evaluation"]["properties"]["tasks"])
+    for section, key in (("Training", "optimizer"), ("Optimizer", "name")):
+        _allow_only(OPTIMIZERS, sections[section]["properties"][key])
     return {"$schema": _DIALECT, **schema}
 
 
@@ -59,10 +63,10 @@ def schema_text() -> str:
 def _allow_only(names: Sequence[str], schema: dict[str, Any]) -> None:
     """Allow a key, or the items of its lists, only some names, each of them once."""
     for kind in schema.get("anyOf", [schema]):
-        if kind["type"] == "array":
+        if kind.get("type") == "array":
             kind["uniqueItems"] = True
             _allow_only(names, kind["items"])
-        elif kind["type"] == "string":
+        elif kind.get("type") == "string":
             kind["enum"] = list(names)
 
 

@@ -18,6 +18,9 @@ from diablo.recipes.section import Section
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
 DEFAULT_SCHEDULE = "linear"
 
+OUR_OPTIMIZERS = ("muon",)
+"""Names of optimizers that transformers does not have."""
+
 OPTIMIZERS = (
     DEFAULT_OPTIMIZER,
     "adamw_torch",
@@ -44,8 +47,9 @@ OPTIMIZERS = (
     "rmsprop_bnb_32bit",
     "grokadamw",
     "stable_adamw",
+    *OUR_OPTIMIZERS,
 )
-"""Names of transformers' optimizers that a recipe may give; some need a package that may not be installed."""
+"""Names of optimizers that a recipe may give; some need a package that may not be installed."""
 
 _LOW_RANK = "projects the gradients of whole linear layers to a low rank, and an adapter has none"
 _IN_BACKWARD = "changes the weights within the backward, where gradients can be neither clipped nor accumulated"
@@ -130,7 +134,9 @@ class ParameterGroup(Section):
 class Optimizer(Section):
     """The optimizer and what it is told."""
 
-    name: str = Field(DEFAULT_OPTIMIZER, description="the name of an optimizer of transformers, such as adamw_8bit")
+    name: str = Field(
+        DEFAULT_OPTIMIZER, description="muon, or the name of an optimizer of transformers, such as adamw_8bit"
+    )
     betas: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(
         None, min_length=2, max_length=3, description="a list of numbers from 0 to below 1"
     )
@@ -168,7 +174,10 @@ class Training(Section):
         False, description="true or false: put several rows into one sequence of max_length, apart from each other"
     )
     optimizer: Annotated[Optimizer, BeforeValidator(_optimizer_by_name, json_schema_input_type=str | Optimizer)] = (
-        Field(Optimizer(), description="the name of an optimizer of transformers, or a section with that as its name")
+        Field(
+            Optimizer(),
+            description="muon, or the name of an optimizer of transformers, or a section with that as its name",
+        )
     )
     schedule: str = Field(DEFAULT_SCHEDULE, description=f"one of {', '.join(SCHEDULES)}: how the learning rate moves")
     schedule_options: Options = Field(
@@ -226,7 +235,7 @@ class Training(Section):
         Raises:
             ValueError: with the message for the user.
         """
-        _check_name("training.optimizer", self.optimizer.name, OPTIMIZERS, REFUSED_OPTIMIZERS)
+        check_optimizer_name("training.optimizer", self.optimizer.name)
         _check_name("training.schedule", self.schedule, SCHEDULES, REFUSED_SCHEDULES)
         if self.min_learning_rate is not None and self.min_learning_rate >= self.learning_rate:
             raise ValueError(
@@ -241,6 +250,19 @@ class Training(Section):
                 "training.best_by: found score, and nothing goes by it; set training.keep to best, or "
                 "training.early_stopping_patience, or leave it out."
             )
+
+
+def check_optimizer_name(key: str, name: str) -> None:
+    """Check that a recipe may give an optimizer's name.
+
+    Args:
+        key: where the name stands, as the message is to call it.
+        name: the name.
+
+    Raises:
+        ValueError: with the message for the user.
+    """
+    _check_name(key, name, OPTIMIZERS, REFUSED_OPTIMIZERS)
 
 
 def _check_name(key: str, name: str, allowed: Collection[str], refused: Mapping[str, str]) -> None:

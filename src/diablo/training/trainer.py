@@ -358,7 +358,6 @@ def make_trainer(
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        optim=plan.optimizer.name,
         lr_scheduler_type=plan.schedule.name,
         lr_scheduler_kwargs=dict(plan.schedule.options),
         neftune_noise_alpha=training.neftune_noise_alpha,
@@ -392,6 +391,8 @@ def make_trainer(
         disable_tqdm=True,
         recipe=plan.recipe.model_dump(mode="json"),
     )
+    # It is what trackers are told. When they are made, the arguments take transformers' own names alone.
+    config.optim = plan.optimizer.name
     # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
     config._n_gpu = min(config.n_gpu, 1)
     pad_token_id = plan.encoder.tokenizer.pad_token_id
