@@ -15,7 +15,7 @@ MOST_CHARACTERS = 120
 # A line that cannot be wrapped: a row of a table, a heading, or nothing but a link or an image.
 UNWRAPPED = re.compile(r"\||#|([-*] |\d+\. )?!?\[[^\]]*\]\([^)]*\)[.,;:]?$")
 # Cells of a feature table that claim nothing, and what cites the tests of those that do.
-NO_CLAIM = ("no", "not yet", "PENDING")
+NO_CLAIM = ("no", "not yet")
 CITED = re.compile(r"\((\d+(?:, \d+)*)\)")
 
 
