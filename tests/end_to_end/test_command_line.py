@@ -509,6 +509,17 @@ def test_a_template_of_the_recipe_and_its_end_of_turn_go_wherever_the_model_goes
         assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_a_run_of_a_gpu_is_asked_on_a_machine_without_one(diablo, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    no_scores = ["evaluation.before=false", "evaluation.after=false", "training.max_steps=1"]
+    assert diablo(*quickstart_on(tiny_model, run, *no_scores))[0] == 0
+    record = json.loads((run / "run.json").read_text())
+    record["recipe"] |= {"attention": "flash_attention_2", "precision": "fp16"}
+    (run / "run.json").write_text(json.dumps(record))
+    assert diablo("generate", run, "Problem: 2 and 3 ?", "--max-new-tokens", 2)[0] == 0
+
+
 def test_a_model_without_a_run_stops_where_its_generation_config_says(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     GenerationConfig(eos_token_id=[1, 7]).save_pretrained(model)

@@ -270,8 +270,12 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     """
     trained_as = recipe_of_run(model)
     device = choose_device()
-    dtype = choose_dtype(trained_as.get("precision", "auto"), device)
-    attention, quantization = trained_as.get("attention", "auto"), trained_as.get("quantization")
+    precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
+    if device.type == "cpu":
+        # A run of a GPU is read on a laptop, too, which has neither its kernels nor a use for its fp16.
+        precision = "auto" if precision == "fp16" else precision
+        attention = attention if attention in ("eager", "sdpa") else "auto"
+    dtype, quantization = choose_dtype(precision, device), trained_as.get("quantization")
     if is_adapter(model):
         loaded, tokenizer = load_adapter(
             adapter_folder(model), base=base, dtype=dtype, attention=attention, quantization=quantization
