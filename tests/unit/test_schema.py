@@ -68,6 +68,24 @@ def test_every_key_is_there_with_its_description():
         assert schema.get("description"), key
 
 
+def test_every_key_has_a_row_on_the_page_about_recipes():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z_.]+`(?:, `[a-z_.]+`)*) \|", page, re.MULTILINE)
+    shown = set()
+    for first, *others in (re.findall(r"`([^`]+)`", row) for row in rows):
+        # The rows of a section name it once: `training.epochs`, `.max_steps`.
+        section, _, _ = first.rpartition(".")
+        shown |= {first, *(section + other if other.startswith(".") else other for other in others)}
+    sections = {"data": Data, "training": Training, "training.optimizer": Optimizer, "push_to_hub": PushToHub}
+    sections |= {"speed": Speed, "tracking": Tracking, "evaluation": Evaluation}
+    keys = {*Recipe.model_fields, *DataSource.model_fields}
+    keys |= {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
+    keys |= {f"method.{key}" for method in METHODS.values() for key in method.model_fields}
+    of_a_name = {"training.optimizer.name", "method.name", "method.type", "push_to_hub.repo"}
+    assert keys - {*sections, *of_a_name} <= shown
+    assert not {key for key in shown if key.partition(".")[0] in sections} - keys
+
+
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_shipped_recipe_is_valid_and_names_the_schema(name: str) -> None:
     path = shipped_recipes()[name]
