@@ -63,9 +63,10 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="The adapter's folder, or the run's.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the merged model.")],
     base: Base = None,
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base model's where left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; the base model's if not given.")] = None,
     into: Annotated[
-        str | None, typer.Option(help="Over a quantized base: stored, dequantized or requantized weights.")
+        str | None,
+        typer.Option(help="What to merge into, if the base was quantized: stored, dequantized or requantized weights."),
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="For --into requantized: a .txt or .jsonl file, a task's name, or builtin.")
@@ -258,7 +259,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     use_template: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template; as a run did, or if there is one."),
+        typer.Option(
+            "--chat/--no-chat",
+            help="Use the tokenizer's chat template; if not given, as the run did, or if there is one.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:

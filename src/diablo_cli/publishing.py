@@ -24,14 +24,18 @@ def push(
     source: Annotated[
         str, typer.Argument(metavar="RUN", help="A run's folder, or that of an adapter or of a merged model.")
     ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub; it is made where it is missing.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private; a public one is an error.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch, made where it is missing.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="The run's merged model, and not its adapter.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the hub; it is made if there is none.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a private repository; a public one that is there is an error.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch to upload to; it is made if there is none.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Upload the run's merged model in place of its adapter.")
+    ] = False,
     base: Annotated[
-        str | None, typer.Option(help="The base model's id on the hub, where the adapter names a folder.")
+        str | None, typer.Option(help="The base model's id on the hub, if the adapter names a folder.")
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
     overwrite_card: Annotated[
         bool, typer.Option("--overwrite-card", help="Replace a model card that somebody has edited on the hub.")
     ] = False,
@@ -53,16 +57,17 @@ def push(
     )
     out.print(f"Uploaded {', '.join(map(escape, done.files))} of {escape(str(folder))} to {escape(done.url)}.")
     if done.left_out:
-        out.print(f"Left out, since no part of a model: {', '.join(map(escape, done.left_out))}.")
+        out.print(f"Left out, since they are no part of a model: {', '.join(map(escape, done.left_out))}.")
     if done.kept_card:
         out.print("The model card there has been edited and stays as it is; --overwrite-card replaces it.")
     answer({"folder": str(folder), **asdict(done)})
 
 
 LlamaCpp = Annotated[
-    Path | None, typer.Option("--llama-cpp", help="llama.cpp's folder; else $LLAMA_CPP, or the PATH, is looked at.")
+    Path | None,
+    typer.Option("--llama-cpp", help="llama.cpp's folder; if not given, $LLAMA_CPP or the PATH says where it is."),
 ]
-OutType = Annotated[str, typer.Option("--outtype", help="auto, f32, f16, bf16 or q8_0; auto is 16 bits.")]
+OutType = Annotated[str, typer.Option("--outtype", help="The weights' type: auto (16 bits), f32, f16, bf16 or q8_0.")]
 Source = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run's folder, or that of an adapter or of a merged model.")
 ]
@@ -98,9 +103,11 @@ def export_ollama(
     base: Base = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template; as a run did, or if there is one."),
+        typer.Option(
+            "--chat/--no-chat", help="Use the chat template; if not given, as the run did, or if there is one."
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system's text of every conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system's text for every conversation.")] = None,
 ) -> None:
     """Write a folder that ollama create takes: a GGUF file, the template, and what ends an answer."""
     from diablo.models.folders import check_new_folder, new_folder
@@ -127,8 +134,8 @@ def export_ollama(
     _print_gguf(replace(report, path=folder / GGUF))
     if asking.template is None:
         out.print(
-            "The chat template cannot be said in Ollama's language, so that Ollama takes one of its own that is like "
-            f"it, or none: compare what ollama show --template {escape(name)} prints."
+            "The chat template cannot be translated into Ollama's language. Ollama takes a similar one of its own, "
+            f"or none: compare what ollama show --template {escape(name)} prints."
         )
     out.print(f"Try: ollama create {escape(name)} -f {escape(str(folder / MODELFILE))}", markup=False)
 

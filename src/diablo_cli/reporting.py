@@ -83,10 +83,13 @@ def _optimization(training: Training) -> list[str]:
         lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
     if training.ema is not None:
         lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
+    judge = "score on the validation rows" if training.best_by == "score" else "held-out loss"
     if training.keep == "best":
-        lines.append("kept                what has the best held-out loss")
+        lines.append(f"kept                the step of the best {judge}")
     if training.early_stopping_patience is not None:
-        lines.append(f"early stopping      patience of {training.early_stopping_patience} held-out losses")
+        lines.append(
+            f"early stopping      after {training.early_stopping_patience} measurements without a better {judge}"
+        )
     return lines
 
 
@@ -230,6 +233,8 @@ def print_result(out: Console, result: RunResult) -> None:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
         out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+    if result.upload is None:
+        out.print(f"  diablo push {folder} OWNER/NAME", markup=False)
 
 
 def _print_losses(out: Console, record: dict[str, Any]) -> None:

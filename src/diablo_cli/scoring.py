@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="How answers are read: strict (the default) or paper.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Completions of each problem.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Of the sampling; 0 is greedy.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Temperature of the sampling; 0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; 0 if not given.")] = None,
     base: Base = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
@@ -47,14 +47,17 @@ def evaluate(
     likelihood: Annotated[
         bool | None,
         typer.Option(
-            "--likelihood/--no-likelihood", help="Score choices by their likelihood; as the run was if not given."
+            "--likelihood/--no-likelihood",
+            help="Score choices by their likelihood; if not given, as the run was scored.",
         ),
     ] = None,
     harness: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of --task, such as arc_easy,hellaswag.")
     ] = None,
-    harness_include: Annotated[Path | None, typer.Option(help="A folder with further task files for it.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each of its prompts.")] = None,
+    harness_include: Annotated[
+        Path | None, typer.Option(help="A folder with further task files for --harness.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples in each prompt of --harness.")] = None,
 ) -> None:
     """Score a model or an adapter on tasks: by generation, by likelihood or through lm-evaluation-harness."""
     from diablo.records.results import recipe_of_run

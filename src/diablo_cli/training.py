@@ -26,11 +26,15 @@ def train(
         ),
     ],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an unfinished run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, on which tokens, and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard an unfinished run in the output folder.")
+    ] = False,
 ) -> None:
-    """Train by a recipe: check, train, save, score."""
+    """Train a model as a recipe says: check, train, save and score."""
     from diablo.recipes.reading import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
@@ -81,8 +85,8 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names of methods, separated by commas, and peft:TYPE:KEY for any type of PEFT whose KEY is solved "
-            "for, such as peft:GRALORA:r; all that have names of their own if not given.",
+            help="Names of methods, separated by commas; all that have a name if not given. Any type of PEFT is "
+            "peft:TYPE:KEY, such as peft:GRALORA:r, where KEY is chosen for equal parameters.",
             autocompletion=complete_methods,
         ),
     ] = None,
@@ -94,9 +98,9 @@ def compare(
             autocompletion=complete_optimizers,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
+    seeds: Annotated[int, typer.Option(help="How many seeds; the first is the recipe's.")] = 3,
     lrs: Annotated[
-        str | None, typer.Option(help="Learning rates of the sweep; 2e-4,5e-4,1e-3,2e-3 if not given.")
+        str | None, typer.Option(help="Learning rates to try, separated by commas; 2e-4,5e-4,1e-3,2e-3 if not given.")
     ] = None,
     general: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
@@ -140,20 +144,25 @@ def plan(
         str,
         typer.Argument(
             metavar="RECIPE|MODEL",
-            help="A recipe, as for train; or a folder, a hub id or builtin:NAME, of which only the config is read.",
+            help="A recipe, as for train; or a model: a folder, a hub id or builtin:NAME, whose config alone is read.",
         ),
     ],
     overrides: Overrides = None,
-    num_blocks: Annotated[int | None, typer.Option(min=1, help="N; 64 where neither size is given.")] = None,
-    budget: Annotated[str | None, typer.Option(help="The largest share to train, such as 1%, in place of N.")] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="N: 1/N of each target is trained; 64 if neither this nor --budget is given."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="The largest share of the model to train, such as 1%, in place of --num-blocks.")
+    ] = None,
     target_modules: Annotated[str | None, typer.Option(help="Names, separated by commas, or all-linear.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a forward; 1 if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a batch; 1 if not given.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; 1024 if not given.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the frozen weights: bf16, fp16 or fp32; bf16 if not given.")
+        str | None, typer.Option(help="The frozen weights' dtype: bf16, fp16 or fp32; bf16 if not given.")
     ] = None,
     gradient_checkpointing: Annotated[
-        str | None, typer.Option(help="none, selective or full; none if not given.")
+        str | None, typer.Option(help="none, selective or full: what the backward computes again; none if not given.")
     ] = None,
 ) -> None:
     """Show what would be trained and what memory it would take, before anything is downloaded."""

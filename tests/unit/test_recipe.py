@@ -72,7 +72,7 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
             {"training": {"optimizer": "adamw_8bits"}},
             ["training.optimizer: found 'adamw_8bits'", "Did you mean adamw_8bit?"],
         ),
-        ({"training": {"optimizer": 3}}, ["training.optimizer: found 3", "allowed: the name of an optimizer"]),
+        ({"training": {"optimizer": 3}}, ["training.optimizer: found 3", "allowed: muon, or the name of an optimizer"]),
         (
             {"training": {"optimizer": {"name": None}}},
             ["training.optimizer.name: found None", "the name of an optimizer"],

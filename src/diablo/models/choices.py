@@ -23,7 +23,7 @@ def check_dtype(name: str) -> None:
         UserError: it is none of :data:`Dtype`.
     """
     if name not in get_args(Dtype):
-        raise UserError(f"dtype: found {name!r}; allowed: {', '.join(get_args(Dtype))}.")
+        raise UserError(f"--dtype: found {name!r}; allowed: {', '.join(get_args(Dtype))}.")
 
 
 def check_checkpointing(name: str) -> None:

@@ -55,7 +55,9 @@ def check_system(system: str | None, *, chat: bool | None) -> None:
     if chat is False:
         raise UserError("--system: found one for a model that is asked without a chat template; leave it out.")
     if '"""' in system or not system.strip():
-        raise UserError("--system: found nothing, or three quotes, which end the text in a Modelfile; change it.")
+        raise UserError(
+            "--system: found a text that is empty, or has three quotes, which would end it in a Modelfile; change it."
+        )
 
 
 def how_to_ask(model: Path, *, chat: bool | None, system: str | None = None) -> Asking:

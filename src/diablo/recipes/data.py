@@ -112,7 +112,7 @@ class Data(Section):
     train: Sources | None = Field(None, description=f"{_SOURCES}: the rows to train on")
     eval: HeldOut | None = Field(
         None,
-        description="held-out rows, whose loss is measured: how many of data.train as an integer, or a share such as "
+        description="the held-out rows, whose loss is measured: a number of rows of data.train, or a share such as "
         f"5%, or {_SOURCES}",
     )
     columns: dict[str, str] | None = Field(
@@ -122,9 +122,11 @@ class Data(Section):
     on_malformed: Literal["error", "skip"] = Field(
         "error", description="error or skip: what is done about malformed rows"
     )
-    on_long: Literal["error", "drop"] = Field("drop", description="error or drop, for rows over training.max_length")
+    on_long: Literal["error", "drop"] = Field(
+        "drop", description="error or drop: what is done about rows over training.max_length"
+    )
     special_text: SpecialTextMode = Field(
-        "keep", description="keep or plain: whether text that spells a special token becomes it or stays text"
+        "keep", description="keep or plain: whether text that spells a special token becomes that token or stays text"
     )
     limit: int | None = Field(None, ge=1, description="an integer of at least 1: only so many training rows")
     validation_rows: int | None = Field(
@@ -134,7 +136,7 @@ class Data(Section):
         0, ge=0, description="an integer of at least 0: chooses the rows that are cut out of the training rows"
     )
     held_out: Literal["test", "validation"] = Field(
-        "test", description="test or validation: the rows that the held-out loss is of"
+        "test", description="test or validation: the rows on which the held-out loss is measured"
     )
 
     @property

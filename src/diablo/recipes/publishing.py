@@ -16,10 +16,10 @@ from diablo.records.card import hub_id
 class PushToHub(Section):
     """A repository on the hub, to which the adapter, or the model that was trained in full, is uploaded at the end."""
 
-    repo: str = Field(description="OWNER/NAME: a repository on the hub; it is made where it is missing")
+    repo: str = Field(description="OWNER/NAME: a repository on the hub; it is made if there is none")
     private: bool = Field(False, description="true or false: whether the repository must be private")
     base: str | None = Field(
-        None, min_length=1, description="the id on the hub of the model, where model is a folder of this machine"
+        None, min_length=1, description="the id of the base model on the hub, if model is a folder on this machine"
     )
 
     def check(self, model: str, *, is_adapter: bool) -> None:

@@ -31,14 +31,14 @@ class Evaluation(Section):
     )
     protocol: Literal["strict", "paper"] = Field("strict", description="strict or paper: how answers are read")
     likelihood: bool = Field(
-        False, description="true or false: whether the likeliest choice is the answer, and nothing is generated"
+        False, description="true or false: score choices by their likelihood, and generate nothing"
     )
     samples: int | None = Field(None, ge=1, description="an integer of at least 1: completions of each problem")
     temperature: float | None = Field(
         None,
         ge=0,
         allow_inf_nan=False,
-        description="a number of at least 0: of the sampling; 0 takes the likeliest token",
+        description="a number of at least 0: the temperature of the sampling; 0 takes the likeliest token",
     )
     allow_code_execution: bool = Field(
         False, description="true or false: whether tasks may run code that the model wrote"
@@ -69,10 +69,10 @@ class Recipe(Section):
     )
     method: Method = Field(
         default=DiabloMethod(),
-        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft is any type of PEFT's",
+        description=f"one of {', '.join(METHODS)}, or a section with that as its name; peft means any method of PEFT",
     )
-    training: Training = Field(default=Training(), description="a section: how long and how fast is trained")
-    tracking: Tracking = Field(default=Tracking(), description="a section")
+    training: Training = Field(default=Training(), description="a section: how the model is trained")
+    tracking: Tracking = Field(default=Tracking(), description="a section: the trackers that are told of the run")
     evaluation: Evaluation = Field(default=Evaluation(), description="a section: what is scored, and how")
     quantization: Literal["nf4", "int8"] | None = Field(
         None, description="nf4 or int8: how bitsandbytes quantizes the frozen weights while they are loaded"

@@ -1,4 +1,4 @@
-"""Speed and memory beyond the method's own: what a recipe switches on where the device has it."""
+"""The attention and the switches for speed and memory, which a recipe sets as far as its device has them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,8 @@ Attention = Annotated[str, AfterValidator(_known_attention), WithJsonSchema(_SCH
 class Speed(Section):
     """Switches that change what a step costs, and not what it computes."""
 
-    compile: bool = Field(
-        False, description="true or false: whether torch.compile makes one graph of each layer's training"
-    )
-    liger: bool = Field(
-        False, description="true or false: whether Liger's kernels compute the norms and gated layers, on a GPU"
-    )
+    compile: bool = Field(False, description="true or false: compile the layers for training, by torch.compile")
+    liger: bool = Field(False, description="true or false: take Liger's kernels for norms and gated layers, on a GPU")
     activation_offloading: bool = Field(
-        False, description="true or false: whether what the backward needs waits in the CPU's memory, of a GPU's run"
+        False, description="true or false: keep what the backward needs in the CPU's memory while a GPU computes"
     )

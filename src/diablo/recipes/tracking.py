@@ -40,7 +40,7 @@ class Tracking(Section):
         [], description="a tracker or a list of trackers, such as tensorboard, wandb or mlflow: what is told of the run"
     )
     name: str | None = Field(
-        None, min_length=1, description="text: the run's name there; its folder's name if not given"
+        None, min_length=1, description="text: the run's name in the trackers; the name of its folder if not given"
     )
     project: str | None = Field(None, min_length=1, description="text: the project, or experiment, that the run is in")
     tags: Names = Field([], description="a word or a list of words: the run's tags, for wandb and mlflow")

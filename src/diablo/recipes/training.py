@@ -164,14 +164,16 @@ class Training(Section):
     )
     max_steps: int | None = Field(None, ge=1, description="an integer of at least 1: steps in all; it overrides epochs")
     batch_size: int = Field(
-        16, ge=1, description="an integer of at least 1: rows, or packed sequences, per device and step"
+        16, ge=1, description="an integer of at least 1: rows, or packed sequences, that a device takes at a time"
     )
     gradient_accumulation: int = Field(
         1, ge=1, description="an integer of at least 1: batches whose gradients are added up for a step"
     )
-    max_length: int = Field(1024, ge=2, description="an integer of at least 2: tokens per row")
+    max_length: int = Field(
+        1024, ge=2, description="an integer of at least 2: the most tokens of a row, or of a packed sequence"
+    )
     packing: bool = Field(
-        False, description="true or false: put several rows into one sequence of max_length, apart from each other"
+        False, description="true or false: put several rows into one sequence, where none of them sees another"
     )
     optimizer: Annotated[Optimizer, BeforeValidator(_optimizer_by_name, json_schema_input_type=str | Optimizer)] = (
         Field(
@@ -184,7 +186,7 @@ class Training(Section):
         {}, description="a section of what else the schedule takes; values are numbers or text"
     )
     min_learning_rate: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="a number above 0, where the schedule ends"
+        None, gt=0, allow_inf_nan=False, description="a number above 0: the rate at which the schedule ends"
     )
     warmup_steps: int = Field(
         0, ge=0, description="an integer of at least 0: first steps, in which the learning rate rises from 0"
@@ -200,28 +202,35 @@ class Training(Section):
         None, gt=0, allow_inf_nan=False, description="a number above 0: the size of the noise on the embeddings"
     )
     ema: float | None = Field(
-        None, gt=0, lt=1, description="a number between 0 and 1: the decay of the average that is kept"
+        None,
+        gt=0,
+        lt=1,
+        description="a number between 0 and 1: the decay of an average of the steps, which becomes the result",
     )
     gradient_checkpointing: Checkpointing = Field(
-        "none", description="none, selective or full: what is computed again in the backward in place of being kept"
+        "none", description="none, selective or full: what the backward computes again, to save memory"
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="an integer of at least 1: held-out loss every so many steps"
+        None, ge=1, description="an integer of at least 1: the held-out loss is measured every so many steps"
     )
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="an integer of at least 1: measurements without a better one that end training"
+        None,
+        ge=1,
+        description="an integer of at least 1: training ends after so many measurements without a better one",
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="last or best: the parameters after the last step, or the best of those that were measured"
+        "last",
+        description="last or best: whose parameters become the result, the last step's or the best one's",
     )
     best_by: Literal["loss", "score"] = Field(
-        "loss", description="loss or score: what is best, by the held-out loss or by the score on the validation rows"
+        "loss",
+        description="loss or score: whether the held-out loss or the validation score says which step is best",
     )
     save_steps: int | None = Field(None, ge=1, description="an integer of at least 1: a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="an integer of at least 1: how many checkpoints are kept")
-    logging_steps: int = Field(5, ge=1, description="an integer of at least 1: the loss is shown every so many steps")
+    logging_steps: int = Field(5, ge=1, description="an integer of at least 1: the loss is logged every so many steps")
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="stop or skip: what a NaN or infinite loss does to the run, or to its step"
+        "stop", description="stop or skip: whether a NaN or infinite loss stops the run, or its step is left out"
     )
 
     @property
