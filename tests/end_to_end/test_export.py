@@ -130,7 +130,7 @@ def test_exporting_says_what_is_missing_and_writes_nothing(
         (("gguf", tiny_model, tmp_path / "torn.gguf", *given), "The GGUF file cannot be read back"),
         (("ollama", adapter, llama_cpp, *given), "exists and is not empty"),
         (("ollama", adapter, out, *given, "--no-chat", "--system", "Be brief."), "--system: found one for a model tha"),
-        (("ollama", adapter, out, *given, "--system", 'a """ b'), "--system: found nothing, or three quotes"),
+        (("ollama", adapter, out, *given, "--system", 'a """ b'), "--system: found a text that is empty, or has"),
     ):
         status, _, error = diablo("export", *arguments)
         assert (status, expected in error) == (2, True), error

@@ -34,8 +34,8 @@ for line in sys.stdin:
     sys.argv = ["diablo", *arguments]
     status, out, error = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        from diablo_cli import shell
-        shell.out.file = out
+        from diablo_cli import output
+        output.out.file = out
         try:
             diablo_cli.main()
         except SystemExit as end:
@@ -199,7 +199,7 @@ def test_what_is_no_part_of_a_model_is_not_uploaded(hub, distant, run, tmp_path)
     (folder / "README.md").unlink()
     status, out, _ = distant("push", folder, "ann/apples", "--base", "org/tiny")
     assert status == 0
-    assert "Left out, since no part of a model: notes.jsonl." in out
+    assert "Left out, since they are no part of a model: notes.jsonl." in out
     files = hub.repositories["ann/apples"]["main"]
     assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert "| method | DIABLO |" in files["README.md"].decode(), "an adapter without a card gets a short one"
