@@ -271,7 +271,12 @@ def test_what_cannot_be_uploaded_is_refused_before_training(hub, distant, tiny_m
         ("push_to_hub.base=null", {}, None, "push_to_hub.base: missing; model is the folder"),
         ("push_to_hub.base=./tiny", {}, None, "push_to_hub.base: found './tiny'; give the id of a model on the hub"),
         ("push_to_hub={private: true}", {}, None, "push_to_hub.repo: missing; give OWNER/NAME"),
-        ("push_to_hub.private=true", {}, "public", "push_to_hub: 'ann/apples' is there and public, and was to be priv"),
+        (
+            "push_to_hub.private=true",
+            {},
+            "public",
+            "push_to_hub: 'ann/apples' exists and is public, and was to be priv",
+        ),
     ]
     for override, environment, state, expected in cases:
         hub.who = Hub().who
@@ -296,7 +301,7 @@ def test_pushing_says_what_is_missing(hub, distant, run, tmp_path):
         ((tmp_path / "none", "ann/x"), "holds neither an adapter (adapter_config.json) nor a model"),
         ((tmp_path / "half", "ann/x"), "has no adapter_model.safetensors"),
         ((run, "x"), "REPO: found 'x', which is no repository's name"),
-        ((run, "ann/x"), "--base: the adapter's base model is a folder of this machine"),
+        ((run, "ann/x"), "--base: the adapter's base model is a folder on this machine"),
         ((run, "ann/x", "--base", "a b"), "--base: found 'a b'; give the id of the base model on the hub"),
         ((run, "bob/x", "--base", "org/tiny"), "who is not in an organisation 'bob'"),
     ):

@@ -1,4 +1,4 @@
-"""Adapters on disk: saving, loading with nothing left unsaid, and other forms of them."""
+"""Adapters on disk: saving, loading, in which a tensor that does not fit is an error, and conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen of a model by a word: the dtype of its weights, and what its layers keep for the backward."""
+"""Choices that have a name: the dtype of a model's weights, and what its layers keep for the backward."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import torch
 
 from diablo.devices import title_of
 
-# Each would do more than change the modules of one model. The fused loss would replace the model's forward, where the
-# output layer is applied to the supervised positions alone. The cross-entropy would replace torch's own for the whole
-# process, and so would the rotary embedding that of all models of a type.
+# Each of these would do more than change the modules of one model. The fused loss would replace the model's forward
+# and with it the computation of logits for supervised positions only. The cross-entropy would replace torch's own for
+# the whole process, and the rotary embedding would replace that of all models of a type.
 _OFF = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 

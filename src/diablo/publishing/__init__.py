@@ -1,1 +1,1 @@
-"""What goes out of the house: model cards, uploads to the hub, GGUF files and what Ollama takes."""
+"""What others get of a run: model cards, uploads to the hub, GGUF files, and folders for Ollama."""

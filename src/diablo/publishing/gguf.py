@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp and all that is built on it read them, made by llama.cpp's own converter."""
+"""GGUF files for llama.cpp and all that is built on it, made by llama.cpp's own converter."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A chat template in the language of Ollama, as far as it can be said there.
+"""Translates a chat template into the language of Ollama, where that is possible.
 
 Chat templates are Jinja, and Ollama's are templates of Go. A chat template is rendered on conversations of marks, and
 cut into what it writes before, between and behind the turns. A template of Go that writes the same around the turns is
-then compared with the chat template on other conversations: it is taken where all come out alike.
+then compared with the chat template on other conversations. It is used if all of them come out alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Turns:
         after_system: behind it.
         before_user: before each question.
         after_user: behind each question.
-        before_answer: between that and an answer that was given.
+        before_answer: between the end of a question and an answer that was given.
         after_answer: behind an answer.
         asking: what asks for the next answer, behind the last question.
     """
@@ -69,7 +69,7 @@ class Turns:
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """What a tokenizer's chat template writes around the turns; None where Ollama's language cannot say it.
+    """What a tokenizer's chat template writes around the turns; None where Ollama's language cannot express it.
 
     What it does with tools, thoughts and parts of a content is left aside.
 
@@ -77,7 +77,7 @@ def turns_of(tokenizer: Any) -> Turns | None:
         tokenizer: with a chat template. Where it puts a token before every text, as llama.cpp then does too, the
             template of Go is without that token.
     """
-    # The date of the day on which it is exported would stay there for ever.
+    # The date of the export would stay in the translated template for ever.
     if "strftime_now" in str(tokenizer.chat_template):
         return None
     turns = _cut(tokenizer)

@@ -1,4 +1,4 @@
-"""Uploads to the hub: what can be refused before, what is uploaded, and whose model card stands there afterwards."""
+"""Uploads to the hub: what is checked before, which files are uploaded, and which model card is there afterwards."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_writable(repository: Repository, key: str) -> None:
         _check_rights(ask_hub(api.whoami), name, key)
         if repository.private and not ask_hub(lambda: api.model_info(name)).private:
             raise UserError(
-                f"{key}: {name!r} is there and public, and was to be private; make it private in its settings on the "
+                f"{key}: {name!r} exists and is public, and was to be private; make it private in its settings on the "
                 "hub, or choose another name."
             )
     except RepositoryNotFoundError:
@@ -151,8 +151,8 @@ def base_on_hub(adapter: Path, given: str | None, key: str) -> str:
         return next(origin for builtin, origin in ORIGIN.items() if Path(name).name.startswith(f"{builtin}-"))
     if (found := hub_id(name)) is None:
         raise UserError(
-            f"{key}: the adapter's base model is a folder of this machine ({name}), which nobody else has; say which "
-            f"model on the hub it is with {key}, or push the merged model."
+            f"{key}: the adapter's base model is a folder on this machine ({name}), which others do not have; say "
+            f"which model on the hub it is with {key}, or push the merged model."
         )
     return found
 

@@ -19,7 +19,7 @@ class Asking:
     """How Ollama asks a model.
 
     Attributes:
-        template: a template of Go; None where it cannot say what the chat template says, and Ollama has to choose.
+        template: a template of Go; None where the chat template cannot be translated, and Ollama has to choose.
         stops: texts that end an answer.
         sampling: Ollama's parameters of the sampling.
         system: the system's text; None where there is none.
@@ -34,7 +34,7 @@ class Asking:
         """The Modelfile."""
         lines = [f"FROM ./{GGUF}"]
         if self.template is None:
-            lines.append("# The chat template cannot be said in Ollama's language, so that Ollama chooses one itself.")
+            lines.append("# The chat template cannot be translated into Ollama's language. Ollama chooses one itself.")
         else:
             lines.append(f'TEMPLATE """{self.template}"""')
         if self.system is not None:

@@ -40,8 +40,8 @@ class PushToHub(Section):
             raise ValueError(f"push_to_hub.base: found {self.base!r}; give the id of a model on the hub.")
         if is_adapter and self.base is None and not model.startswith(PREFIX) and hub_id(model) is None:
             raise ValueError(
-                f"push_to_hub.base: missing; model is the folder {model!r}, which nobody else has: give the id of that "
-                "model on the hub."
+                f"push_to_hub.base: missing; model is the folder {model!r}, which others do not have: give the id "
+                "of that model on the hub."
             )
 
 
