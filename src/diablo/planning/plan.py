@@ -44,6 +44,7 @@ from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, ta
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
 from diablo.recipes.recipe import Recipe
+from diablo.recipes.starting import prompts_of_another_form
 from diablo.tasks import Problem
 
 
@@ -167,8 +168,22 @@ class Plan:
             )
         return lines
 
+    @property
+    def prompts_before(self) -> str:
+        """How the adapter that training goes on from was trained where this recipe puts its rows otherwise.
+
+        Empty where it does not, and where training goes on from none.
+        """
+        recipe, adapter = self.recipe, self.recipe.adapter
+        if adapter is None:
+            return ""
+        found = prompts_of_another_form(adapter, recipe.chat, recipe.chat_template, recipe.data.special_text)
+        return f"{adapter} was trained with {', '.join(found)}, and this recipe puts rows otherwise" if found else ""
+
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""
+        if self.prompts_before:
+            yield f"prompts             {self.prompts_before}"
         for source in self.sources:
             yield f"source              {source.describe()}"
         for source in self.held_out_sources:
