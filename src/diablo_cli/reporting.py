@@ -83,10 +83,11 @@ def _optimization(training: Training) -> list[str]:
         lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
     if training.ema is not None:
         lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
+    judge = "score on the validation rows" if training.best_by == "score" else "held-out loss"
     if training.keep == "best":
-        lines.append("kept                what has the best held-out loss")
+        lines.append(f"kept                what has the best {judge}")
     if training.early_stopping_patience is not None:
-        lines.append(f"early stopping      patience of {training.early_stopping_patience} held-out losses")
+        lines.append(f"early stopping      patience of {training.early_stopping_patience} measurements of the {judge}")
     return lines
 
 

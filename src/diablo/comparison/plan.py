@@ -248,7 +248,8 @@ def _check_training(training: Training) -> None:
     if training.depends_on_held_out:
         raise UserError(
             "training.keep, training.early_stopping_patience: in a comparison they would choose by the rows that a run "
-            "is judged by; set training.keep=last and training.early_stopping_patience=null."
+            "is judged by; set training.keep=last and training.early_stopping_patience=null"
+            + (", and training.best_by=loss." if training.best_by == "score" else ".")
         )
     for key, given in (
         ("min_learning_rate", training.min_learning_rate),
