@@ -170,7 +170,7 @@ def plan_comparison(
     # They import torch and PEFT, and nothing that is refused above is to wait for that.
     from diablo.comparison.contenders import contender_of, optimizers_of, read_type
     from diablo.models.loading import meta_model
-    from diablo.planning.plan import check_quantized, make_plan
+    from diablo.planning.plan import check_suited, make_plan
     from diablo.recipes.applying import shapes_of
 
     for name in methods:
@@ -187,7 +187,7 @@ def plan_comparison(
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)
     sized = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]
-    check_quantized(recipe, plan.config, [contender.method for contender in sized])
+    check_suited(recipe, plan.config, plan.dtype, [contender.method for contender in sized])
     return Comparison(
         recipe=recipe,
         folder=folder,

@@ -294,13 +294,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
-    check_quantized(recipe, config, [recipe.method])
-    if isinstance(recipe.method, PeftMethod):
-        check_precision(recipe.method.type, dtype)
-        if recipe.training.packing:
-            check_packs(recipe.method.type)
-        if recipe.merge:
-            check_merges(recipe.method.type, "merge: found true")
+    check_suited(recipe, config, dtype, [recipe.method])
+    if isinstance(recipe.method, PeftMethod) and recipe.merge:
+        check_merges(recipe.method.type, "merge: found true")
     _check_smoothing(recipe, config)
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
@@ -365,12 +361,16 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
 
 
-def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[AnyMethod]) -> None:
-    """Check that none of some methods would have to change weights that are quantized.
+def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, methods: Sequence[AnyMethod]) -> None:
+    """Check that methods can train as a recipe says otherwise: in a dtype, on packed rows, over quantized weights.
 
     Raises:
-        UserError: one would.
+        UserError: one cannot.
     """
+    for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
+        check_precision(kind, dtype)
+        if recipe.training.packing:
+            check_packs(kind)
     how = recipe.quantization or stored_quantization(config).get("quant_method")
     if how and recipe.merge:
         raise UserError(
