@@ -102,7 +102,7 @@ def _for_programs() -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         # Each process of a run has the error; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             answer({"error": _described(error)})
@@ -127,9 +127,11 @@ def _take_standard_output() -> TextIO:
     return own
 
 
-def _described(error: Exception) -> str:
+def _described(error: Exception | KeyboardInterrupt) -> str:
     from diablo.errors import Interrupted, UserError, first_line
 
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped at once by SIGINT."
     if isinstance(error, (UserError, Interrupted)):
         return str(error)
     return f"{type(error).__name__}: {first_line(error)}"

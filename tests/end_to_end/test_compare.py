@@ -208,6 +208,10 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_pat
         (["--optimizers", "muon,mion"], "--optimizers: found 'mion'; allowed: adamw_torch_fused"),
         (["--seeds", "0"], "--seeds: found 0"),
         (["--general", "none.txt"], "evaluation.general: there is no file 'none.txt'"),
+        (
+            ["training.packing=true", "--methods", "diablo,peft:PROMPT_TUNING:num_virtual_tokens"],
+            "training.packing: found true with PROMPT_TUNING",
+        ),
     ],
 )
 def test_a_fault_is_one_line_with_status_2_and_leaves_nothing(diablo, tiny_model, tmp_path, arguments, expected):

@@ -98,7 +98,10 @@ def test_an_adapter_is_merged_for_the_converter_and_nothing_else_is_left(
     monkeypatch.delenv(VARIABLE)
     (llama_cpp / SCRIPT).chmod(0o755)
     monkeypatch.setenv("PATH", str(llama_cpp), prepend=os.pathsep)
-    assert diablo("export", "gguf", adapter, out)[0] == 0
+    status, text, _ = diablo("export", "gguf", adapter, out, "--json")
+    assert status == 0
+    record = json.loads(text)
+    assert (record["path"], record["tensors"], record["bytes"]) == (str(out), 1, out.stat().st_size)
 
 
 def test_a_plain_model_is_converted_where_it_lies(diablo, llama_cpp, tiny_model, tmp_path):

@@ -106,13 +106,36 @@ def test_what_does_not_fit_the_adapter_is_refused_before_the_model_is_loaded(dia
     second = f"output={tmp_path / 'second'}"
     own = refused(f"adapter={first}", second, "method.num_blocks=2")
     assert f"method: found diablo with settings of its own, and adapter '{first}' is trained as it is" in own
-    assert "has no adapter_config.json" in refused(f"adapter={tmp_path}", second)
-    assert "holds the adapter that training goes on from" in refused(f"adapter={first}", f"output={first}")
+    assert f"adapter: '{tmp_path}' has no adapter_config.json" in refused(f"adapter={tmp_path}", second)
+    assert "adapter: there is no folder 'me/adapter'; give a run" in refused("adapter=me/adapter", second)
+    assert f"holds '{first}', which adapter names" in refused(f"adapter={first}", f"output={first}")
+    (tmp_path / "whole" / "model").mkdir(parents=True)
+    whole = refused(f"adapter={tmp_path / 'whole'}", second)
+    assert f"is a run that has trained the whole model; give model: {tmp_path / 'whole' / 'model'}" in whole
     tensors = weights(first)
     tensors.popitem()
     save_file(tensors, first / "adapter" / "adapter_model.safetensors")
     assert "missing, none too many" in refused(f"adapter={first}", second)
     assert not (tmp_path / "second").exists()
+
+
+def test_rows_that_are_put_otherwise_than_those_of_the_adapter_are_told(diablo, recipe, tmp_path):
+    first, second = tmp_path / "first", f"output={tmp_path / 'second'}"
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for message in messages %}<s>{{ message['content'] }}</s>\n{% endfor %}")
+    chatting = ["chat=true", f"chat_template={template}", "training.max_steps=2"]
+    assert (
+        diablo("train", recipe, "method={num_blocks: 4}", *chatting, f"output={first}", "training.save_steps=2")[0] == 0
+    )
+    for adapter in (first, first / "adapter", first / "checkpoints" / "checkpoint-2"):
+        _, out, _ = diablo("train", recipe, f"adapter={adapter}", second, "--dry-run")
+        assert f"prompts             {adapter} was trained with chat: true, a chat_template of its own" in out
+    _, out, _ = diablo("train", recipe, f"adapter={first}", second, *chatting, "--dry-run")
+    assert "prompts  " not in out
+    status, _, err = diablo("train", recipe, f"adapter={first}", second, "chat=true", "data.special_text=plain")
+    assert status == 0
+    assert f"adapter: {first} was trained with a chat_template of its own, data.special_text: keep, and this" in err
+    assert "prompts             " in (tmp_path / "second" / "train.log").read_text()
 
 
 def test_an_adapter_of_other_base_weights_is_refused(diablo, recipe, tmp_path, first):

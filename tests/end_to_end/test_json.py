@@ -18,6 +18,8 @@ from diablo_cli import app
 
 OF_A_RUN = {"train", "evaluate", "generate", "merge", "to-lora", "inspect"}
 OF_NO_RUN = {"plan", "import", "quantize", "init", "schema", "tasks", "compare"}
+# Their records are tested beside what they write.
+OF_PUBLISHING = {"push", "gguf", "ollama"}
 WITHOUT_A_RECORD = {"chat"}
 
 # A verb in a process of its own: whatever writes to standard output, it has the record alone.
@@ -120,8 +122,9 @@ def test_the_verbs_of_no_run_print_their_records(record, tiny_model, tmp_path):
 
 
 def test_every_verb_has_the_option():
-    verbs = typer.main.get_command(app).commands
-    assert verbs.keys() == OF_A_RUN | OF_NO_RUN | WITHOUT_A_RECORD
+    verbs = dict(typer.main.get_command(app).commands)
+    verbs |= verbs.pop("export").commands
+    assert verbs.keys() == OF_A_RUN | OF_NO_RUN | OF_PUBLISHING | WITHOUT_A_RECORD
     for name, verb in verbs.items():
         assert [option.hidden for option in verb.params if option.name == "as_json"] == [name in WITHOUT_A_RECORD]
 
@@ -156,6 +159,13 @@ def test_what_libraries_write_to_standard_output_does_not_spoil_the_record():
     without = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "text for people\n" in without.stdout
     assert "loss" not in without.stdout
+
+
+def test_a_verb_that_is_stopped_at_once_says_so_in_a_record():
+    stopped = LOUD.replace('print("by print")', "os.kill(os.getpid(), 2)")
+    run = subprocess.run([sys.executable, "-c", stopped, "--json"], capture_output=True, text=True, check=False)
+    assert run.returncode == 130
+    assert json.loads(run.stdout) == {"error": "Stopped at once by SIGINT."}
 
 
 def test_an_error_that_nobody_expects_is_a_record_with_its_traceback_on_standard_error():

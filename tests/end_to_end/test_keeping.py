@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_several_processes import FSDP, NEEDS_DEEPSPEED, SHARDED, launch
+from torch._dynamo.utils import counters
 
 from diablo.errors import UserError
 from diablo.models.adapters import load_adapter
+from diablo.models.compiling import compiled_layers
+from diablo.models.loading import load_model
 from diablo.planning.plan import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.generation import held_out_loss
@@ -194,6 +197,33 @@ def test_the_step_of_the_best_score_on_validation_problems_is_kept(
     assert {line["step"]: line["validation_score"] for line in lines if "validation_score" in line} == scores
     # Measuring a step does not take its training loss out of the log.
     assert [line["step"] for line in lines if "loss" in line] == list(scores)
+    assert [line["seconds"] for line in lines if "seconds" in line] == sorted(
+        line["seconds"] for line in lines if "seconds" in line
+    )
+    log = (tmp_path / "run" / "train.log").read_text()
+    for step, score in scores.items():
+        assert f"step {step} of 8: held-out loss {losses[step]:.4f}, validation score {score:.1%}" in log
+
+
+def test_a_score_in_the_course_of_training_compiles_nothing(questions: Path) -> None:
+    plan = make_plan(load_recipe(questions, ["evaluation.likelihood=false"]))
+    model, losses = load_model(plan.model_name, torch.float32), Losses()
+    torch._dynamo.reset()
+    counters.clear()
+    with compiled_layers(model):
+        losses.measure_score(model, plan, 1)
+    assert losses.scores
+    assert not counters["frames"]
+
+
+def test_the_plan_says_what_the_best_step_is_chosen_by(questions: Path, recipe: Path, diablo: Any) -> None:
+    patience = "training.early_stopping_patience=2"
+    _, by_score, _ = diablo("train", questions, patience, "--dry-run")
+    assert "kept                the step of the best score on the validation rows" in by_score
+    assert "early stopping      after 2 measurements without a better score on the validation rows" in by_score
+    _, by_loss, _ = diablo("train", recipe, *STOPPED, "training.keep=best", "--dry-run")
+    assert "kept                the step of the best held-out loss" in by_loss
+    assert "early stopping      after 3 measurements without a better held-out loss" in by_loss
 
 
 def test_a_run_that_goes_by_a_score_is_resumed_to_the_same(questions: Path, tmp_path: Path) -> None:

@@ -157,6 +157,12 @@ def test_an_adapter_arrives_with_a_card_and_nothing_of_this_machine_or_its_rows(
     assert record["versions"]["torch"] in text
     # What is here has not changed.
     assert str(tiny_model) in (run / "adapter" / "adapter_config.json").read_text()
+    status, out, _ = distant("push", run, "ann/apples", "--base", "org/tiny", "--json")
+    assert status == 0
+    pushed = json.loads(out)
+    assert pushed["folder"] == str(run / "adapter")
+    assert pushed["url"].startswith(f"{hub.url}/ann/apples")
+    assert set(pushed["files"]) == files.keys()
 
 
 def test_the_recipe_in_a_card_is_one(run, tmp_path, monkeypatch, tiny_model):

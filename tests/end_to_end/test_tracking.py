@@ -76,6 +76,12 @@ def test_tensorboard_is_told_of_the_losses_and_the_recipe(diablo, tiny_model, tm
     assert '"recipe.method.num_blocks": 4' in told_of
     assert '"recipe":' not in told_of
 
+    # Another run into the same folder does not have its figures drawn over those of this one.
+    assert diablo(*arguments, "training.max_steps=1")[0] == 0
+    told = EventAccumulator(str(run / "tensorboard"))
+    told.Reload()
+    assert [event.step for event in told.Scalars("train/loss")] == [1]
+
 
 def interrupt(run: Path, after: int) -> None:
     """Leave a run of four steps, with a checkpoint every two, as a kill after its third or fourth step does."""

@@ -203,7 +203,15 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
         ({"rates": [1e-3, 1e-3]}, {}, ["--lrs: found 0.001, 0.001", "different"]),
         ({}, {"method": "lora"}, ["method: found lora", "method=diablo"]),
         ({}, {"training": {"keep": "best", "eval_steps": 1}}, ["training.keep", "by the rows that a run is judged by"]),
-        ({}, {"training": {"early_stopping_patience": 1, "eval_steps": 1}}, ["training.early_stopping_patience=null"]),
+        ({}, {"training": {"early_stopping_patience": 1, "eval_steps": 1}}, ["training.early_stopping_patience=null."]),
+        (
+            {},
+            {
+                "training": {"keep": "best", "eval_steps": 1, "best_by": "score"},
+                "data": {"validation_rows": 4, "held_out": "validation"},
+            },
+            ["training.keep=last", "and training.best_by=loss."],
+        ),
         (
             {},
             {"training": {"schedule": "cosine", "min_learning_rate": 1e-5}},

@@ -18,7 +18,7 @@ from diablo.errors import UserError
 from diablo.models.adapters import load_adapter, save_adapter
 from diablo.models.loading import count_parameters
 from diablo.planning import preflight
-from diablo.planning.plan import adapt_on_meta, check_quantized
+from diablo.planning.plan import adapt_on_meta, check_suited
 from diablo.recipes import peft_methods
 from diablo.recipes.applying import apply_method, target_kinds
 from diablo.recipes.methods import PeftMethod
@@ -197,10 +197,10 @@ def test_what_several_layers_share_is_counted_once(tiny_model):
 
 def test_a_type_that_reads_the_weights_is_not_trained_over_quantized_ones(tmp_path):
     settings = {"model": "some/model", "task": "mawps", "output": str(tmp_path), "quantization": "nf4"}
-    recipe = Recipe.model_validate(settings)
-    check_quantized(recipe, AutoConfig.for_model("llama"), [method_of("LORA"), method_of("PROMPT_TUNING")])
+    recipe, config = Recipe.model_validate(settings), AutoConfig.for_model("llama")
+    check_suited(recipe, config, torch.float32, [method_of("LORA"), method_of("PROMPT_TUNING")])
     with pytest.raises(UserError, match=r"^method: HRA, DEFT would have to read or change weights that nf4 quantizes"):
-        check_quantized(recipe, AutoConfig.for_model("llama"), [method_of("HRA"), method_of("DEFT")])
+        check_suited(recipe, config, torch.float32, [method_of("HRA"), method_of("DEFT")])
 
 
 def test_a_type_that_trains_in_the_precision_of_the_weights_is_trained_in_fp32():

@@ -295,6 +295,28 @@ def test_output_that_is_a_file(tmp_path: Path) -> None:
     assert "is a file" in line
 
 
+@pytest.mark.parametrize("key", ["model", "data.train", "data.eval", "evaluation.general"])
+def test_output_that_holds_what_is_read(tmp_path: Path, key: str) -> None:
+    (tmp_path / "run" / "merged").mkdir(parents=True)
+    rows, inside = tmp_path / "rows.jsonl", tmp_path / "run" / "merged" / "rows.jsonl"
+    for path in (rows, inside):
+        path.write_text("{}")
+    settings = {"model": "m", "output": str(tmp_path / "run"), "data": {"train": str(rows)}}
+    given = inside.parent if key == "model" else inside
+    [line] = faults(tmp_path, settings, (f"{key}={given}",))
+    for part in (f"output: {str(tmp_path / 'run')!r} holds {str(given)!r}, which {key} names", "give another folder"):
+        assert part in line
+    assert load_recipe(write(tmp_path, settings), (f"{key}={given}", f"output={tmp_path / 'other'}"))
+
+
+@pytest.mark.parametrize("key", ["data.train", "evaluation.general", "adapter", "output"])
+def test_a_path_that_the_system_does_not_take(tmp_path: Path, key: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    [line] = faults(tmp_path, GOOD, ("task=null", f"data.train={rows}", f"{key}={'a' * 300}.txt"))
+    assert "cannot be read: File name too long; give another path." in line
+
+
 def test_held_out_loss_without_held_out_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     settings = {"model": "m", "output": "o", "data": {"train": str(tmp_path / "rows.jsonl")}}

@@ -170,7 +170,7 @@ def plan_comparison(
     # They import torch and PEFT, and nothing that is refused above is to wait for that.
     from diablo.comparison.contenders import contender_of, optimizers_of, read_type
     from diablo.models.loading import meta_model
-    from diablo.planning.plan import check_quantized, make_plan
+    from diablo.planning.plan import check_suited, make_plan
     from diablo.recipes.applying import shapes_of
 
     for name in methods:
@@ -187,7 +187,7 @@ def plan_comparison(
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)
     sized = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]
-    check_quantized(recipe, plan.config, [contender.method for contender in sized])
+    check_suited(recipe, plan.config, plan.dtype, [contender.method for contender in sized])
     return Comparison(
         recipe=recipe,
         folder=folder,
@@ -248,7 +248,8 @@ def _check_training(training: Training) -> None:
     if training.depends_on_held_out:
         raise UserError(
             "training.keep, training.early_stopping_patience: in a comparison they would choose by the rows that a run "
-            "is judged by; set training.keep=last and training.early_stopping_patience=null."
+            "is judged by; set training.keep=last and training.early_stopping_patience=null"
+            + (", and training.best_by=loss." if training.best_by == "score" else ".")
         )
     for key, given in (
         ("min_learning_rate", training.min_learning_rate),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -35,6 +35,11 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def as_if_not_compiled() -> AbstractContextManager[None]:
+    """A context in which compiled layers run as they were before, for what would take graphs of its own."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def compiling_obstacle(device: torch.device) -> str | None:

@@ -44,6 +44,7 @@ from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, ta
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
 from diablo.recipes.recipe import Recipe
+from diablo.recipes.starting import prompts_of_another_form
 from diablo.tasks import Problem
 
 
@@ -167,8 +168,22 @@ class Plan:
             )
         return lines
 
+    @property
+    def prompts_before(self) -> str:
+        """How the adapter that training goes on from was trained where this recipe puts its rows otherwise.
+
+        Empty where it does not, and where training goes on from none.
+        """
+        recipe, adapter = self.recipe, self.recipe.adapter
+        if adapter is None:
+            return ""
+        found = prompts_of_another_form(adapter, recipe.chat, recipe.chat_template, recipe.data.special_text)
+        return f"{adapter} was trained with {', '.join(found)}, and this recipe puts rows otherwise" if found else ""
+
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""
+        if self.prompts_before:
+            yield f"prompts             {self.prompts_before}"
         for source in self.sources:
             yield f"source              {source.describe()}"
         for source in self.held_out_sources:
@@ -279,13 +294,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
-    check_quantized(recipe, config, [recipe.method])
-    if isinstance(recipe.method, PeftMethod):
-        check_precision(recipe.method.type, dtype)
-        if recipe.training.packing:
-            check_packs(recipe.method.type)
-        if recipe.merge:
-            check_merges(recipe.method.type, "merge: found true")
+    check_suited(recipe, config, dtype, [recipe.method])
+    if isinstance(recipe.method, PeftMethod) and recipe.merge:
+        check_merges(recipe.method.type, "merge: found true")
     _check_smoothing(recipe, config)
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
@@ -350,12 +361,16 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
 
 
-def check_quantized(recipe: Recipe, config: PretrainedConfig, methods: Sequence[AnyMethod]) -> None:
-    """Check that none of some methods would have to change weights that are quantized.
+def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, methods: Sequence[AnyMethod]) -> None:
+    """Check that methods can train as a recipe says otherwise: in a dtype, on packed rows, over quantized weights.
 
     Raises:
-        UserError: one would.
+        UserError: one cannot.
     """
+    for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
+        check_precision(kind, dtype)
+        if recipe.training.packing:
+            check_packs(kind)
     how = recipe.quantization or stored_quantization(config).get("quant_method")
     if how and recipe.merge:
         raise UserError(

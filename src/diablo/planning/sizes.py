@@ -28,7 +28,7 @@ from diablo.models.loading import (
     meta_model,
     resolve_model,
 )
-from diablo.planning.plan import check_quantized
+from diablo.planning.plan import check_suited
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.recipe import Recipe
@@ -223,13 +223,14 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         UserError: there is no such model, or the method does not fit it.
     """
     config = load_config(resolve_model(recipe.model))
-    check_quantized(recipe, config, [recipe.method])
+    dtype = choose_dtype(recipe.precision, choose_device())
+    check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
         config,
         recipe.method,
         batch_size=recipe.training.batch_size,
         length=recipe.training.max_length,
-        dtype=choose_dtype(recipe.precision, choose_device()),
+        dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
     )

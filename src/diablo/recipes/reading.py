@@ -47,6 +47,9 @@ def check_settings(settings: Mapping[str, Any]) -> Recipe:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_explain(fault) for fault in error.errors()))) from None
+    except OSError as error:
+        # A name that is too long, or a folder that may not be looked into.
+        raise UserError(f"{shortened(error.filename)} cannot be read: {error.strerror}; give another path.") from None
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -18,7 +18,7 @@ from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
-from diablo.recipes.starting import method_of
+from diablo.recipes.starting import check_adapter, method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
 
@@ -119,6 +119,7 @@ class Recipe(Section):
         if not isinstance(settings, dict) or not isinstance(settings.get("adapter"), str | Path):
             return settings
         with explained():
+            check_adapter(settings["adapter"])
             own = method_of(settings["adapter"])
         return {"method": own, **settings}
 
@@ -131,10 +132,6 @@ class Recipe(Section):
             raise ValueError(
                 f"method: found {self.method.title} with settings of its own, and adapter {str(self.adapter)!r} is "
                 "trained as it is; leave method out."
-            )
-        if self.output.resolve() in (self.adapter.resolve(), *self.adapter.resolve().parents):
-            raise ValueError(
-                f"output: {str(self.output)!r} holds the adapter that training goes on from; give another folder."
             )
         return self
 
@@ -164,6 +161,27 @@ class Recipe(Section):
             raise ValueError("chat_template: found one with chat: false, which has no use for it; set chat to true.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
+        return self
+
+    @model_validator(mode="after")
+    def _output_holds_nothing_that_is_read(self) -> Recipe:
+        # A run deletes what an earlier run has left in its folder.
+        data, output = self.data, self.output.resolve()
+        read: dict[str, list[str | Path | None]] = {
+            "model": [self.model],
+            "adapter": [self.adapter],
+            "data.train": [source.path for source in data.train or ()],
+            "data.eval": [source.path for source in data.eval_sources],
+            "data.folder": [data.folder],
+            "evaluation.general": [self.evaluation.general],
+        }
+        for key, paths in read.items():
+            for path in (Path(path) for path in paths if path is not None):
+                if path.exists() and output in (path.resolve(), *path.resolve().parents):
+                    raise ValueError(
+                        f"output: {str(self.output)!r} holds {str(path)!r}, which {key} names, and a run clears its "
+                        "folder; give another folder."
+                    )
         return self
 
     @model_validator(mode="after")

@@ -108,6 +108,7 @@ class TokenMeter:
         self.padded = 0
         self.paused_seconds = 0.0
         self._started: float | None = None
+        self._paused: float | None = None
 
     def count(self, tokens: int, padded: int) -> None:
         """Add a batch.
@@ -128,7 +129,10 @@ class TokenMeter:
 
     def seconds(self) -> float:
         """Time since the first batch, without pauses."""
-        return 0.0 if self._started is None else time.perf_counter() - self._started - self.paused_seconds
+        if self._started is None:
+            return 0.0
+        now = time.perf_counter() if self._paused is None else self._paused
+        return now - self._started - self.paused_seconds
 
     def tokens_per_second(self) -> float:
         """Tokens per second, without padding."""
@@ -141,6 +145,7 @@ class TokenMeter:
 
         Evaluations are left out in this way.
         """
-        start = time.perf_counter()
+        start = self._paused = time.perf_counter()
         yield
+        self._paused = None
         self.paused_seconds += time.perf_counter() - start

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from diablo.data.batching import collate
 from diablo.data.packing import flatten
+from diablo.models.compiling import as_if_not_compiled
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
 from diablo.scoring.generation import held_out_loss
@@ -52,14 +53,16 @@ class Losses:
     def measure_score(self, model: Any, plan: Plan, step: int) -> None:
         """Measure the score on validation problems, where it says which step is best."""
         if plan.validated:
-            scores = score_tasks(
-                model,
-                plan.encoder,
-                plan.validated,
-                console=Console(quiet=True),
-                batch_size=plan.recipe.evaluation.batch_size,
-                problems=plan.validation_problems,
-            )
+            # Generation has a cache, which grows: its graphs would take minutes, and as many as one layer may have.
+            with as_if_not_compiled():
+                scores = score_tasks(
+                    model,
+                    plan.encoder,
+                    plan.validated,
+                    console=Console(quiet=True),
+                    batch_size=plan.recipe.evaluation.batch_size,
+                    problems=plan.validation_problems,
+                )
             self.scores.append((step, statistics.fmean(score.headline for score in scores.values())))
 
     def knows(self, step: int) -> bool:
@@ -137,7 +140,8 @@ class HeldOutLoss(TrainerCallback):
             The step whose parameters these are.
         """
         self.average.take_over(model)
-        self._measure(model, step)
+        with self.meter.pause():
+            self._measure(model, step)
         best = self.losses.best_step
         if self.best and best is not None and best != step:
             self.engine.load_trained(model, self.best)

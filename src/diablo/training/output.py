@@ -130,7 +130,7 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
         # They would count as the latest where old ones are deleted.
         for name in saving.last_whole(folder / "checkpoints")[1]:
             shutil.rmtree(folder / "checkpoints" / name)
-    for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints"])):
+    for name in ("adapter", "model", "merged", "start", *([] if resume else ["checkpoints", "tensorboard"])):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "answers-before.jsonl", "answers-after.jsonl"):
         (folder / name).unlink(missing_ok=True)

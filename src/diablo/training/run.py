@@ -191,6 +191,8 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
     LOGGER.info("steps               %d of %s, in %s on %s", plan.steps, batch, dtype, plan.device)
     if checkpoint is not None:
         LOGGER.info("goes on from %s", checkpoint.name)
+    if plan.prompts_before:
+        console.print(f"adapter: {plan.prompts_before}.", markup=False, soft_wrap=True)
     spelling, tokens = plan.special_text
     if spelling:
         console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)

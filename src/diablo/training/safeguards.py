@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from diablo.devices import is_out_of_memory
 from diablo.errors import UserError
+from diablo.models.compiling import as_if_not_compiled
 from diablo.recipes.recipe import Recipe
 from diablo.records.log import LOGGER, say
 
@@ -141,7 +142,7 @@ def first_module_not_finite(model: nn.Module, forward: Callable[[], object]) -> 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         # A compiled layer does not call what is registered on the modules inside.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), as_if_not_compiled():
             forward()
     finally:
         for handle in handles:

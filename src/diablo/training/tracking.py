@@ -84,6 +84,8 @@ class TrainLog(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             figures = [f"{kind.replace('held_out_', 'held-out ')} {logs[kind]:.4f}" for kind in KINDS if kind in logs]
+            if "validation_score" in logs:
+                figures.append(f"validation score {logs['validation_score']:.1%}")
             if "loss" in logs:
                 figures.append(f"learning rate {logs['learning_rate']:.3g}")
                 figures.append(f"{self.meter.tokens_per_second():.0f} tokens/s")
