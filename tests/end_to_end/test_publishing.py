@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, constants
 
 from diablo.errors import UserError
 from diablo.models.builtin import cache_folder
+from diablo.publishing.card import run_part
 from diablo.publishing.hub import Repository, base_on_hub, check_writable
 from diablo.recipes.reading import check_settings, load_recipe
 from diablo.training import train
@@ -117,7 +118,7 @@ def write_recipe(folder: Path, model: Path, **settings: object) -> Path:
         "output": str(folder / "run"),
         **settings,
     }
-    recipe.write_text(yaml.safe_dump(told))
+    recipe.write_text(yaml.safe_dump({key: value for key, value in told.items() if value is not None}))
     return recipe
 
 
@@ -173,6 +174,23 @@ def test_the_recipe_in_a_card_is_one(run, tmp_path, monkeypatch, tiny_model):
     (tmp_path / tiny_model.name).symlink_to(tiny_model)
     told, made = check_settings({**settings, "output": "there"}), load_recipe(run / "recipe.yaml")
     assert (told.method, told.training, told.data.eval) == (made.method, made.training, made.data.eval)
+
+
+def test_the_card_of_a_further_stage_says_so_and_names_no_folder(run, tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    Path("secret").symlink_to(run)
+    second = train(load_recipe(write_recipe(tmp_path, tiny_model, adapter="secret/adapter", method=None)))
+    text = (second.adapter / "README.md").read_text()
+    assert "Training went on from an adapter that had been trained before." in text
+    assert "secret" not in text
+    assert "The parameters are those of step" not in text
+    best = {"kept_step": 1, "held_out_loss": [(0, 3.0), (1, 1.0), (2, 2.0)]}
+    earlier = {**second.record, "training": second.record["training"] | best}
+    assert "in 2 steps. The parameters are those of step 1, the best one." in run_part(earlier, "adapter")
+    written = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert "adapter" not in written
+    assert written["method"]["num_blocks"] == 4
+    assert "went on from" not in (run / "adapter" / "README.md").read_text()
 
 
 def test_a_merged_model_goes_to_a_private_repository_and_a_branch(hub, distant, run):

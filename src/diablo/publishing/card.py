@@ -23,8 +23,8 @@ Kind = Literal["adapter", "merged", "model"]
 """What a folder of a run holds: an adapter, the model that it was merged into, or a model trained in full."""
 
 _WHAT = {"adapter": "adapter", "merged": "model, merged from an adapter", "model": "model, trained in full"}
-# Not a setting of what was trained, or something about this machine.
-_UNTOLD = ("output", "push_to_hub", "tracking", "merge")
+# Not a setting of what was trained, or something about this machine. An adapter that was gone on from is in the intro.
+_UNTOLD = ("output", "push_to_hub", "tracking", "merge", "adapter")
 _PATHS = ("path", "folder", "train", "eval", "general", "model", "base")
 
 
@@ -164,13 +164,20 @@ def _dataset_of(task: str) -> str | None:
 
 
 def _intro(record: Mapping[str, Any], kind: Kind) -> str:
-    recipe, parameters = record["recipe"], record["parameters"]
+    recipe, parameters, training = record["recipe"], record["parameters"], record["training"]
     base = base_of(recipe["model"])
     named = f"[{base}](https://huggingface.co/{base})" if base else called(recipe["model"])
     text = (
         f"Trained on {named} by `{recipe['method']['name']}`: {parameters['trainable']:,} of {parameters['total']:,} "
-        f"parameters ({parameters['share']:.2%}), in {record['training']['steps']:,} steps."
+        f"parameters ({parameters['share']:.2%}), in {training['steps']:,} steps."
     )
+    if training["kept_step"] != training["steps"]:
+        text += f" The parameters are those of step {training['kept_step']:,}, the best one."
+    if recipe.get("adapter"):
+        text += (
+            "\n\nTraining went on from an adapter that had been trained before. The data, the steps and the recipe are "
+            "those of the last stage alone, and what stands under before was measured with that adapter."
+        )
     if recipe["model"].startswith(PREFIX):
         text += (
             "\n\nThe base weights were those of a 4-bit GGUF file of that model, which differ from the model's own by "
