@@ -10,11 +10,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftType
 
 from diablo.errors import UserError, first_line
-from diablo.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_model_of, read_adapter_config
 from diablo.models.builtin import ORIGIN, PREFIX, cache_folder
+from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_model_of, read_settings
 from diablo.models.names import NoAnswerError, ask_hub, check_repository
 from diablo.publishing.card import Kind
 from diablo.recipes.publishing import PushToHub
@@ -265,8 +264,13 @@ def _card(folder: Path, kind: Kind, base: str | None) -> Card:
     try:
         card = Card.read(folder)
         if not card.text and kind == "adapter":
+            # It imports PEFT, for which nothing that is refused is to wait.
+            from diablo.models.adapters import read_adapter_config
+
+            read_adapter_config(folder)
+            method = str(read_settings(folder)["peft_type"])
             with tempfile.TemporaryDirectory() as scratch:
-                write_adapter_facts(Path(scratch), PeftType(read_adapter_config(folder).peft_type).value, base, {})
+                write_adapter_facts(Path(scratch), method, base, {})
                 card = Card.read(Path(scratch))
         elif not card.text:
             data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["diablo-peft"]}
