@@ -155,7 +155,8 @@ def test_fails(source: str, reason: str) -> None:
     ids=lambda text: text[:24],
 )
 def test_endless(source: str) -> None:
-    assert run(source).result == "timed out"
+    outcome = run(source)
+    assert outcome.result == "timed out", outcome
 
 
 def test_an_endless_test_times_out_too() -> None:

@@ -168,7 +168,7 @@ def write_gguf(model: Path, path: Path, converter: Path, *, out_type: str = "aut
 
 def _model_folder(source: str) -> Path | None:
     """The folder of a plain model that is there already; None where an adapter has to be merged."""
-    root = Path(builtin_model(source)) if source.startswith(PREFIX) else Path(source)
+    root = builtin_model(source) if source.startswith(PREFIX) else Path(source)
     for folder in (root, root / "merged", root / "model"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
