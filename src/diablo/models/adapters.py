@@ -27,6 +27,7 @@ from diablo.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_folder,
+    base_model_of,
     is_adapter,
     new_folder,
     put_in_place,
@@ -117,18 +118,6 @@ def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
     saved = get_peft_model_state_dict(model, state_dict=named)
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     return {names[id(tensor)]: tensors[key] for key, tensor in saved.items()}
-
-
-def base_model_of(adapter: Path) -> str:
-    """Folder or hub id of the model that an adapter was trained on.
-
-    Raises:
-        UserError: the adapter's config cannot be read or does not say.
-    """
-    name = read_settings(adapter).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a base model; give one with --base.")
-    return name
 
 
 def read_adapter_config(adapter: Path) -> PeftConfig:

@@ -52,6 +52,18 @@ def read_settings(adapter: Path) -> dict[str, Any]:
     return settings
 
 
+def base_model_of(adapter: Path) -> str:
+    """Folder or hub id of the model that an adapter was trained on.
+
+    Raises:
+        UserError: the adapter's config cannot be read or does not say.
+    """
+    name = read_settings(adapter).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter / ADAPTER_CONFIG} does not name a base model; give one with --base.")
+    return name
+
+
 def check_new_folder(folder: Path, what: str) -> None:
     """Check that a folder can be made, or is empty.
 

@@ -16,10 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from diablo.errors import UserError
-from diablo.merging import merge_adapter
-from diablo.models.adapters import adapter_folder, base_model_of, is_adapter
 from diablo.models.builtin import PREFIX
-from diablo.models.loading import load_config, resolve_model, stored_quantization
+from diablo.models.folders import adapter_folder, base_model_of, is_adapter
 from diablo.records.results import recipe_of_run
 
 OUT_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -107,6 +105,9 @@ def check_plain(source: str, base: str | None) -> None:
             f"{source!r} holds neither an adapter nor a model (config.json and *.safetensors); give a run's folder, or "
             "that of an adapter or a merged model."
         )
+    # It imports torch and PEFT, and what is refused before is not to wait for that; so below.
+    from diablo.models.loading import load_config, resolve_model, stored_quantization
+
     if recipe_of_run(adapter).get("quantization") or stored_quantization(
         load_config(resolve_model(base_model_of(adapter)))
     ):
@@ -129,6 +130,8 @@ def plain_model(source: str, scratch: Path, *, base: str | None, console: Consol
     if (folder := _model_folder(source)) is not None:
         yield folder
         return
+    from diablo.merging import merge_adapter
+
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         folder = Path(temporary) / "merged"
         merge_adapter(adapter_folder(source), folder, base=base, console=console)
@@ -164,7 +167,11 @@ def write_gguf(model: Path, path: Path, converter: Path, *, out_type: str = "aut
 
 def _model_folder(source: str) -> Path | None:
     """The folder of a plain model that is there already; None where an adapter has to be merged."""
-    root = Path(resolve_model(source)) if source.startswith(PREFIX) else Path(source)
+    root = Path(source)
+    if source.startswith(PREFIX):
+        from diablo.models.loading import resolve_model
+
+        root = Path(resolve_model(source))
     for folder in (root, root / "merged", root / "model"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder

@@ -10,11 +10,10 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftType
 
 from diablo.errors import UserError, first_line
-from diablo.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_model_of, read_adapter_config
 from diablo.models.builtin import ORIGIN, PREFIX, cache_folder
+from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_model_of
 from diablo.models.names import NoAnswerError, ask_hub, check_repository
 from diablo.publishing.card import Kind
 from diablo.recipes.publishing import PushToHub
@@ -265,6 +264,11 @@ def _card(folder: Path, kind: Kind, base: str | None) -> Card:
     try:
         card = Card.read(folder)
         if not card.text and kind == "adapter":
+            # They import torch and PEFT, and what is refused before is not to wait for that.
+            from peft import PeftType
+
+            from diablo.models.adapters import read_adapter_config
+
             with tempfile.TemporaryDirectory() as scratch:
                 write_adapter_facts(Path(scratch), PeftType(read_adapter_config(folder).peft_type).value, base, {})
                 card = Card.read(Path(scratch))

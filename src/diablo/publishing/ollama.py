@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from diablo.errors import UserError
-from diablo.models.loading import load_config, load_generation_config, load_tokenizer, stop_token_ids
 from diablo.publishing.go_template import PLAIN, turns_of
 
 GGUF = "model.gguf"
@@ -69,6 +68,9 @@ def how_to_ask(model: Path, *, chat: bool | None, system: str | None = None) -> 
     Raises:
         UserError: there is no chat template where one is meant, or it has no place for the system's text.
     """
+    # It imports torch, and what is refused before is not to wait for that.
+    from diablo.models.loading import load_config, load_generation_config, load_tokenizer, stop_token_ids
+
     tokenizer = load_tokenizer(str(model))
     generation = load_generation_config(str(model))
     if chat is None:
