@@ -21,12 +21,11 @@ from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_s
 from diablo.merging.untying import untie
 from diablo.models.adapters import (
     attach_adapter,
-    base_model_of,
     load_adapter,
     read_adapter_config,
     stored_dtype,
 )
-from diablo.models.folders import new_folder
+from diablo.models.folders import base_model_of, new_folder
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.planning.plan import make_plan
