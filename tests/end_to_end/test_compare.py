@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -239,3 +244,24 @@ def test_the_reason_of_a_run_that_fails_in_its_process_is_its_message(tiny_model
     assert reason.startswith("model: the weights in the folder")
     assert "exit status 2" in reason
     assert runner.finished_record(run) == {}
+
+
+def test_the_run_of_a_comparison_that_is_ended_ends_too(tiny_model, tmp_path):
+    recipe = recipe_on(tiny_model, tmp_path / "run", training={"epochs": 500}, evaluation={"before": False})
+    (tmp_path / "settings.json").write_text(recipe.model_dump_json())
+    script = (
+        "import pathlib, sys; from diablo.comparison.runner import run_in_subprocess; "
+        "from diablo.recipes.recipe import Recipe; "
+        "run_in_subprocess(Recipe.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "settings.json")])
+    try:
+        log, deadline = tmp_path / "run" / "train.log", time.monotonic() + 120
+        while not log.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not child.is_running()
+    finally:
+        process.kill()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,8 +145,22 @@ def run_in_subprocess(recipe: Recipe) -> str | None:
     settings.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     with log.open("w", encoding="utf-8") as lines:
         command = [sys.executable, "-m", "diablo_cli", "train", str(settings)]
-        status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
+        with _raised_sigterm():
+            status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
     return None if status == 0 else f"{_reason(log)} (exit status {status}; {log})"
+
+
+@contextmanager
+def _raised_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise, so that it ends the child as well, which would go on training for nobody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reason(log: Path) -> str:
