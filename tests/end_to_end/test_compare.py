@@ -21,7 +21,7 @@ from diablo.recipes.recipe import Recipe
 from diablo.training import train
 
 QUIET = Console(quiet=True)
-RATES = (5e-3, 1e-2)
+RATES = (0.1, 0.3)
 
 
 def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
