@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.packing import flatten, join, pack
 from diablo.errors import UserError
 from diablo.planning import preflight
+from diablo.planning.plan import make_plan
+from diablo.recipes.reading import check_settings
 from diablo.scoring.losses import summed_completion_loss
 
 SIZES: dict[str, Any] = {
@@ -174,3 +177,24 @@ def test_models_in_which_packed_rows_see_one_another_are_refused(rows: list[Enco
     with pytest.raises(UserError, match=f"model of type {make.__name__} packed rows see one another; leave it out"):
         preflight.check_packing(model, collate([join(rows[:2])], 0))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("attention", "packing", "is_flat"),
+    [("flash_attention_2", True, True), ("flash_attention_2", False, False), ("sdpa", True, False)],
+)
+def test_a_batch_of_packed_rows_is_one_sequence_under_flash_attention_alone(
+    tiny_model: Any, tmp_path: Any, attention: str, packing: bool, is_flat: bool
+) -> None:
+    settings = {
+        "model": str(tiny_model),
+        "task": "mawps",
+        "data": {"limit": 8},
+        "method": {"num_blocks": 4},
+        "training": {"packing": packing, "max_length": 256},
+        "output": str(tmp_path / "run"),
+    }
+    plan = make_plan(check_settings(settings))
+    plan = replace(plan, recipe=plan.recipe.model_copy(update={"attention": attention}))
+    assert plan.is_flat == is_flat
+    assert (plan.padding_share == 0) == is_flat

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PretrainedConfig
+from transformers.utils.generic import is_flash_attention_requested
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
@@ -121,11 +122,17 @@ class Plan:
         return f"{self.effective_batch} sequences, about {rows:.0f} rows"
 
     @property
+    def is_flat(self) -> bool:
+        """Whether a batch is one sequence without padding: flash attention tells packed rows apart by itself."""
+        attention = self.recipe.attention
+        return self.recipe.training.packing and is_flash_attention_requested(
+            requested_attention_implementation=attention
+        )
+
+    @property
     def padding_share(self) -> float:
         """The share of padding in the first epoch, from 0 to 1."""
-        if self.recipe.training.packing and "flash" in self.recipe.attention:
-            return 0.0
-        return self.sampler.padding_share(self.recipe.training.batch_size)
+        return 0.0 if self.is_flat else self.sampler.padding_share(self.recipe.training.batch_size)
 
     @property
     def longest(self) -> int:

@@ -109,8 +109,7 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
         UserError: no gradient arrives at some trainable parameter.
     """
     labels = batch["labels"]
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    logits = model(use_cache=False, **given).logits
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
     # Prompts that were learned are put before the tokens.
     logits = logits[:, -labels.shape[1] :]
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

@@ -159,9 +159,8 @@ class HeldOutLoss(TrainerCallback):
             self.report({"held_out_loss": losses.held_out[-1][1], **score})
         if training.depends_on_held_out:
             # On GPUs the processes' figures may differ in the last digits; all must decide alike.
-            figures = [losses.held_out, losses.scores] if losses.scores else [losses.held_out]
-            for figure, own in zip(figures, broadcast_object_list([figure[-1] for figure in figures]), strict=True):
-                figure[-1] = own
+            last = [losses.held_out[-1], losses.scores[-1:]]
+            losses.held_out[-1], losses.scores[-1:] = broadcast_object_list(last)
         if training.keep == "best" and self.losses.best_step == step:
             whole = self.engine.trained(model)
             self.best = whole or {name: values.cpu().clone() for name, values in trained_parameters(model).items()}

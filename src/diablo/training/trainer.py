@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler
@@ -421,9 +420,7 @@ def make_trainer(
                 ]
             ),
             processing_class=plan.encoder.tokenizer,
-            data_collator=MeteredCollator(
-                pad_token_id, meter, flat=training.packing and is_flash_attention_requested(model.config)
-            ),
+            data_collator=MeteredCollator(pad_token_id, meter, flat=plan.is_flat),
             optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),
             # Where the held-out loss ends training, the last steps' losses are looked at as well.
             callbacks=[progress, asking, average, held_out, finite, LastLoss()],
