@@ -42,7 +42,7 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"trained parameters  {trainable:,} of {total:,} ({trainable / total:.2%})")
     if recipe.adapter is not None:
         out.print(f"goes on from        {recipe.adapter}", markup=False)
-    for line in plan.data_lines():
+    for line in (*plan.objective_lines(), *plan.data_lines()):
         out.print(line, markup=False)
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
@@ -55,13 +55,18 @@ def print_plan(out: Console, plan: Plan) -> None:
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
-    out.print("\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]\n")
+    worse = "" if recipe.objective.rows == "completions" else ", [bold red]of worse completions red[/]"
+    out.print(
+        f"\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}\n"
+    )
     for row in plan.train[:2]:
-        parts = []
-        for text, is_supervised in plan.marked(row):
-            visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
-            parts.append(f"[bold green]‹{visible}›[/]" if is_supervised else visible)
-        out.print("".join(parts) + "\n")
+        for sequence in row.sequences:
+            colour = "red" if sequence is row.rejected or row.desired is False else "green"
+            parts = []
+            for text, is_supervised in plan.marked(sequence):
+                visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
+                parts.append(f"[bold {colour}]‹{visible}›[/]" if is_supervised else visible)
+            out.print("".join(parts) + "\n")
 
 
 def _optimization(training: Training) -> list[str]:
@@ -241,7 +246,13 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
     training = record["training"]
     if training["held_out_loss"]:
         before, after = training["held_out_loss"][0][1], kept_loss(training)
-        out.print(f"held-out loss    {before:.3f} -> {after:.3f} per token")
+        unit = training["loss_unit"].removeprefix("nats ")
+        out.print(f"held-out loss    {before:.3f} -> {after:.3f} {unit}")
+    for name, values in training["held_out_figures"].items():
+        by_step = dict(values)
+        before, after = values[0][1], by_step[training["kept_step"]]
+        figures = (f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in (before, after))
+        out.print(f"{'held-out ' + name:<16} {' -> '.join(figures)}")
     judge = "score on the validation rows" if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")

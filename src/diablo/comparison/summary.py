@@ -111,6 +111,7 @@ def summarize(
         "budget": comparison.budget,
         "total_parameters": comparison.total,
         "steps": comparison.steps,
+        "loss_unit": comparison.recipe.objective.loss_unit,
         "machines": _distinct([record["machine"] for record in records]),
         "versions": _distinct([record["versions"] for record in records]),
         "methods": sorted(methods, key=_rank),
@@ -146,7 +147,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"The model is {settings['model']}. A run has {record['steps']} steps. Figures are the mean ± the standard "
         f"deviation over the seeds {', '.join(map(str, seeds))}. "
         + (f"The score is the {metrics} on the test problems. " if scored else "")
-        + "Losses are in nats per token.",
+        + f"Losses are {'in ' * record['loss_unit'].startswith('nats')}{record['loss_unit']}.",
         f"{each} was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
         f"{seeds[0]}. The rate with the lowest loss on {data['validation_rows']} validation rows was then used for all "
         f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
@@ -213,7 +214,10 @@ def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
 
     panels = [
         (name, title, factor)
-        for name, title, factor in (("score", "test score (%)", 100), ("test_loss", "test loss (nats per token)", 1))
+        for name, title, factor in (
+            ("score", "test score (%)", 100),
+            ("test_loss", f"test loss ({record['loss_unit']})", 1),
+        )
         if any(method[name] for method in record["methods"])
     ]
     if not panels:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diablo.data.conversations.chat_template import ChatTemplate, Turn
 from diablo.data.conversations.messages import Message, map_texts, map_values, texts_of
+from diablo.data.faults import RowError, RowFault
 from diablo.data.rows import Row
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
 from diablo.errors import UserError
@@ -28,6 +29,8 @@ class EncodedRow:
         apart: why answers of the conversation are trained in rows of their own, in words; empty where they are not.
         joined_system: whether a system's text was put before the first question.
         source: the name of the file or dataset that the row is from; empty where there is only one.
+        rejected: the same prompt with a worse completion, where the row is a pair.
+        desired: whether the completion is a good one, where the row is judged; None where it is not.
     """
 
     number: int
@@ -37,6 +40,8 @@ class EncodedRow:
     apart: str = ""
     joined_system: bool = False
     source: str = ""
+    rejected: EncodedRow | None = None
+    desired: bool | None = None
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -44,9 +49,24 @@ class EncodedRow:
         return {"input_ids": self.input_ids, "labels": self.labels}
 
     @property
+    def sequences(self) -> list[EncodedRow]:
+        """What the model reads of the row: itself, and the worse completion of a pair."""
+        return [self] if self.rejected is None else [self, self.rejected]
+
+    @property
+    def length(self) -> int:
+        """The tokens of its longest sequence."""
+        return max(len(row.input_ids) for row in self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all its sequences."""
+        return sum(len(row.input_ids) for row in self.sequences)
+
+    @property
     def supervised(self) -> int:
         """The number of tokens that carry loss: the first token of a row is predicted from nothing and carries none."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return sum(label != IGNORED for row in self.sequences for label in row.labels[1:])
 
 
 class RowEncoder:
@@ -115,6 +135,8 @@ class RowEncoder:
             UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, or leaves out
                 some of its text.
         """
+        if row.rejected is not None or row.desired is not None:
+            return [self._preference(row)]
         spelled = self.texts.spelled(self._own_texts(row))
         if self._template is None:
             prompt, completion = self._prompt(row), self._completion(row)
@@ -127,6 +149,23 @@ class RowEncoder:
             EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system)
             for index, (ids, labels) in enumerate(sequences)
         ]
+
+    def _preference(self, row: Row) -> EncodedRow:
+        """A pair or a judged completion.
+
+        Raises:
+            UserError: a completion has several answers that do not stand in one sequence.
+        """
+        sequences = []
+        for each in (replace(row, rejected=None, desired=None), row.rejected):
+            encoded = [] if each is None else self.encode_all(each)
+            if len(encoded) > 1:
+                mend = "give a completion of one answer, or a chat_template that keeps earlier turns as they are"
+                raise RowError(RowFault(row.number, f"its answers cannot be put together: {encoded[0].apart}", mend))
+            sequences += encoded
+        chosen, *rejected = sequences
+        spelled = tuple(token for each in sequences for token in each.special_text)
+        return replace(chosen, special_text=spelled, rejected=rejected[0] if rejected else None, desired=row.desired)
 
     def encode(self, row: Row) -> EncodedRow:
         """The tokens of a row, those of its last answer where it makes several; see :meth:`encode_all`."""

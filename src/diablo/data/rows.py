@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 MEND_UNICODE = "it has half of a surrogate pair, so write the character itself"
 """What to do about text that :func:`is_unicode` refuses."""
@@ -13,6 +13,11 @@ Turn = dict[str, Any]
 """A turn of a conversation: ``role`` and ``content``, both text, and optionally ``reasoning_content`` (text),
 ``tool_calls`` (a list of objects whose arguments are objects), ``tool_call_id`` and ``name`` (text). An assistant's
 turn that is not trained on has ``train``, which is False."""
+
+
+RowKind = Literal["completions", "pairs", "judged"]
+"""What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; or completions
+of which each is judged good or bad."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Row:
         tools: JSON schemas of the tools that the conversation may call.
         text: a document whose every token is trained on.
         source: the name of the file or dataset that the row is from; empty where there is only one.
+        rejected: the same prompt with a worse completion, where the row is a pair.
+        desired: whether the completion is a good one, where the row is judged; None where it is not.
     """
 
     number: int
@@ -38,6 +45,15 @@ class Row:
     tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
     source: str = ""
+    rejected: Row | None = None
+    desired: bool | None = None
+
+    @property
+    def question(self) -> str:
+        """What is asked: the prompt, or the only turn before a conversation's answer; empty where there are more."""
+        if len(self.messages) == 2 and self.messages[0]["role"] == "user":
+            return self.messages[0]["content"]
+        return "" if self.messages else self.prompt
 
     def as_messages(self) -> tuple[Turn, ...]:
         """The row as a conversation: a prompt becomes the user's turn, its completion the assistant's."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -151,7 +152,7 @@ class Plan:
     @property
     def tokens(self) -> tuple[int, int]:
         """All and supervised tokens of the training rows."""
-        return sum(len(row.input_ids) for row in self.train), sum(row.supervised for row in self.train)
+        return sum(row.tokens for row in self.train), sum(row.supervised for row in self.train)
 
     @property
     def special_text(self) -> tuple[int, dict[str, int]]:
@@ -186,6 +187,15 @@ class Plan:
             return ""
         found = prompts_of_another_form(adapter, recipe.chat, recipe.chat_template, recipe.data.special_text)
         return f"{adapter} was trained with {', '.join(found)}, and this recipe puts rows otherwise" if found else ""
+
+    def objective_lines(self) -> Iterator[str]:
+        """What is trained for, where that is not supervised, in lines of two columns."""
+        objective = self.recipe.objective
+        if objective.name != "sft":
+            yield f"objective           {objective.describe()}"
+        if objective.rows == "judged":
+            good = sum(bool(row.desired) for row in self.train)
+            yield f"judged              {good:,} good and {len(self.train) - good:,} bad completions"
 
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""
@@ -241,7 +251,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The plan as values of JSON; what a run's record has, too, has the same names there.
 
-        ``examples`` are two rows, each as a list of tokens with ``text`` and ``supervised``.
+        ``examples`` are the sequences of two rows, each as a list of tokens with ``text`` and ``supervised``.
         """
         trainable, total = self.parameters
         return {
@@ -271,8 +281,9 @@ class Plan:
                 for task, decoding in self.scored
             },
             "examples": [
-                [{"text": text, "supervised": is_supervised} for text, is_supervised in self.marked(row)]
+                [{"text": text, "supervised": is_supervised} for text, is_supervised in self.marked(each)]
                 for row in self.train[:2]
+                for each in row.sequences
             ],
         }
 
@@ -309,6 +320,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
         shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes)
+    _check_head(recipe, adapted)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     check_speed(recipe, config, adapted, device, dtype)
@@ -333,7 +345,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
             "stop, or train in one process."
         )
     batch = training.batch_size * training.gradient_accumulation * replicas
-    lengths = [len(row.input_ids) for row in train]
+    lengths = [row.length for row in train]
     sequences = (
         pack(lengths, training.max_length, recipe.seed) if training.packing else [[i] for i in range(len(train))]
     )
@@ -388,6 +400,16 @@ def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, m
         raise UserError(
             f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
             "method, or a model that is not quantized."
+        )
+
+
+def _check_head(recipe: Recipe, adapted: Any) -> None:
+    """TRL's losses of preferences take the output layer's weight itself, and would pass an adapter of it by."""
+    head = adapted.get_output_embeddings()
+    if recipe.objective.name != "sft" and isinstance(head, BaseTunerLayer):
+        raise UserError(
+            f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
+            "computed with an adapted one; leave it out."
         )
 
 

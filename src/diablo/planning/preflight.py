@@ -21,7 +21,7 @@ def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
     Raises:
         UserError: some have none; their numbers are named.
     """
-    bare = [row for row in rows if row.supervised == 0]
+    bare = [row for row in rows if any(each.supervised == 0 for each in row.sequences)]
     if bare:
         raise UserError(
             f"{len(bare)} of {len(rows)} {what} rows have no supervised token ({name_places(bare)}): "

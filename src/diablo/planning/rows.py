@@ -9,7 +9,7 @@ from diablo.data.documents import encode_document
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
 from diablo.data.reading.sources import SourceRows, read_sources
-from diablo.data.rows import Row
+from diablo.data.rows import Row, RowKind
 from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError
 from diablo.recipes.data import Data
@@ -58,7 +58,11 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
     tasks = {task.name: task for task in (*scored, *trained)}
     tests = {name: task.problems("test") for name, task in tasks.items() if "test" in task.splits}
     problems = {task.name: task.problems("train") for task in trained}
-    rows = _rows_of_tasks(problems, tests, recipe.evaluation.limit) if trained else _rows_of_sources(data)
+    rows = (
+        _rows_of_tasks(problems, tests, recipe.evaluation.limit)
+        if trained
+        else _rows_of_sources(data, recipe.objective.rows)
+    )
     tested = [problem for problems in tests.values() for problem in problems]
     train, left_out = without_tested(rows.train, tested)
     if not train:
@@ -97,9 +101,9 @@ def _problems_of(rows: Sequence[Row], problems: Mapping[str, list[Problem]]) -> 
     return {name: of_task for name, of_task in found.items() if of_task}
 
 
-def _rows_of_sources(data: Data) -> Rows:
+def _rows_of_sources(data: Data, kind: RowKind) -> Rows:
     asked = [source.resolved(data.columns) for source in (*(data.train or ()), *data.eval_sources)]
-    found = read_sources(asked, on_malformed=data.on_malformed)
+    found = read_sources(asked, kind=kind, on_malformed=data.on_malformed)
     count = len(data.train or ())
     sources, held_out = found[:count], found[count:]
     return Rows(
@@ -146,11 +150,11 @@ def encode_rows(
             "Mend them, or set data.on_malformed=skip to leave some out."
         )
     left_out += faults
-    kept = [row for row in encoded if len(row.input_ids) <= limit]
+    kept = [row for row in encoded if row.length <= limit]
     # A conversation may have become several.
-    too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if len(row.input_ids) > limit))
+    too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if row.length > limit))
     if too_long and (recipe.data.on_long == "error" or not kept):
-        longest = max(len(row.input_ids) for row in encoded)
+        longest = max(row.length for row in encoded)
         raise UserError(
             f"training.max_length: found {limit}; {len(too_long)} of {len(rows)} rows are longer (up to {longest} "
             f"tokens; the first is {name_places(too_long[:1])}). Raise it, or set data.on_long=drop to leave some out."

@@ -228,7 +228,8 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
     return sizes_of(
         config,
         recipe.method,
-        batch_size=recipe.training.batch_size,
+        # A pair is two sequences.
+        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows == "pairs" else 1),
         length=recipe.training.max_length,
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,

@@ -239,7 +239,11 @@ def _results(record: Mapping[str, Any]) -> str:
         lines.append(f"| {task}, {any_score['headline']} ({any_score['protocol']}) | {' | '.join(cells)} |")
     if training["held_out_loss"]:
         before, after = training["held_out_loss"][0][1], kept_loss(training)
-        lines.append(f"| loss on held-out rows, nats a token | {before:.4f} | {after:.4f} |")
+        unit = training["loss_unit"].replace(" per ", " a ").replace("per ", "a ")
+        lines.append(f"| loss on held-out rows, {unit} | {before:.4f} | {after:.4f} |")
+    for name, values in training["held_out_figures"].items():
+        before, after = values[0][1], dict(values)[training["kept_step"]]
+        lines.append(f"| {name} on held-out rows | {before:.4f} | {after:.4f} |")
     if general := record["general_loss"]:
         lines.append(f"| loss on general text, nats a token | {general['before']:.4f} | {general['after']:.4f} |")
     if len(lines) == 2:

@@ -21,6 +21,7 @@ from diablo.data.reading.columns import Columns
 from diablo.data.reading.files import files_of
 from diablo.data.reading.hub import HubDataset
 from diablo.data.reading.sources import Source
+from diablo.data.rows import RowKind
 from diablo.data.special_text import SpecialTextMode
 from diablo.errors import UserError, shortened
 from diablo.recipes.section import Section, explained
@@ -165,17 +166,21 @@ class Data(Section):
                 f"data.eval: found {self.eval}, which is cut out of data.train, and there is none. Of a task's rows, "
                 "data.validation_rows with data.held_out=validation are held out."
             )
-        _check_columns("data", self.columns)
         return self
 
-    def check_files(self) -> None:
-        """Check that the files and folders are there.
+    def check(self, kind: RowKind) -> None:
+        """Check that the files and folders are there, and that columns are those of the rows that are needed.
+
+        Args:
+            kind: the kind of the rows.
 
         Raises:
             UserError: they are not, or are no datasets.
         """
+        _check_columns("data", self.columns, kind)
         for key, sources in (("data.train", self.train or ()), ("data.eval", self.eval_sources)):
             for source in sources:
+                _check_columns(key, source.columns, kind)
                 try:
                     if source.path is not None:
                         files_of(source.path)
@@ -198,13 +203,12 @@ def _check_source(key: str, source: DataSource) -> None:
         raise UserError(
             f"{key}: found hub {source.hub!r} without split; say which rows are held out, such as split: test."
         )
-    _check_columns(key, source.columns)
 
 
-def _check_columns(key: str, columns: dict[str, str] | None) -> None:
+def _check_columns(key: str, columns: dict[str, str] | None, kind: RowKind) -> None:
     if columns is None:
         return
     try:
-        Columns(columns)
+        Columns(columns, kind)
     except UserError as error:
         raise UserError(f"{key}.{error}") from None

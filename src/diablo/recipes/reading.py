@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.objectives import OBJECTIVES
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
@@ -120,7 +121,9 @@ _SECTIONS: dict[int | str, type[Section]] = {
 }
 _LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
 # Sections for which their name alone may stand, and the name that they have where none is given.
-_NAMED = {"method": "diablo", "optimizer": DEFAULT_OPTIMIZER}
+_NAMED = {"method": "diablo", "optimizer": DEFAULT_OPTIMIZER, "objective": "sft"}
+# Sections of several kinds: pydantic names the kind next, which is no key.
+_KINDS: dict[int | str, Mapping[str, type[Section]]] = {"method": METHODS, "objective": OBJECTIVES}
 
 
 def _explain(fault: Any) -> str:
@@ -155,9 +158,8 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
             number = next((each for each in parts if isinstance(each, int)), None)
             inner = None if number is None else _LISTS[part]
             path[-1] += "" if number is None else f"[{number}]"
-        if part == "method":
-            # pydantic names the kind of method next, which is no key.
-            inner = METHODS.get(str(next(parts, None)))
+        if part in _KINDS:
+            inner = _KINDS[part].get(str(next(parts, None)))
         elif part == "groups":
             # Their number in the list, which is no key either.
             next(parts, None)

@@ -15,6 +15,7 @@ from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
+from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
@@ -60,6 +61,10 @@ class Recipe(Section):
     model: str = Field(min_length=1, description="builtin:smollm2-135m, a folder, or the id of a model on the hub")
     adapter: Path | None = Field(
         None, description="a run, an adapter's folder or a checkpoint that training goes on from"
+    )
+    objective: Objective = Field(
+        default=SupervisedObjective(),
+        description=f"one of {', '.join(OBJECTIVES)}, or a section with that as its name: what is trained for",
     )
     task: Names = Field([], description="the name of a task, or a list of names; leave it out to train on data.train")
     data: Data = Field(default=Data(), description="a section: your own files, and how rows are read")
@@ -147,11 +152,17 @@ class Recipe(Section):
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
+        if self.task and self.objective.rows != "completions":
+            raise ValueError(
+                f"task: found {', '.join(self.task)}, whose rows have one completion each, and objective "
+                f"{self.objective.name} needs others; give them with data.train. diablo pairs makes some from a "
+                "model's own answers."
+            )
         if self.task and (self.data.train or self.data.eval or self.data.columns):
             name = ", ".join(self.task)
             raise ValueError(f"data: task {name!r} brings its own rows; give either task or data.train, not both.")
         try:
-            self.data.check_files()
+            self.data.check(self.objective.rows)
         except UserError as error:
             raise ValueError(str(error)) from None
         general = self.evaluation.general
@@ -161,6 +172,30 @@ class Recipe(Section):
             raise ValueError("chat_template: found one with chat: false, which has no use for it; set chat to true.")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: {str(self.output)!r} is a file; give a folder.")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Recipe:
+        if self.objective.name == "sft":
+            return self
+        default = Training()
+        for key in ("packing", "label_smoothing"):
+            if (found := getattr(self.training, key)) != getattr(default, key):
+                raise ValueError(
+                    f"training.{key}: found {str(found).lower()}, which is for objective: sft; leave it out with "
+                    f"{self.objective.name}."
+                )
+        dropout = getattr(self.method, "dropout", 0.0)
+        if self.objective.has_reference and dropout:
+            raise ValueError(
+                f"method.dropout: found {dropout:g}, and {self.objective.name} compares the model with what it was "
+                "before training, which has no dropout; leave it out."
+            )
+        if self.objective.name == "kto" and self.objective.loss == "kto" and self.training.batch_size == 1:
+            raise ValueError(
+                "training.batch_size: found 1, and kto compares the rows of a batch; take 2 or more, or "
+                "objective.loss: apo_zero_unpaired."
+            )
         return self
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
         recipe = check_settings(settings)
     faults, has_conversations = {}, False
     for source in (*(recipe.data.train or ()), *recipe.data.eval_sources):
-        [found] = read_sources([source.resolved(recipe.data.columns)], on_malformed="skip")
+        [found] = read_sources([source.resolved(recipe.data.columns)], kind=recipe.objective.rows, on_malformed="skip")
         faults[str(found.source.place)] = found.faults
         has_conversations |= any(row.messages for row in found.rows)
     recipe = check_settings({"chat": has_conversations, **settings})

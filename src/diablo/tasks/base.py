@@ -165,9 +165,15 @@ class MultipleChoice(Task):
 def without_tested(train: Sequence[Row], tested: Iterable[Problem]) -> tuple[list[Row], int]:
     """Leave out the training rows whose prompt is, word for word, that of a problem that is tested on.
 
+    So are conversations of one question and one answer whose question is that of a problem.
+
     Returns:
         The rows that are left, and how many were taken away.
     """
+    tested = list(tested)
     prompts = {problem.row.prompt for problem in tested}
-    kept = [row for row in train if row.prompt not in prompts]
+    questions = {problem.row.as_messages()[0]["content"] for problem in tested}
+    kept = [
+        row for row in train if (row.question.strip() not in questions if row.messages else row.prompt not in prompts)
+    ]
     return kept, len(train) - len(kept)

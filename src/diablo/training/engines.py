@@ -273,6 +273,11 @@ def check_shardable(plan: Plan) -> None:
         UserError: it cannot be.
     """
     without = "train without FSDP and DeepSpeed"
+    if (objective := plan.recipe.objective.name) != "sft":
+        raise UserError(
+            f"objective: found {objective}, which is not trained on a sharded model; {without}: several processes can "
+            "train copies of it, under torchrun."
+        )
     method, quantization = plan.recipe.method.name, plan.recipe.quantization
     if method in ("full", "pissa"):
         raise UserError(

@@ -25,11 +25,12 @@ from diablo.training.engines import Engine, Tensors, trained_parameters
 
 @dataclass
 class Losses:
-    """Loss per supervised token in nats, by step; of general text before and after training.
+    """Losses by step; of general text before and after training. Those of completions are per token, in nats.
 
     Attributes:
         train: of training rows.
         held_out: of held-out rows.
+        figures: what else is measured on held-out rows, by step, by its name.
         scores: the score on validation problems, by step, where that says which step is best: the mean over the tasks
             of their headline figures, from 0 to 1.
         general: of general text.
@@ -37,6 +38,7 @@ class Losses:
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    figures: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     scores: list[tuple[int, float]] = field(default_factory=list)
     general: list[float] = field(default_factory=list)
 
@@ -45,10 +47,11 @@ class Losses:
         if plan.general:
             self.general.append(held_out_loss(model, plan.general, plan.encoder.tokenizer.pad_token_id))
 
-    def measure_held_out(self, model: Any, plan: Plan, step: int) -> None:
-        """Measure the loss of held-out rows, where this step's is not known yet."""
-        if plan.held_out and not self.knows(step):
-            self.held_out.append((step, held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)))
+    def take_held_out(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take what was measured on held-out rows: their ``loss``, and other figures by their names."""
+        for name, value in figures.items():
+            of_name = self.held_out if name == "loss" else self.figures.setdefault(name, [])
+            of_name.append((step, value))
 
     def measure_score(self, model: Any, plan: Plan, step: int) -> None:
         """Measure the score on validation problems, where it says which step is best."""
@@ -103,6 +106,7 @@ class HeldOutLoss(TrainerCallback):
     Attributes:
         best: the trained parameters of the best step, whole, on the CPU; empty where they are not asked for.
         report: told of each measurement.
+        figures: measures the model on the held-out rows.
     """
 
     def __init__(self, plan: Plan, meter: TokenMeter, losses: Losses, average: Average, engine: Engine) -> None:
@@ -110,6 +114,7 @@ class HeldOutLoss(TrainerCallback):
         self.average, self.engine = average, engine
         self.best: Tensors = {}
         self.report: Callable[[dict[str, float]], None] = lambda logs: None
+        self.figures: Callable[[], Mapping[str, float]] = dict
 
     @property
     def is_over(self) -> bool:
@@ -128,6 +133,11 @@ class HeldOutLoss(TrainerCallback):
             control.should_training_stop = True
             # As after the last step: a run that is killed from here on has nothing left to train.
             control.should_save |= args.save_strategy == "steps"
+
+    def measure_start(self) -> None:
+        """Measure the model as it is before training."""
+        if self.plan.held_out and not self.losses.knows(0):
+            self.losses.take_held_out(0, self.figures())
 
     def settle(self, model: Any, step: int) -> int:
         """Give the model the parameters that are kept, after training.
@@ -152,11 +162,13 @@ class HeldOutLoss(TrainerCallback):
         losses, training = self.losses, self.plan.recipe.training
         if losses.knows(step):
             return
-        losses.measure_held_out(model, self.plan, step)
+        if self.plan.held_out:
+            losses.take_held_out(step, self.figures())
         losses.measure_score(model, self.plan, step)
         if losses.knows(step):
+            others = {f"held_out_{name}": values[-1][1] for name, values in losses.figures.items()}
             score = {"validation_score": losses.scores[-1][1]} if losses.scores else {}
-            self.report({"held_out_loss": losses.held_out[-1][1], **score})
+            self.report({"held_out_loss": losses.held_out[-1][1], **others, **score})
         if training.depends_on_held_out:
             # On GPUs the processes' figures may differ in the last digits; all must decide alike.
             last = [losses.held_out[-1], losses.scores[-1:]]

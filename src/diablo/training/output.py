@@ -142,5 +142,5 @@ def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
     title = f"{recipe.method.title} on {recipe.model}"
-    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title)
+    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title, recipe.objective.loss_unit)
     write_json(recipe.output / "run.json", record)

@@ -45,7 +45,7 @@ from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 
 if TYPE_CHECKING:
-    from diablo.training.trainer import CompletionTrainer, Losses
+    from diablo.training.trainers.base import RunTrainer
 
 
 @dataclass
@@ -107,7 +107,7 @@ def carry_out(recipe: Recipe, materials: Materials, start_from: Start, console: 
 def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, checkpoint: Path | None) -> RunResult:
     # TRL takes seconds to import, and nothing that can be refused before is to wait for it.
     from diablo.training.trackers import Trackers
-    from diablo.training.trainer import make_trainer
+    from diablo.training.trainers.making import make_trainer
 
     recipe, resume = plan.recipe, checkpoint is not None
     trackers = Trackers(recipe, resume=resume)
@@ -122,16 +122,18 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
     losses, meter, asking = Losses(), TokenMeter(), StopWhenAsked(console)
 
-    def measure_before() -> None:
-        if recipe.evaluation.before:
-            result.before = _score(model, plan, console, "before", write=processes.is_main)
-        losses.measure_general(model, plan)
-        losses.measure_held_out(model, plan, 0)
-
-    if not processes.engine.shards:
-        measure_before()
     with trackers.environment():
         trainer = make_trainer(model, plan, processes.engine, console, meter, losses, asking, trackers)
+
+        def measure_before() -> None:
+            if recipe.evaluation.before:
+                result.before = _score(model, plan, console, "before", write=processes.is_main)
+            losses.measure_general(model, plan)
+            trainer.prepare_for_rows()
+            trainer.held_out.measure_start()
+
+        if not processes.engine.shards:
+            measure_before()
         _check_first_batch(trainer, plan)
         trainer.when_sharded = meter.pause()(measure_before)
         start = time.perf_counter()
@@ -184,7 +186,7 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     LOGGER.info("%s on %s, into %s", recipe.method.title, recipe.model, recipe.output)
     LOGGER.info("versions            %s", installed)
-    for line in plan.data_lines():
+    for line in (*plan.objective_lines(), *plan.data_lines()):
         LOGGER.info(line)
     dtype = str(plan.dtype).removeprefix("torch.")
     batch = plan.effective_batch_in_words
@@ -217,12 +219,15 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     return model, time.perf_counter() - start
 
 
-def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
+def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
     model: Any = trainer.model
     preflight.check_trainable(model)
     pad_token_id, first = plan.encoder.tokenizer.pad_token_id, plan.sampler.batches()[0]
-    rows = [row for sequence in first for row in plan.rows_of(sequence)]
-    batch = collate([plan.features_of(sequence) for sequence in first], pad_token_id)
+    rows = [each for sequence in first for row in plan.rows_of(sequence) for each in row.sequences]
+    packed = plan.recipe.training.packing
+    batch = collate(
+        [plan.features_of(index) for index in first] if packed else [row.features for row in rows], pad_token_id
+    )
     preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], pad_token_id)
@@ -234,7 +239,7 @@ def _check_first_batch(trainer: CompletionTrainer, plan: Plan) -> None:
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
         preflight.check_gradients(model, moved, checkpointing=options is not None)
-        if plan.recipe.training.packing:
+        if packed:
             twice = collate([join([shortest, shortest])], pad_token_id)
             preflight.check_packing(model, {name: values.to(model.device) for name, values in twice.items()})
 
@@ -275,7 +280,7 @@ def _score(model: Any, plan: Plan, console: Console, when: str, *, write: bool) 
     return scores
 
 
-def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkpoint: Path | None) -> None:
+def _train(trainer: RunTrainer, plan: Plan, asking: StopWhenAsked, checkpoint: Path | None) -> None:
     """Run the trainer, until it is done, something goes wrong or somebody asks it to stop."""
     if checkpoint is not None and trainer.take_over(checkpoint, plan.steps):
         return
@@ -283,6 +288,8 @@ def _train(trainer: CompletionTrainer, plan: Plan, asking: StopWhenAsked, checkp
     model: Any = trainer.model
     try:
         with waiting, compiled_layers(model) if plan.recipe.speed.compile else nullcontext():
+            # What was measured before may have drawn numbers.
+            set_seed(plan.recipe.seed)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         advice = out_of_memory_advice(error, plan.recipe, plan.longest)
@@ -316,7 +323,7 @@ def _record(
     meter: TokenMeter,
     timings: dict[str, float],
     training_peak: int,
-    trainer: CompletionTrainer,
+    trainer: RunTrainer,
     kept_step: int,
 ) -> dict[str, Any]:
     trainable, total = count_parameters(model)
@@ -342,6 +349,8 @@ def _record(
             "loss": losses.train,
             "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
+            "loss_unit": plan.recipe.objective.loss_unit,
+            "held_out_figures": losses.figures,
             "validation_score": losses.scores,
             "peak_memory_bytes": training_peak,
         },

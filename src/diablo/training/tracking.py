@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-from trl import SFTConfig
+from transformers import TrainerCallback, TrainingArguments
 
 from diablo.records.log import LOGGER
 from diablo.records.progress import TokenMeter
@@ -21,19 +19,20 @@ KINDS = ("loss", "held_out_loss")
 """The keys of a log that make it a line."""
 
 
-@dataclass
-class TrackedConfig(SFTConfig):
-    """The trainer's arguments, with the recipe beside them.
+class Tracked(TrainingArguments):
+    """Arguments of a trainer, with the recipe beside them; a class beside it is TRL's own of the trainer.
 
     A tracker of transformers records what ``to_dict`` gives as the run's configuration.
+
+    Attributes:
+        recipe: the recipe's settings.
     """
 
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments, and the recipe's settings under ``recipe.section.key``."""
-        told = super().to_dict()
-        return told | dict(_flat(told.pop("recipe"), "recipe"))
+        return super().to_dict() | dict(_flat(self.recipe, "recipe"))
 
 
 def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diablo.data.faults import NoRowError
 from diablo.data.reading.formats import FORMATS, name_columns
+from diablo.data.rows import RowKind
 from diablo.errors import UserError, did_you_mean, first_line, shortened
 
 
@@ -20,13 +21,14 @@ class Columns:
     Args:
         mapping: for each column of the format, the name of a column or a Jinja template, which has ``{{`` or ``{%`` in
             it and is given the record's columns, and the record itself as ``row``.
+        kind: the kind of the rows.
 
     Raises:
         UserError: the columns are those of no format, or a template is no valid Jinja.
     """
 
-    def __init__(self, mapping: Mapping[str, str]) -> None:
-        _check_format(mapping)
+    def __init__(self, mapping: Mapping[str, str], kind: RowKind = "completions") -> None:
+        _check_format(mapping, kind)
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printed
         )
@@ -72,20 +74,20 @@ class Columns:
         return made
 
 
-def _check_format(mapping: Mapping[str, str]) -> None:
-    allowed = {key for each in FORMATS.values() for key in (*each.required, *each.optional)}
+def _check_format(mapping: Mapping[str, str], kind: RowKind) -> None:
+    formats = FORMATS[kind].values()
+    allowed = {key for each in formats for key in (*each.required, *each.optional)}
     for key in mapping:
         if key not in allowed:
             raise UserError(
                 f"columns: found {key!r} as a column of a format; allowed: {', '.join(sorted(allowed))}."
                 f"{did_you_mean(key, allowed)}"
             )
-    for each in FORMATS.values():
+    for each in formats:
         if set(each.required) <= mapping.keys() <= {*each.required, *each.optional}:
             return
     forms = "; ".join(
-        " and ".join(each.required) + "".join(f", with {key} or without" for key in each.optional)
-        for each in FORMATS.values()
+        " and ".join(each.required) + "".join(f", with {key} or without" for key in each.optional) for each in formats
     )
     raise UserError(f"columns: found {', '.join(mapping) or 'none'}; give those of one format: {forms}.")
 

@@ -13,7 +13,7 @@ from diablo.data.reading.columns import Columns
 from diablo.data.reading.files import files_of, read_records_of
 from diablo.data.reading.formats import to_row
 from diablo.data.reading.hub import HubDataset, read_hub
-from diablo.data.rows import Row
+from diablo.data.rows import Row, RowKind
 from diablo.errors import UserError
 
 
@@ -86,11 +86,14 @@ def read_rows(path: Path, *, on_malformed: str = "error") -> tuple[list[Row], li
     return found.rows, found.faults
 
 
-def read_sources(sources: Sequence[Source], *, on_malformed: str = "error") -> list[SourceRows]:
+def read_sources(
+    sources: Sequence[Source], *, kind: RowKind = "completions", on_malformed: str = "error"
+) -> list[SourceRows]:
     """Read sources. Where they are several files, each row and fault names its own.
 
     Args:
         sources: the sources.
+        kind: what kind of rows they are to have.
         on_malformed: as in :func:`read_rows`.
 
     Raises:
@@ -103,7 +106,7 @@ def read_sources(sources: Sequence[Source], *, on_malformed: str = "error") -> l
         found = SourceRows(source)
         for place in several:
             left = None if source.limit is None else source.limit - len(found.rows)
-            count, faults = _read_into(found, place, names[place], left)
+            count, faults = _read_into(found, place, names[place], kind, left)
             if faults and on_malformed == "error":
                 why = explain_faults([replace(fault, source="") for fault in faults])
                 lines.append(f"{place} has {len(faults)} malformed of {count} rows. {why}")
@@ -119,10 +122,12 @@ def read_sources(sources: Sequence[Source], *, on_malformed: str = "error") -> l
     return result
 
 
-def _read_into(found: SourceRows, place: Path | HubDataset, name: str, most: int | None) -> tuple[int, list[RowFault]]:
+def _read_into(
+    found: SourceRows, place: Path | HubDataset, name: str, kind: RowKind, most: int | None
+) -> tuple[int, list[RowFault]]:
     """Add the rows of a file or a dataset to those of a source: how many records were read, and those with a fault."""
     records = read_records_of(place) if isinstance(place, Path) else read_hub(place)
-    columns = Columns(found.source.columns) if found.source.columns else None
+    columns = Columns(found.source.columns, kind) if found.source.columns else None
     count, before, faults = 0, len(found.rows), list[RowFault]()
     for number, record in records:
         if most is not None and len(found.rows) - before >= most:
@@ -132,7 +137,7 @@ def _read_into(found: SourceRows, place: Path | HubDataset, name: str, most: int
             faults.append(replace(record, source=name))
             continue
         try:
-            row, form = to_row(number, record if columns is None else columns(record))
+            row, form = to_row(number, record if columns is None else columns(record), kind)
         except NoRowError as error:
             faults.append(replace(error.at(number), source=name))
         else:

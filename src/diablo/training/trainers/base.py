@@ -1,8 +1,9 @@
-"""TRL's trainer, over rows that are encoded already, with checkpoints that are whole and losses that are finite."""
+"""What all trainers of runs have in common: whole checkpoints, a checked optimizer, and logs of their own."""
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,36 +11,30 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
 
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
-from diablo.devices import can_pin_memory
 from diablo.errors import UserError
 from diablo.models.adapters import read_trained
-from diablo.models.checkpointing import checkpointing_options
 from diablo.planning.optimizers import group_members
 from diablo.planning.plan import Plan, preflight
 from diablo.recipes.training import ParameterGroup
 from diablo.records.log import LOGGER
-from diablo.records.progress import TokenMeter, TrainingProgress
-from diablo.scoring.losses import summed_completion_loss
+from diablo.records.progress import TrainingProgress
 from diablo.training import saving
 from diablo.training.averaging import Average
-from diablo.training.engines import DeepSpeed, Engine, trained_parameters
-from diablo.training.measuring import HeldOutLoss, Losses, MeteredCollator
+from diablo.training.engines import Engine, trained_parameters
+from diablo.training.measuring import HeldOutLoss
 from diablo.training.safeguards import FiniteLosses
 from diablo.training.trackers import Trackers
-from diablo.training.tracking import KINDS, LastLoss, TrackedConfig, TrainLog
+from diablo.training.tracking import KINDS, TrainLog
 
 
-class CompletionTrainer(SFTTrainer):
-    """TRL's trainer over rows that are encoded already.
+class RunTrainer(Trainer):
+    """A trainer over rows that are encoded already; a class beside it, one of TRL's trainers, has the loss.
 
     Args:
         plan: gives the sampler, the optimizer's groups and what is said of the loss.
@@ -50,7 +45,7 @@ class CompletionTrainer(SFTTrainer):
         train_log: writes ``train.jsonl``.
         trackers: those that the run is told to.
         engine: how the processes hold the model.
-        options: arguments of ``SFTTrainer``.
+        options: arguments of the trainer beside it.
 
     Attributes:
         when_sharded: called once the model is spread over the processes, before a checkpoint is loaded.
@@ -82,7 +77,10 @@ class CompletionTrainer(SFTTrainer):
         self.when_sharded: Callable[[], None] = lambda: None
         self._staging: Path | None = None
         self._logged = 0
+        # Not all of TRL's trainers hand it on.
+        optimizer = options.pop("optimizer_cls_and_kwargs")
         super().__init__(**options)
+        self.optimizer_cls_and_kwargs = optimizer
         self.train_log = train_log
         self.trackers = trackers
         # Behind the trackers' own callbacks: what is a line of the log was told to them.
@@ -140,35 +138,12 @@ class CompletionTrainer(SFTTrainer):
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """The mean loss of the supervised tokens of the whole optimizer step.
+    def held_out_figures(self) -> dict[str, float]:
+        """What is measured on held-out rows: ``loss``, a mean, and other figures by their names."""
+        raise NotImplementedError
 
-        TRL's own, which waits for the device several times a step, is left to what ours does not do: the balancing loss
-        of a mixture's router.
-        """
-        numbers = inputs.pop("numbers")
-        # Without the wrapper of several processes, which would wait for the others.
-        bare = self.accelerator.unwrap_model(model)
-        if self.aux_loss_enabled or return_outputs:
-            inputs = {name: values for name, values in inputs.items() if name != "predicting"}
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if return_outputs:
-                return result
-            return self.finite.check(bare, result, self.state.global_step + 1, numbers, lambda: bare(**inputs))
-        count = len(inputs["predicting"]) if num_items_in_batch is None else num_items_in_batch
-        smoothing = self.plan.recipe.training.label_smoothing
-        loss = summed_completion_loss(model, inputs, label_smoothing=smoothing) / count
-        loss = self.finite.check(
-            bare, loss, self.state.global_step + 1, numbers, lambda: summed_completion_loss(bare, inputs)
-        )
-        # The count is that of all processes, and DDP averages the gradients over them.
-        return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
+    def prepare_for_rows(self) -> None:
+        """Work out what the loss needs to know of the model as it is before training."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the loss of the steps that were not left out.
@@ -188,11 +163,24 @@ class CompletionTrainer(SFTTrainer):
         kind = next((kind for kind in KINDS if kind in logs), None)
         is_told = kind is not None and self.state.global_step <= self.train_log.told.get(kind, 0)
         is_due = self.control.should_log
-        with self.trackers.silent(self.callback_handler) if is_told else nullcontext():
+        with self.trackers.silent(self.callback_handler) if is_told else nullcontext(), self._figures_of(kind):
             super().log(logs, start_time)
         if kind == "held_out_loss":
             # The trainer takes any log for the step's own, which may still be due.
             self.control.should_log = is_due
+
+    @contextmanager
+    def _figures_of(self, kind: str | None) -> Iterator[None]:
+        """Keep TRL's figures of training steps for the log of these: it adds them to whatever is logged next."""
+        figures: dict[str, Any] | None = getattr(self, "_metrics", None)
+        if figures is None or kind != "held_out_loss":
+            yield
+            return
+        kept, figures["train"] = figures["train"], defaultdict(list)
+        try:
+            yield
+        finally:
+            figures["train"] = kept
 
     def take_over(self, checkpoint: Path, last_step: int) -> bool:
         """Take from a checkpoint what the trainer does not, before training goes on.
@@ -209,6 +197,10 @@ class CompletionTrainer(SFTTrainer):
         self.finite.skipped = [int(step) for step in about["skipped_steps"]]
         self.held_out.losses.held_out = [(int(step), float(loss)) for step, loss in about["held_out_loss"]]
         self.held_out.losses.scores = [(int(step), float(score)) for step, score in about["validation_score"]]
+        self.held_out.losses.figures = {
+            name: [(int(step), float(value)) for step, value in measured]
+            for name, measured in about["held_out_figures"].items()
+        }
         self.held_out.best = saving.read_tensors(checkpoint / saving.BEST)
         self.average.steps = int(about["averaged_steps"])
         average = saving.read_tensors(checkpoint / saving.AVERAGE)
@@ -233,6 +225,7 @@ class CompletionTrainer(SFTTrainer):
             "skipped_steps": self.finite.skipped,
             "held_out_loss": self.held_out.losses.held_out,
             "validation_score": self.held_out.losses.scores,
+            "held_out_figures": self.held_out.losses.figures,
             "averaged_steps": self.average.steps,
         }
 
@@ -297,137 +290,6 @@ def split_groups(optimizer: torch.optim.Optimizer, model: Any, groups: Sequence[
                 optimizer.add_param_group({**held, "params": taken, **own})
 
 
-def _number(row: EncodedRow) -> str:
+def number_of(row: EncodedRow) -> str:
     """The number of a row, with its file where there are several."""
     return f"{row.number} of {row.source}" if row.source else str(row.number)
-
-
-@contextmanager
-def _adapted_head_allowed(model: Any) -> Iterator[None]:
-    """TRL refuses an adapted output layer, which its own losses pass by; the loss here is of the model's logits.
-
-    Raises:
-        UserError: the output layer is adapted, and the loss is TRL's own.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, BaseTunerLayer):
-        yield
-        return
-    if getattr(model.config, "output_router_logits", False):
-        raise UserError(
-            "method.target_modules: the output layer is among them, and the balancing loss of this mixture's router is "
-            "not computed with an adapted one: leave it out, or set output_router_logits to false in the model's "
-            "config."
-        )
-    model.get_output_embeddings = head.get_base_layer
-    try:
-        yield
-    finally:
-        del model.get_output_embeddings
-
-
-def make_trainer(
-    model: Any,
-    plan: Plan,
-    engine: Engine,
-    console: Console,
-    meter: TokenMeter,
-    losses: Losses,
-    asking: TrainerCallback,
-    trackers: Trackers,
-) -> CompletionTrainer:
-    """The trainer of a plan.
-
-    Args:
-        model: the adapted model, whole.
-        engine: how the processes are to hold it.
-        plan: the plan.
-        console: where progress is written.
-        meter: counts tokens.
-        losses: where held-out losses are written to.
-        asking: told of every step before anything is checked, logged or saved.
-        trackers: those that the run is told to.
-    """
-    training = plan.recipe.training
-    on_cpu = plan.device.type == "cpu"
-    config = TrackedConfig(
-        output_dir=str(plan.recipe.output / "checkpoints"),
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        lr_scheduler_type=plan.schedule.name,
-        lr_scheduler_kwargs=dict(plan.schedule.options),
-        neftune_noise_alpha=training.neftune_noise_alpha,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing != "none",
-        gradient_checkpointing_kwargs=checkpointing_options(training.gradient_checkpointing),
-        activation_offloading=plan.recipe.speed.activation_offloading,
-        logging_steps=training.logging_steps,
-        save_strategy="steps" if training.save_steps else "no",
-        save_steps=training.save_steps or 500,
-        save_total_limit=training.save_total_limit,
-        bf16=plan.dtype == torch.bfloat16,
-        fp16=plan.dtype == torch.float16,
-        use_cpu=on_cpu and not isinstance(engine, DeepSpeed),
-        ddp_backend="gloo" if on_cpu and isinstance(engine, DeepSpeed) else None,
-        seed=plan.recipe.seed,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=can_pin_memory(plan.device),
-        # Its filter asks the device in each step whether the loss is finite.
-        logging_nan_inf_filter=False,
-        # That every trained parameter gets a gradient is checked before the first step.
-        ddp_find_unused_parameters=False,
-        report_to=plan.recipe.tracking.report_to or "none",
-        run_name=plan.recipe.tracking.name or plan.recipe.output.name,
-        # Trackio's; the others are told of it by the environment.
-        project=plan.recipe.tracking.project or "huggingface",
-        disable_tqdm=True,
-        recipe=plan.recipe.model_dump(mode="json"),
-    )
-    # It is what trackers are told. When they are made, the arguments take transformers' own names alone.
-    config.optim = plan.optimizer.name
-    # Several GPUs are for several processes: in one, torch's DataParallel would copy the model to each in each step.
-    config._n_gpu = min(config.n_gpu, 1)
-    pad_token_id = plan.encoder.tokenizer.pad_token_id
-    progress = TrainingProgress(console, meter)
-    finite = FiniteLosses(training.on_nonfinite, can_look=not engine.shards)
-    average = Average(training.ema, finite)
-    held_out = HeldOutLoss(plan, meter, losses, average, engine)
-    # TRL rounds what is trained over weights of bitsandbytes to bf16; it stays as it is here.
-    trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    with _adapted_head_allowed(model):
-        trainer = CompletionTrainer(
-            plan=plan,
-            progress=progress,
-            finite=finite,
-            average=average,
-            held_out=held_out,
-            train_log=TrainLog(plan.recipe.output, meter, losses),
-            trackers=trackers,
-            engine=engine,
-            model=model,
-            args=config,
-            train_dataset=Dataset.from_list(
-                [
-                    {**plan.features_of(sequence), "numbers": [_number(row) for row in plan.rows_of(sequence)]}
-                    for sequence in range(len(plan.sequences))
-                ]
-            ),
-            processing_class=plan.encoder.tokenizer,
-            data_collator=MeteredCollator(pad_token_id, meter, flat=plan.is_flat),
-            optimizer_cls_and_kwargs=(plan.optimizer.kind, dict(plan.optimizer.arguments)),
-            # Where the held-out loss ends training, the last steps' losses are looked at as well.
-            callbacks=[progress, asking, average, held_out, finite, LastLoss()],
-        )
-    for parameter, values in trained:
-        parameter.data = values
-    held_out.report = trainer.log
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
