@@ -70,7 +70,8 @@ class TrainLog(TrainerCallback):
     def go_on_from(self, step: int) -> None:
         """Keep the lines of a step and of those before it, and drop the others; none is kept of another run."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        before = [json.dumps({"step": step, "held_out_loss": loss}) for step, loss in self.losses.held_out]
+        figures = {f"held_out_{name}": values[0][1] for name, values in self.losses.figures.items()}
+        before = [json.dumps({"step": of, "held_out_loss": loss, **figures}) for of, loss in self.losses.held_out]
         steps = {line: step_of for line in lines if math.isfinite(step_of := _step_of(line))} if step else {}
         self.told = {kind: max((s for line, s in steps.items() if f'"{kind}"' in line), default=0) for kind in KINDS}
         kept = [line for line in lines if _step_of(line) <= step] if step else before
