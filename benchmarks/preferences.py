@@ -2,9 +2,9 @@
 
     python -m benchmarks.preferences
 
-Each way trains on the same pairs for two epochs, in a process of its own: a right equation of MAWPS against another problem's. The
-bytes of all parameters are counted in the midst of training, as are the forwards of a step. The peak is that of the
-process over what it held before the model was loaded.
+Each way trains on the same pairs for two epochs, in a process of its own: a right equation of MAWPS against another
+problem's. The bytes of all parameters are counted in the midst of training, as are the forwards of a step. The peak is
+that of the process over what it held before the model was loaded.
 """
 
 from __future__ import annotations
