@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -279,7 +280,8 @@ def print_rows_made(out: Console, what: str, seconds: float, settings: dict[str,
         trained_as: the run whose chat template is used, if one is.
     """
     told = {key: value for key, value in settings.items() if key != "chat_template"}
-    line = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in told.items())
+    values = (str(value).lower() if isinstance(value, bool) else shlex.quote(str(value)) for value in told.values())
+    line = " ".join(f"{key}={value}" for key, value in zip(told, values, strict=True))
     out.print(f"Wrote {settings['data.train']}: {what}, in {seconds:.0f} s. To train on them:", markup=False)
     out.print(f"  diablo train RECIPE {line}", markup=False)
     if "chat_template" in settings:
