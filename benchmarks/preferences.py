@@ -81,8 +81,9 @@ class Counter:
         if torch.is_grad_enabled() and module.training:
             self.learning += 1
             if self.learning == STEPS:
-                alive = {id(each): each for each in gc.get_objects() if isinstance(each, torch.nn.Parameter)}
-                self.held = sum(each.nbytes for each in alive.values())
+                # A plan's model on the meta device holds nothing.
+                alive = {id(p): p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and not p.is_meta}
+                self.held = sum(parameter.nbytes for parameter in alive.values())
 
 
 @app.command()

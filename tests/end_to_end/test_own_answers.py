@@ -140,6 +140,26 @@ def test_right_answers_alone_are_trained_on_as_the_output_says(diablo, recipes, 
     assert "warning" not in err.lower()
 
 
+@pytest.mark.parametrize(("form", "objective"), [("pairs", "dpo"), ("pairs", "orpo"), ("labels", "kto")])
+def test_preferences_of_own_answers_are_trained_on_as_the_output_says(diablo, runs, tmp_path, form, objective):
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "further"
+    status, out, err = diablo("pairs", runs["chat"], rows, "--samples", 4, "--format", form, "--limit", 12, "--json")
+    assert status == 0, err
+    settings = json.loads(out)["recipe"]
+    recipe = tmp_path / "recipe.yaml"
+    further = {"training": {"max_steps": 2, "batch_size": 4}, "precision": "fp32", "output": str(run)}
+    # It has an adapted output layer, which these objectives do not take.
+    assert settings.pop("adapter") == str(runs["chat"])
+    further["method"] = {"name": "diablo", "num_blocks": 4}
+    nested = {"data": {"train": settings.pop("data.train")}}
+    recipe.write_text(yaml.safe_dump(settings | nested | further | {"objective": objective}))
+    status, out, err = diablo("train", recipe)
+    assert status == 0, err
+    record = json.loads((run / "run.json").read_text())
+    assert record["data"]["malformed_rows_skipped"] == []
+    assert record["training"]["steps"] == 2
+
+
 def test_labels_say_of_each_answer_whether_it_is_right(diablo, runs, tmp_path):
     out_file = tmp_path / "labels.jsonl"
     status, out, err = diablo("pairs", runs["chat"], out_file, "--format", "labels", "--limit", 12, "--samples", 6)
