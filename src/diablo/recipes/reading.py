@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.new_tokens import NewToken
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
@@ -117,6 +118,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "tracking": Tracking,
     "evaluation": Evaluation,
     "push_to_hub": PushToHub,
+    "new_tokens": NewToken,
 }
 _LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
 # Sections for which their name alone may stand, and the name that they have where none is given.
@@ -158,7 +160,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         if part == "method":
             # pydantic names the kind of method next, which is no key.
             inner = METHODS.get(str(next(parts, None)))
-        elif part == "groups":
+        elif part in ("groups", "new_tokens"):
             # Their number in the list, which is no key either.
             next(parts, None)
     return owner, path
