@@ -7,13 +7,11 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import llama, not_on_oldest_peft
+from tiny_models import llama
 from torch import nn
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from diablo import DiabloConfig, convert_to_lora, hotswap_adapter
-
-pytestmark = not_on_oldest_peft
 
 TOKENS = torch.tensor([[3, 30, 7, 31, 2], [31, 4, 30, 5, 30]])
 ROWS = [30, 31]

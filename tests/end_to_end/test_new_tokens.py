@@ -117,18 +117,20 @@ def test_a_row_starts_as_the_mean_of_its_pieces(models):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_trained_saved_and_merged(diablo, models, runs, tmp_path, kind):
+def test_rows_are_trained_saved_and_merged(diablo, models, runs, kind):
     run, is_tied = runs[kind], KINDS[kind].get("tied", False)
+    # What lies in a run's folder is computed in the run's precision.
+    folder = run / "merged"
     saved = weights(run)
     assert {key for key in saved if "blocks" not in key} == (
         {ROWS_IN_FILE} if is_tied else {ROWS_IN_FILE, HEAD_IN_FILE}
     )
     assert all(saved[key].shape == (2, 32) for key in saved if "blocks" not in key)
-    status, out, _ = diablo("merge", run, tmp_path / "merged")
+    status, out, _ = diablo("merge", run, folder)
     assert status == 0
     assert "plus the blocks on its diagonal and the rows of the tokens, to the bit" in out
-    merged, base = base_weights(tmp_path / "merged"), base_weights(models[kind])
-    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
+    merged, base = base_weights(folder), base_weights(models[kind])
+    settings = json.loads((folder / "config.json").read_text())
     rows = max(322, len(base[EMBEDDING]))
     assert settings["vocab_size"] == len(merged[EMBEDDING]) == rows
     assert settings["tie_word_embeddings"] == is_tied
@@ -141,8 +143,8 @@ def test_rows_are_trained_saved_and_merged(diablo, models, runs, tmp_path, kind)
         assert torch.equal(merged[HEAD][:320], base[HEAD][:320])
     asked = ["How many are 3 and 3?<think>", "--max-new-tokens", 5]
     answer = diablo("generate", run, *asked)[1]
-    assert diablo("generate", tmp_path / "merged", *asked)[1] == answer
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert diablo("generate", folder, *asked)[1] == answer
+    loaded = AutoTokenizer.from_pretrained(folder)
     assert loaded.convert_tokens_to_ids(NEW) == [320, 321]
     assert loaded.decode([320, 321], skip_special_tokens=True) == "<think>"
 
@@ -213,12 +215,11 @@ def test_training_goes_on_with_the_tokens_of_the_adapter(diablo, recipe, runs, t
 @pytest.mark.parametrize("method", ["lora", "dora", "{name: peft, type: LORA, r: 4, target_modules: [q_proj]}", "full"])
 @pytest.mark.parametrize("kind", ["untied", "one spare"])
 def test_other_methods_train_them_too(diablo, models, recipe, tmp_path, kind, method):
-    run, merged = tmp_path / "run", tmp_path / "merged"
+    run = tmp_path / "run"
+    merged = run / ("model" if method == "full" else "merged")
     arguments = [f"model={models[kind]}", f"method={method}", f"output={run}", "training.max_steps=2"]
     assert diablo("train", recipe, *arguments)[0] == 0
-    if method == "full":
-        merged = run / "model"
-    else:
+    if method != "full":
         assert {key for key in weights(run) if "lora" not in key} <= {ROWS_IN_FILE, HEAD_IN_FILE}
         assert diablo("merge", run, merged)[0] == 0
         assert torch.equal(base_weights(merged)[EMBEDDING][320:322], weights(run)[ROWS_IN_FILE])

@@ -14,6 +14,7 @@ import yaml
 
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.new_tokens import NewToken
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
 from diablo.recipes.recipe import Evaluation, Recipe
