@@ -14,7 +14,9 @@ from diablo.errors import UserError
 from diablo.models.loading import meta_model
 from diablo.models.vocabulary import TrainedTokens, add_tokens, config_with_rows
 from diablo.planning.plan import make_plan
+from diablo.planning.suited import check_suited
 from diablo.planning.tokens import TokenCounts
+from diablo.recipes.methods import LoraMethod, MissMethod
 from diablo.recipes.reading import check_settings
 from diablo.training.engines import check_shardable
 
@@ -55,7 +57,7 @@ def test_texts_that_cannot_be_tokens_are_refused_without_a_tokenizer(tmp_path, t
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("miss", "beside miss; take diablo, lora, rslora, dora or full as the method, or leave new_tokens out"),
+        ("miss", "beside miss; take diablo, lora, rslora, dora or full as the method"),
         ("pissa", "beside pissa"),
         ({"name": "peft", "type": "vera"}, "beside VERA"),
         ({"name": "peft", "type": "trainable_tokens", "token_indices": [1]}, "beside TRAINABLE_TOKENS"),
@@ -85,6 +87,14 @@ def test_a_token_that_is_a_part_of_another_one_is_still_itself(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     add_tokens("m", tokenizer, AutoConfig.from_pretrained(tiny_model), {"<a": False, "<a>": False})
     assert tokenizer("<a<a>")["input_ids"] == [320, 321]
+
+
+def test_a_comparison_names_every_method_that_cannot(tiny_model, tmp_path):
+    settings = {"model": str(tiny_model), "method": {"num_blocks": 4}, "precision": "fp32"}
+    plan = make_plan(recipe(tmp_path, new_tokens=["<think>"], **settings))
+    methods = [LoraMethod(name="lora"), LoraMethod(name="pissa"), MissMethod(name="miss")]
+    with pytest.raises(UserError, match=r"beside pissa, miss; take .* \(or as --methods of a comparison\)"):
+        check_suited(plan.recipe, plan.config, plan.dtype, methods)
 
 
 def test_an_output_layer_with_a_bias_is_refused():

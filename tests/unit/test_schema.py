@@ -59,6 +59,7 @@ def test_every_key_is_there_with_its_description():
         Optimizer,
         ParameterGroup,
         PushToHub,
+        NewToken,
         Speed,
         Tracking,
         Evaluation,

@@ -22,8 +22,7 @@ def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, m
         UserError: one cannot.
     """
     if recipe.new_tokens is not None:
-        for method in methods:
-            check_trains_tokens(method)
+        check_trains_tokens(methods)
     for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
         check_precision(kind, dtype)
         if recipe.training.packing:

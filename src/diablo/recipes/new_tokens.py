@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -47,18 +48,19 @@ def check_new_tokens(tokens: list[NewToken]) -> None:
         raise UserError(f"new_tokens: found {shortened(twice[0])} twice; name each token once.")
 
 
-def check_trains_tokens(method: AnyMethod) -> None:
-    """Check that a method can train the rows of new tokens.
+def check_trains_tokens(methods: Sequence[AnyMethod]) -> None:
+    """Check that methods can train the rows of new tokens.
 
     Raises:
-        UserError: it cannot.
+        UserError: one cannot.
     """
-    if not method.trains_tokens:
+    if refused := [method.title for method in methods if not method.trains_tokens]:
         raise UserError(
-            f"new_tokens: PEFT does not train, or does not save, rows of tokens beside {method.title}; take diablo, "
-            "lora, rslora, dora or full as the method, or leave new_tokens out."
+            f"new_tokens: PEFT does not train, or does not save, rows of tokens beside {', '.join(refused)}; take "
+            "diablo, lora, rslora, dora or full as the method (or as --methods of a comparison), or leave new_tokens "
+            "out."
         )
-    if getattr(method, "options", {}).get("trainable_token_indices"):
+    if any(getattr(method, "options", {}).get("trainable_token_indices") for method in methods):
         raise UserError(
             "new_tokens: found beside method.trainable_token_indices, which says which rows are trained; give one of "
             "the two."

@@ -150,7 +150,7 @@ class Recipe(Section):
                 "that it has; leave new_tokens out, or merge the adapter and give the merged model as model."
             )
         check_new_tokens(self.new_tokens)
-        check_trains_tokens(self.method)
+        check_trains_tokens([self.method])
         return self
 
     @model_validator(mode="after")
