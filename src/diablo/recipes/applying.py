@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.miss import MissLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -151,7 +150,7 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
     layers: list[tuple[str, Any]] = [
         (name, module)
         for name, module in adapted.named_modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+        if isinstance(module, BaseTunerLayer) and not name.endswith(_ROWS_LAYER)
     ]
     owners = Counter(id(parameter) for _, layer in layers for parameter in _trained(layer).values())
     groups: dict[tuple[str, tuple[int, int] | None, str], list[int]] = defaultdict(list)
@@ -172,7 +171,10 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
     return kinds + rows
 
 
-_ROWS = ".token_adapter.trainable_tokens_delta."
+_ROWS_LAYER = ".token_adapter"
+"""What PEFT calls the layer that trains rows of an embedding beside a method, behind the embedding's name."""
+
+_ROWS = f"{_ROWS_LAYER}.trainable_tokens_delta."
 """What PEFT calls the trained rows of an embedding or an output layer, behind the layer's name."""
 
 
