@@ -185,6 +185,8 @@ def test_the_dry_run_shows_both_completions(diablo, recipe, tmp_path):
         (["data.columns={prompt: a, completion: b}"], "data.columns: found 'completion' as a column of a format"),
         (["objective=kto"], "it has what objective: dpo needs"),
         (["objective=sft"], "it has what objective: dpo needs"),
+        (["new_tokens=['<think>']", "method.num_blocks=4"], "objective: found dpo, which is not computed with trained"),
+        (["method={name: peft, type: DIABLO, num_blocks: 4, modules_to_save: [lm_head]}"], "objective: found dpo"),
         (["method={target_modules: [lm_head], num_blocks: 4}"], "the output layer is among them, and objective dpo"),
     ],
 )
