@@ -86,9 +86,10 @@ def test_two_processes_prefer_what_one_does_to_the_same_reference(tiny_model, tm
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {tiny_model}\nobjective: {objective}\ndata: {{train: {tmp_path / 'rows.jsonl'}, eval: 25%}}\n"
+        f"model: {tiny_model}\nobjective: {objective}\ndata: {{train: {tmp_path / 'rows.jsonl'}, eval: 3, limit: 12}}\n"
         "method: {name: diablo, num_blocks: 4}\nprecision: fp32\n"
-        f"training: {{learning_rate: 1.0e-2, batch_size: 6, max_steps: 4, logging_steps: 1}}\noutput: {tmp_path / 'one'}\n"
+        "training: {learning_rate: 1.0e-2, batch_size: 6, max_steps: 4, logging_steps: 1}\n"
+        f"output: {tmp_path / 'one'}\n"
     )
     one = train(load_recipe(recipe)).record["training"]
     two = tmp_path / "two"
