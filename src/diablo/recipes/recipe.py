@@ -18,10 +18,14 @@ from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
+from diablo.recipes.rewarding import check_group_objective
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
 from diablo.recipes.starting import check_adapter, method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
+
+
+_MAX_NEW_TOKENS = 256
 
 
 class Evaluation(Section):
@@ -152,7 +156,7 @@ class Recipe(Section):
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
-        if self.task and self.objective.rows != "completions":
+        if self.task and self.objective.rows not in ("completions", "prompts"):
             raise ValueError(
                 f"task: found {', '.join(self.task)}, whose rows have one completion each, and objective "
                 f"{self.objective.name} needs others; give them with data.train. diablo pairs makes some from a "
@@ -191,6 +195,9 @@ class Recipe(Section):
                 f"method.dropout: found {dropout:g}, and {self.objective.name} compares the model with what it was "
                 "before training, which has no dropout; leave it out."
             )
+        if self.objective.name == "grpo":
+            with explained():
+                check_group_objective(self)
         if self.objective.name == "kto" and self.objective.loss == "kto" and self.training.batch_size == 1:
             raise ValueError(
                 "training.batch_size: found 1, and kto compares the rows of a batch; take 2 or more, or "
@@ -259,7 +266,18 @@ class Recipe(Section):
         return self
 
     @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of a completion that is generated in training; 0 where none is."""
+        from diablo.tasks import TASKS
+
+        if self.objective.name != "grpo":
+            return 0
+        own = max((TASKS[name].max_new_tokens for name in self.task), default=_MAX_NEW_TOKENS)
+        return self.objective.max_new_tokens or own
+
+    @property
     def _run_for_scores(self) -> list[str]:
         """Names of the tasks whose answers are read in the course of a run."""
-        in_training = self.task if self.training.best_by == "score" else []
+        judged = self.training.best_by == "score" or (self.objective.name == "grpo" and self.objective.by_task)
+        in_training = self.task if judged else []
         return [*in_training, *(self.scored if self.evaluation.before or self.evaluation.after else [])]

@@ -82,7 +82,8 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remember the figures of the log, for the bar."""
         if logs and "loss" in logs:
-            self._figures = f"loss {float(logs['loss']):.3f}  {self.meter.tokens_per_second():.0f} tokens/s"
+            name = "reward" if "reward" in logs else "loss"
+            self._figures = f"{name} {float(logs[name]):.3f}  {self.meter.tokens_per_second():.0f} tokens/s"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""

@@ -190,9 +190,7 @@ def generate(
         The completions as text, in the order of the prompts, without the stop token.
     """
     tokenizer = encoder.tokenizer
-    stops = set(encoder.stop_token_ids)
-    if stop_at_newline:
-        stops |= _newline_tokens(tokenizer)
+    stops = stops_of(encoder, stop_at_newline=stop_at_newline)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
     with evaluating(model):
@@ -215,6 +213,16 @@ def generate(
             if progress is not None:
                 progress(first + len(batch), len(order))
     return texts
+
+
+def stops_of(encoder: RowEncoder, *, stop_at_newline: bool) -> set[int]:
+    """The tokens that end a completion.
+
+    Args:
+        encoder: gives the tokenizer and the stop tokens.
+        stop_at_newline: whether every token with a line break ends it, too.
+    """
+    return set(encoder.stop_token_ids) | (_newline_tokens(encoder.tokenizer) if stop_at_newline else set())
 
 
 @contextmanager

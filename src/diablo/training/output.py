@@ -142,5 +142,10 @@ def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
     title = f"{recipe.method.title} on {recipe.model}"
-    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title, recipe.objective.loss_unit)
+    if losses.rewards:
+        # The loss of completions that the model has just written says nothing: it is near 0 all the way.
+        curves, measure = (losses.rewards, losses.figures.get("reward", [])), "mean reward of a completion"
+    else:
+        curves, measure = (losses.train, losses.held_out), f"loss ({recipe.objective.loss_unit})"
+    plot_losses(recipe.output / "loss.png", *curves, title, measure)
     write_json(recipe.output / "run.json", record)
