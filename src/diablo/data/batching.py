@@ -80,8 +80,9 @@ class LengthGroupedSampler(Sampler[int]):
 class GroupSampler(LengthGroupedSampler):
     """Prompts in groups: a batch has each of its prompts several times in a row, once for each completion.
 
-    TRL's trainer takes a batch in each forward, and uses the first of those for which it has the completions already:
-    so a batch comes several times. The last batch of an epoch is filled up with prompts of the epoch's start, so that every batch is whole.
+    TRL's trainer takes a batch in each forward, and passes those by whose completions it has already: so a batch comes
+    several times. The last batch of an epoch is filled up with prompts of the epoch's start, so that every batch is
+    whole.
 
     Args:
         lengths: tokens of each prompt.

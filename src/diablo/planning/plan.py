@@ -217,11 +217,7 @@ class Plan:
             yield f"source              {source.describe()}"
         for source in self.held_out_sources:
             yield f"held-out source     {source.describe()}"
-        tokens, supervised = self.tokens
-        if self.rewards is None:
-            yield f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
-        else:
-            yield f"prompts             {len(self.train):,}: {tokens:,} tokens"
+        yield self._rows_line
         for line in self.conversations:
             yield f"conversations       {line}"
         if self.recipe.training.packing:
@@ -243,6 +239,13 @@ class Plan:
             yield f"tested rows         {self.tested} left out of training"
         if self.special_text[0]:
             yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
+
+    @property
+    def _rows_line(self) -> str:
+        tokens, supervised = self.tokens
+        if self.rewards is not None:
+            return f"prompts             {len(self.train):,}: {tokens:,} tokens"
+        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
 
     def data_record(self) -> dict[str, Any]:
         """What rows there are, what they are for and which are left out, as values of JSON."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from diablo.errors import UserError
 from diablo.planning.rows import Rows
 from diablo.recipes.recipe import Recipe
-from diablo.scoring.rewards import Asked, Rewards, make_reward
+from diablo.scoring.rewards import Asked, Own, Rewards, make_reward
 from diablo.tasks import get_task
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def gather_rewards(recipe: Recipe, rows: Rows) -> Rewards | None:
     if objective.name != "grpo":
         return None
     check_groups(recipe)
-    asked = {}
+    asked: dict[int, Asked] = {}
     for name, problems in rows.problems.items():
         task = get_task(name, folder=recipe.data.folder, protocol=recipe.evaluation.protocol)
         asked |= {id(problem.row): Asked(problem.row, task, problem) for problem in problems}
@@ -33,7 +33,8 @@ def gather_rewards(recipe: Recipe, rows: Rows) -> Rewards | None:
         [make_reward(each.name, each.weight, each.tokens, recipe.max_new_tokens) for each in objective.rewards], asked
     )
     for reward in rewards.each:
-        reward.try_out(rewards.asked_by(rows.train[0]))
+        if isinstance(reward, Own):
+            reward.try_out(rewards.asked_by(rows.train[0]))
     return rewards
 
 

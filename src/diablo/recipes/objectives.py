@@ -192,7 +192,10 @@ class GroupObjective(NamedObjective):
         description=f"{', '.join(NAMES)} or FILE.py:FUNCTION, a section with one of these as its name, or a list",
     )
     beta: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="a number of at least 0: how strongly the model is held to its start"
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a number of at least 0: how strongly the model is held to its start",
     )
     max_new_tokens: int | None = Field(
         None, ge=1, description="an integer of at least 1: the most tokens of a completion; the task's own if not given"

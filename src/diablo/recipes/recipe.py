@@ -17,13 +17,12 @@ from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
-from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.rewarding import check_group_objective
+from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
 from diablo.recipes.starting import check_adapter, method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
-
 
 _MAX_NEW_TOKENS = 256
 

@@ -50,8 +50,10 @@ class OwnFunction:
         if not callable(found):
             raise UserError(f"{_KEY}: {name} of {path} is {shortened(found)}, not a function.")
         if inspect.iscoroutinefunction(found):
-            raise UserError(f"{_KEY}: {self.title} is asynchronous, and rewards are asked for one after the other; "
-                            "write it with def, and run what it awaits with asyncio.run.")
+            raise UserError(
+                f"{_KEY}: {self.title} is asynchronous, and rewards are asked for one after the other; "
+                "write it with def, and run what it awaits with asyncio.run."
+            )
         self.function: Callable[..., Any] = found
         parameters = inspect.signature(found).parameters.values()
         self._takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
@@ -85,7 +87,8 @@ class OwnFunction:
         try:
             values = self.function(**given)
         except Exception as error:
-            raise UserError(f"{_KEY}: {self.title} fails on {self._failing(rows, given)}: {_fault(error, self.path)}.") from None
+            where, fault = self._failing(rows, given), _fault(error, self.path)
+            raise UserError(f"{_KEY}: {self.title} fails on {where}: {fault}.") from None
         try:
             values = list(values)
         except TypeError:
@@ -137,7 +140,9 @@ def _imported(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
+    # The name ends in .py.
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # As in a script, files beside it can be imported; and a data class looks its own module up.
     sys.path.insert(0, str(path.resolve().parent))

@@ -83,13 +83,6 @@ class Reward(ABC):
             UserError: a function of the user's fails, or gives no such values.
         """
 
-    def try_out(self, asked: Asked) -> None:
-        """Find out, from a row, what of the reward cannot work.
-
-        Raises:
-            UserError: it cannot.
-        """
-
     def record(self) -> dict[str, Any]:
         """What it is, as values of JSON."""
         return {"name": self.name, "weight": self.weight}
@@ -165,7 +158,11 @@ class Own(Reward):
         )
 
     def try_out(self, asked: Asked) -> None:
-        """Call the function with two completions of a row: its own text, and nothing."""
+        """Call the function with two completions of a row: its own text, and nothing.
+
+        Raises:
+            UserError: it fails, asks for what it is not given, or gives something else than two numbers.
+        """
         self.function.check_arguments(["prompts", "completions", "completion_ids", *asked.columns])
         self([Written(asked, asked.row.completion or asked.row.prompt, [0]), Written(asked, "", [])])
 

@@ -1,4 +1,4 @@
-"""GRPO: the model completes prompts while it is trained, and those of its completions that got more reward are learned."""
+"""GRPO: the model completes prompts while it is trained, and completions that got more reward become likelier."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
     # Of the class beside it.
     _step: int
     _buffered_inputs: Any
+    ref_model: Any
 
     def __init__(self, *, data_collator: Any, **options: Any) -> None:
         plan: Plan = options["plan"]
@@ -53,7 +54,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         self.generation_config.eos_token_id = self.eos_token_ids
         objective: Any = plan.recipe.objective
         # TRL would add a copy of the adapter for the reference, or take the base model for it.
-        self.beta = self.args.beta = objective.beta
+        self.beta = options["args"].beta = objective.beta
         self.ref_model = _AT_START if self.beta else None
         trained = trained_parameters(options["model"]) if self.beta else {}
         self.start: Tensors = {name: parameter.detach().clone() for name, parameter in trained.items()}
