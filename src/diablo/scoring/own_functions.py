@@ -42,8 +42,9 @@ class OwnFunction:
             self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
             raise UserError(f"{_KEY}: {str(path)!r} cannot be read ({first_line(error)}).") from None
-        found = vars(_imported(path)).get(name)
-        own = [key for key, value in vars(_imported(path)).items() if inspect.isfunction(value)]
+        module = _imported(path, self.digest)
+        found = vars(module).get(name)
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         if found is None:
             listed = ", ".join(own) or "none"
             raise UserError(f"{_KEY}: {path} has no function {name!r}; it has: {listed}.{did_you_mean(name, own)}")
@@ -130,13 +131,13 @@ class OwnFunction:
 _ALL_OTHERS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
-def _imported(path: Path) -> ModuleType:
-    """The module of a file, which is imported once.
+def _imported(path: Path, digest: str) -> ModuleType:
+    """The module of a file with such contents, which is imported once.
 
     Raises:
         UserError: the file cannot be imported.
     """
-    name = f"diablo_rewards_of_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    name = f"diablo_rewards_of_{path.stem}_{digest[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -159,7 +160,9 @@ def _imported(path: Path) -> ModuleType:
 
 def _fault(error: Exception, path: Path) -> str:
     """What an error says, and at which line of the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()
+    ]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
     where = f"line {lines[-1]}: " if lines and lines[-1] else ""
