@@ -138,6 +138,16 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(diablo, recipe, tmp
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_is_not_resumed_with_another_function(diablo, recipe, tmp_path):
+    arguments = ["train", recipe, "training.save_steps=1", "training.max_steps=1"]
+    assert diablo(*arguments)[0] == 0
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "rewards.py").write_text(REWARDS + "\n# Another file.\n")
+    status, _, error = diablo(*arguments, "--resume")
+    assert status == 2
+    assert "rewards.py has changed since the run that is to be resumed; set it back" in " ".join(error.split())
+
+
 def test_a_run_of_several_epochs_is_resumed_in_the_second_one(diablo, recipe, tmp_path):
     run, arguments = tmp_path / "run", ["train", recipe, "training.save_steps=3", "training.batch_size=24"]
     assert diablo(*arguments)[0] == 0
@@ -313,7 +323,7 @@ def refusals(text: Callable[[str], str]) -> Refused:
         ([f"objective.rewards={own}:NUMBER"], "NUMBER of"),
         ([f"objective.rewards={own}:short"], "gave 1 values for 2 completions; give one for each"),
         ([f"objective.rewards={own}:asks"], "asks for difficulty, which the first row does not have; it is given"),
-        ([f"objective.rewards={own}:breaks"], "mine.py:breaks fails on row 1: line 20: ZeroDivisionError"),
+        ([f"objective.rewards={own}:breaks"], "mine.py:breaks fails on row 1: line 19: ZeroDivisionError"),
         ([f"objective.rewards={own}:later"], "is asynchronous"),
         ([f"objective.rewards={text('torn.py')}:f"], "torn.py cannot be imported: line 1: SyntaxError"),
         (["objective.rewards=[{name: length}]"], "objective.rewards: length needs tokens"),
@@ -342,7 +352,7 @@ def test_what_cannot_work_is_refused_before_torch_is_imported(recipe, tmp_path):
         "def short(completions):\n    return [1.0]\n\n\n"
         "def asks(completions, difficulty):\n    return difficulty\n\n\n"
         "def breaks(completions):\n    values = []\n    for text in completions:\n"
-        "        # By nothing, where nothing was written.\n        values.append(1 / len(text))\n    return values\n\n\n"
+        "        values.append(1 / len(text))\n    return values\n\n\n"
         "async def later(completions):\n    return [1.0 for _ in completions]\n"
     )
     (tmp_path / "torn.py").write_text("def f(:\n")

@@ -160,9 +160,8 @@ def _imported(path: Path, digest: str) -> ModuleType:
 
 def _fault(error: Exception, path: Path) -> str:
     """What an error says, and at which line of the file."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()
-    ]
+    own = path.resolve()
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == own]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
     where = f"line {lines[-1]}: " if lines and lines[-1] else ""

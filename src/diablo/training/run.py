@@ -40,7 +40,7 @@ from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
 from diablo.training.measuring import Losses
-from diablo.training.output import Start, check_effective_batch, close_output, start_output
+from diablo.training.output import Start, check_effective_batch, check_rewards, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 
@@ -318,6 +318,7 @@ def _check_processes(processes: Processes, plan: Plan, checkpoint: Path | None) 
     """Check that the processes can train, and save, what the plan says, and go on with what the checkpoint has."""
     if checkpoint is not None:
         check_effective_batch(plan, processes.count, checkpoint)
+        check_rewards(plan, checkpoint)
     if processes.engine.shards:
         check_shardable(plan)
 

@@ -179,7 +179,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         return False
 
     def _about(self) -> dict[str, Any]:
-        return {**super()._about(), "steps": self.state.global_step}
+        return {**super()._about(), "steps": self.state.global_step, "rewards": self.rewards.record()}
 
     def _write_own(self, staged: Path) -> None:
         if self.state.global_step % self.num_iterations:
