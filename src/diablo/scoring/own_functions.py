@@ -137,7 +137,8 @@ def _imported(path: Path, digest: str) -> ModuleType:
     Raises:
         UserError: the file cannot be imported.
     """
-    name = f"diablo_rewards_of_{path.stem}_{digest[:12]}"
+    own = hashlib.sha256(f"{path.resolve()} {digest}".encode()).hexdigest()
+    name = f"diablo_rewards_of_{path.stem}_{own[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
