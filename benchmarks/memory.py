@@ -21,7 +21,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.harness import DTYPES, Device, Dtype, paired_ratio, print_table, time_interleaved
+from benchmarks.harness import (
+    DTYPES,
+    Device,
+    Dtype,
+    paired_ratio,
+    peak_of,
+    print_table,
+    start_peak,
+    time_interleaved,
+)
 from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
 from diablo.models.checkpointing import checkpointing_options
@@ -49,13 +58,13 @@ def one(method: str, model: str, dtype: str, device: str, length: int, num_block
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     ids = torch.randint(adapted.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(where)
     short = ids[:, :8]
-    before = _start_peak(where)
+    before = start_peak(where)
     for batch in (short, ids, ids):
         adapted(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-    peak = _peak(where) - before
+    peak = peak_of(where) - before
     saved = kept_for_backward(lambda: adapted(input_ids=ids, labels=ids, use_cache=False).loss)
     print(json.dumps({"saved": saved, "peak": peak, "parameters": count_parameters(adapted)[0]}))
 
@@ -142,25 +151,6 @@ def _build(method: str, model: Any, num_blocks: int) -> Any:
     if checkpointing:
         adapted.gradient_checkpointing_enable(checkpointing_options(checkpointing))
     return adapted
-
-
-def _start_peak(device: torch.device) -> int:
-    """Forget the peak so far, which comes from loading the model. Returns the bytes that are held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """A figure about this process from Linux's ``/proc/self/status``, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -280,6 +281,25 @@ def print_examples(out: Console, scores: dict[str, Score], count: int) -> None:
             verdict = "right" if answer.right else "wrong"
             out.print(f"  {name:<7} {answer.text.strip()!r}  {verdict}", markup=False)
         out.print()
+
+
+def print_rows_made(out: Console, what: str, seconds: float, settings: dict[str, Any], *, trained_as: str) -> None:
+    """That rows were written, and what a recipe that trains on them has to say.
+
+    Args:
+        out: where to print.
+        what: the number of rows, and what they are.
+        seconds: how long it took.
+        settings: values by the keys of the recipe.
+        trained_as: the run whose chat template is used, if one is.
+    """
+    told = {key: value for key, value in settings.items() if key != "chat_template"}
+    values = (str(value).lower() if isinstance(value, bool) else shlex.quote(str(value)) for value in told.values())
+    line = " ".join(f"{key}={value}" for key, value in zip(told, values, strict=True))
+    out.print(f"Wrote {settings['data.train']}: {what}, in {seconds:.0f} s. To train on them:", markup=False)
+    out.print(f"  diablo train RECIPE {line}", markup=False)
+    if "chat_template" in settings:
+        out.print(f"  and in the recipe the chat_template of {trained_as}/recipe.yaml", markup=False)
 
 
 def harness_table(figures: list[HarnessFigure], title: str) -> Table:

@@ -1,16 +1,18 @@
-"""Verbs that score: evaluate, and the list of tasks."""
+"""Verbs that score answers: evaluate, the rows that scored answers make, and the list of tasks."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from diablo_cli.completion import complete_scored_tasks, complete_task
+from diablo_cli.completion import complete_scored_tasks, complete_task, complete_trained_tasks
 from diablo_cli.output import answer, out, progress
-from diablo_cli.shell import Base, app, check_file, check_model, quiet, refuse
+from diablo_cli.shell import Base, app, check_file, check_model, check_new_rows, quiet, refuse
 
 if TYPE_CHECKING:
     from diablo.scoring.asking import Decoding
@@ -121,6 +123,102 @@ def evaluate(
             "model": model,
             "scores": {name: score.summary() for name, score in scores.items()},
             "answers": out_file,
+        }
+    )
+
+
+@app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or any model.")],
+    rows_file: Annotated[Path, typer.Argument(metavar="OUT", help="A new file for the rows, in .jsonl.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of tasks, separated by commas; those that a run was trained on if not given.",
+            autocompletion=complete_trained_tasks,
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="pairs of a right and a wrong answer (dpo, orpo, reward), labels of each answer (kto), or the right "
+            "completions alone.",
+        ),
+    ] = "pairs",
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of the sampling; 0 is greedy.")] = 1.0,
+    pairs_per_problem: Annotated[
+        int | None, typer.Option(min=1, help="The most pairs of a problem; 1 if not given.")
+    ] = None,
+    gold: Annotated[
+        bool, typer.Option("--gold", help="Where no answer is right, take the task's own as the right one.")
+    ] = False,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of the tasks' datasets, in place of the hub.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="How answers are read: strict (the default) or paper.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, and of the choice of pairs.")] = 0,
+    base: Base = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many problems of each task.")] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let tasks run code that the model wrote.")
+    ] = False,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Make rows for preference training (DPO, KTO) of a model's right and wrong answers to training problems."""
+    from diablo.errors import UserError
+    from diablo.planning.rows import training_problems
+    from diablo.records.results import recipe_of_run, recipes_behind
+    from diablo.scoring.asking import decoding_for
+    from diablo.scoring.pairs import Choice, row_format, training_settings
+    from diablo.tasks import chosen_tasks
+
+    check_model(model)
+    check_model(base, "--base")
+    check_new_rows(rows_file, overwrite)
+    choice = Choice(row_format(form), pairs_per_problem or 1, gold, seed)
+    choice.check(samples)
+    if choice.form != "pairs":
+        refuse("it is of --format pairs", {"--pairs-per-problem": pairs_per_problem})
+    quiet()
+    trained_as = recipe_of_run(model)
+    if task is None and trained_as.get("evaluation", {}).get("likelihood"):
+        raise UserError(
+            f"--task: missing, and {model!r} was scored by likelihood, which generates no answers; name the task to "
+            "generate some all the same."
+        )
+    chosen = chosen_tasks(trained_as, task, data_folder, protocol, allow=allow_code_execution, split="train")
+    asked = [(each, decoding_for(each, samples=samples, temperature=temperature, seed=seed)) for each in chosen]
+    problems = training_problems(chosen, recipes_behind(model))
+    problems = {name: of_task[:limit] for name, of_task in problems.items()}
+    # A fault in the data shows before the model is loaded.
+    from diablo.models.adapters import load_for_generation
+    from diablo.scoring.own_answers import write_own_answers
+    from diablo_cli.reporting import print_rows_made
+
+    loaded, encoder = load_for_generation(model, base=base, chat=chat)
+    start = time.perf_counter()
+    tallies = write_own_answers(
+        loaded, encoder, asked, problems, rows_file, choice, console=progress, batch_size=batch_size
+    )
+    seconds = time.perf_counter() - start
+    settings = training_settings(model, rows_file, choice, chat=encoder.chat, trained_as=trained_as, base=base)
+    for name, tally in tallies.items():
+        out.print(f"{name}: {tally.describe()}.")
+    rows = sum(tally.rows for tally in tallies.values())
+    print_rows_made(out, f"{rows} {choice.form}", seconds, settings, trained_as=model)
+    answer(
+        {
+            "model": model,
+            "file": rows_file,
+            "format": choice.form,
+            "tasks": {name: asdict(tally) for name, tally in tallies.items()},
+            "rows": rows,
+            "seconds": round(seconds, 1),
+            "recipe": settings,
         }
     )
 

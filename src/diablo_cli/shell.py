@@ -36,6 +36,17 @@ def check_file(path: Path | None, option: str = "--out") -> None:
         raise UserError(f"{option}: {str(path)!r} cannot be written; give a file in a folder that exists.")
 
 
+def check_new_rows(path: Path, overwrite: bool) -> None:
+    """Check that a file of rows can be written, and that the file is new unless it may be overwritten."""
+    from diablo.errors import UserError
+
+    check_file(path, "OUT")
+    if path.suffix != ".jsonl":
+        raise UserError(f"OUT: found {str(path)!r}; rows are written as lines of JSON: give a name in .jsonl.")
+    if path.exists() and not overwrite:
+        raise UserError(f"OUT: {str(path)!r} is there already; give another name, or --overwrite.")
+
+
 def is_recipe(name: str) -> bool:
     """Whether a name stands for a recipe: a YAML file, or one that diablo ships."""
     from diablo.recipes.reading import shipped_recipes

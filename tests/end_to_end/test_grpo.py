@@ -318,6 +318,10 @@ def refusals(text: Callable[[str], str]) -> Refused:
         (["objective.temperature=0"], "objective.temperature: found 0; allowed: a number above 0"),
         (["objective.rewards=right_anwser"], "found 'right_anwser'; allowed: right_answer, format, length, and a"),
         (["objective.rewards=right_answer"], "right_answer is what a task says of an answer, and data.train has none"),
+        (
+            ["objective.rewards=right_answer", "data={}", "task=code_alpaca_2k"],
+            "right_answer is what a task says of an answer, and code_alpaca_2k has no right answers to judge by",
+        ),
         (["objective.rewards=none.py:f"], "objective.rewards: there is no file 'none.py'"),
         ([f"objective.rewards={own}:lettr"], "has no function 'lettr'; it has: letter, short, asks, breaks, later"),
         ([f"objective.rewards={own}:NUMBER"], "NUMBER of"),

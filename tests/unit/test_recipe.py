@@ -43,7 +43,7 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"modle": 1}, ["modle: unknown key", "allowed: model, adapter, task,"]),
+        ({"modle": 1}, ["modle: unknown key", "allowed: model, adapter, objective, task,"]),
         ({"seeds": 1}, ["seeds: unknown key", "Did you mean seed?"]),
         ({"training": {"lerning_rate": 1}}, ["training.lerning_rate: unknown key", "Did you mean learning_rate?"]),
         ({"method": {"num_block": 3}}, ["method.num_block: unknown key", "Did you mean num_blocks?"]),

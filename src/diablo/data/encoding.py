@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from diablo.data.conversations.chat_template import ChatTemplate, Turn
@@ -125,6 +126,12 @@ class RowEncoder:
             self._template = ChatTemplate(tokenizer, special_tokens=special, stops=stops)
             if self._template.end_of_turn is not None:
                 self.stop_token_ids |= {ids[self._template.end_of_turn]}
+
+    @cached_property
+    def newline_token_ids(self) -> frozenset[int]:
+        """The ids of all tokens that contain a line break. Each of them ends an answer of one line."""
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        return frozenset(token for token, text in enumerate(texts) if "\n" in text)
 
     def encode_all(self, row: Row) -> list[EncodedRow]:
         """The tokens of a row and which of them are supervised.

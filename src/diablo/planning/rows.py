@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 from diablo.data.documents import encode_document
 from diablo.data.encoding import EncodedRow, RowEncoder
@@ -14,7 +16,7 @@ from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError
 from diablo.recipes.data import Data
 from diablo.recipes.recipe import Recipe
-from diablo.tasks import Problem, Task, get_task, without_tested
+from diablo.tasks import Problem, Split, Task, get_task, without_tested
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,73 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
     train, left_out = without_tested(rows.train, tested)
     if not train:
         raise UserError(f"All {left_out} training rows are tested on as well; nothing is left to train on.")
-    held_out, validation = rows.held_out, list[Row]()
+    train, cut, validation = _cut(train, data)
+    held_out = rows.held_out if cut is None else cut
+    return replace(
+        rows,
+        train=train,
+        held_out=validation if data.held_out == "validation" else held_out,
+        tested=left_out,
+        validation=len(validation),
+        validation_problems=_problems_of(validation, problems),
+        problems={name: [*of_task, *tests.get(name, [])] for name, of_task in problems.items()},
+    )
+
+
+def training_problems(tasks: Sequence[Task], recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Problem]]:
+    """The training problems of tasks, without those that a model is scored or chosen by.
+
+    A problem is left out where its prompt stands, word for word, among the problems that are tested on, or among those
+    that a run has kept for validation.
+
+    Args:
+        tasks: the tasks.
+        recipes: the recipes of the runs that have made the model, as their records have them.
+
+    Returns:
+        The problems by the tasks' names, in the order of training.
+
+    Raises:
+        UserError: the data of a task cannot be read, or no problem of a task is left.
+    """
+    known = {task.name: task for task in tasks}
+
+    @cache
+    def problems_of(name: str, split: Split) -> list[Problem]:
+        return known[name].problems(split) if split in known[name].splits else []
+
+    apart = [problem for task in tasks for problem in problems_of(task.name, "test")]
+    for recipe in recipes:
+        data, own, evaluation = Data.model_validate(recipe["data"]), recipe["task"], recipe["evaluation"]
+        tests = {}
+        for name in dict.fromkeys([*own, *(evaluation["tasks"] or [])]):
+            if name not in known:
+                known[name] = get_task(name, folder=data.folder, protocol=evaluation["protocol"])
+            tests[name] = problems_of(name, "test")
+        tested = [problem for of_task in tests.values() for problem in of_task]
+        apart += tested
+        if own and data.validation_rows:
+            problems = {name: problems_of(name, "train") for name in own}
+            train, _ = without_tested(_rows_of_tasks(problems, tests, None).train, tested)
+            validation = _problems_of(_cut(train, data)[2], problems)
+            apart += [problem for of_task in validation.values() for problem in of_task]
+    asked = {task.name: problems_of(task.name, "train") for task in tasks}
+    rows, _ = without_tested([problem.row for of_task in asked.values() for problem in of_task], apart)
+    left = _problems_of(rows, asked)
+    if missing := [name for name in asked if name not in left]:
+        raise UserError(
+            f"--task: every training problem of {missing[0]} is tested or validated on; choose another task."
+        )
+    return left
+
+
+def _cut(train: Sequence[Row], data: Data) -> tuple[list[Row], list[Row] | None, list[Row]]:
+    """Cut the rows that are kept out of training from the rows that could be trained on.
+
+    Returns:
+        The rows to train on; those to hold out, None where they are not cut out; and those to validate on.
+    """
+    held_out, validation = None, list[Row]()
     cut = data.held_out_rows(len(distinct(train[: data.limit])))
     apart = data.validation_rows or 0
     if data.limit is not None:
@@ -78,15 +146,7 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
         train, held_out = cut_validation(train, cut, data.validation_seed, key="data.eval")
     if apart:
         train, validation = cut_validation(train, apart, data.validation_seed, key="data.validation_rows")
-    return replace(
-        rows,
-        train=train[: data.limit],
-        held_out=validation if data.held_out == "validation" else held_out,
-        tested=left_out,
-        validation=len(validation),
-        validation_problems=_problems_of(validation, problems),
-        problems={name: [*of_task, *tests.get(name, [])] for name, of_task in problems.items()},
-    )
+    return list(train[: data.limit]), held_out, validation
 
 
 def _rows_of_tasks(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diablo.errors import UserError
 from diablo.scoring.own_functions import file_and_function
-from diablo.tasks import check_split
+from diablo.tasks import TASKS
 
 if TYPE_CHECKING:
     from diablo.recipes.recipe import Recipe
@@ -50,8 +50,11 @@ def _check_rewards(recipe: Recipe) -> None:
                 f"objective.rewards: {name} is what a task says of an answer, and data.train has none; give task, or a "
                 "function of yours, such as my_rewards.py:brevity."
             )
-        for task in recipe.task:
-            check_split(f"objective.rewards: {name} with task", task, "test")
+        if unjudged := [task for task in recipe.task if not TASKS[task].is_judged()]:
+            raise UserError(
+                f"objective.rewards: {name} is what a task says of an answer, and {unjudged[0]} has no right answers to "
+                "judge by; leave it out, or take another task."
+            )
     for path, _ in map(file_and_function, (reward.name for reward in objective.rewards)):
         if path and not Path(path).is_file():
             raise UserError(f"objective.rewards: there is no file {path!r}; paths count from the current folder.")

@@ -83,6 +83,25 @@ def recipe_of_run(model: str | Path) -> dict[str, Any]:
     return {}
 
 
+def recipes_behind(model: str | Path) -> list[dict[str, Any]]:
+    """The recipe of a run, and those of the runs whose adapters it has gone on from, the last one first.
+
+    Args:
+        model: as for :func:`recipe_of_run`; nothing is found where it is of no run.
+    """
+    found: list[dict[str, Any]] = []
+    place: str | Path | None = model
+    while place is not None:
+        place = Path(place)
+        recipe = recipe_of_run(place.parent if place.parent.name == "checkpoints" else place)
+        # A folder may have been written to again, by a run that goes on from a later one.
+        if not recipe or recipe in found:
+            break
+        found.append(recipe)
+        place = recipe.get("adapter")
+    return found
+
+
 def kept_loss(training: Mapping[str, Any]) -> float | None:
     """The held-out loss of what a run has kept, given ``training`` of its record; None where it has none."""
     return dict(training["held_out_loss"]).get(training["kept_step"])

@@ -49,12 +49,14 @@ class Answer:
         text: the generated completion, up to the stop token.
         right: whether it solves the problem.
         sample: index of this completion among those of the problem, from 0.
+        finished: whether the model has ended it, and not the limit on its length.
     """
 
     problem: Problem
     text: str
     right: bool
     sample: int = 0
+    finished: bool = True
 
     def line(self) -> dict[str, Any]:
         """The answer as it is written to a file of answers."""
@@ -141,7 +143,7 @@ def evaluate_task(
     with torch.random.fork_rng(enabled=bool(decoding.temperature)):
         if decoding.temperature:
             torch.manual_seed(decoding.seed)
-        texts = generate(
+        completions = complete(
             model,
             encoder,
             [prompt for prompt in prompts for _ in range(decoding.samples)],
@@ -151,19 +153,37 @@ def evaluate_task(
             progress=progress,
             **decoding.options,
         )
-    completed = [problem for problem in problems for _ in range(decoding.samples)]
-    verdicts = task.score_all(texts, completed)
+    answered = [problem for problem in problems for _ in range(decoding.samples)]
+    verdicts = task.score_all([completion.text for completion in completions], answered)
     answers = [
-        Answer(problem, text, right, index % decoding.samples)
-        for index, (problem, text, right) in enumerate(zip(completed, texts, verdicts, strict=True))
+        Answer(problem, completion.text, right, index % decoding.samples, completion.finished)
+        for index, (problem, completion, right) in enumerate(zip(answered, completions, verdicts, strict=True))
     ]
     starts = range(0, len(answers), decoding.samples)
     rights = [[answer.right for answer in answers[first : first + decoding.samples]] for first in starts]
     return Score(task.name, answers, time.perf_counter() - start, task.metrics(problems, rights), task.protocol)
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        text: the text, as it stands behind the prompt, without the stop token.
+        finished: whether it ended with a stop token, and not at the limit on its length.
+    """
+
+    text: str
+    finished: bool
+
+
+def generate(model: Any, encoder: RowEncoder, prompts: Sequence[list[int]], **options: Any) -> list[str]:
+    """The texts that :func:`complete` gives, which says what the options are."""
+    return [completion.text for completion in complete(model, encoder, prompts, **options)]
+
+
 @torch.no_grad()
-def generate(
+def complete(
     model: Any,
     encoder: RowEncoder,
     prompts: Sequence[list[int]],
@@ -173,7 +193,7 @@ def generate(
     batch_size: int = 48,
     progress: Progress | None = None,
     **sampling: Any,
-) -> list[str]:
+) -> list[Completion]:
     """Complete prompts, batched by length so that little is padded.
 
     Args:
@@ -187,12 +207,12 @@ def generate(
         sampling: further options of transformers' ``generate``; greedy where none are given.
 
     Returns:
-        The completions as text, in the order of the prompts, without the stop token.
+        The completions, in the order of the prompts.
     """
     tokenizer = encoder.tokenizer
     stops = stops_of(encoder, stop_at_newline=stop_at_newline)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
+    completions: dict[int, Completion] = {}
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
@@ -206,13 +226,15 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
                 **({"do_sample": False} | sampling),
             )
-            completions = output[:, padded["input_ids"].shape[1] :]
-            decoded = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            for index, text in zip(batch, decoded, strict=True):
-                texts[index] = text.rstrip("\n") if stop_at_newline else text
+            written = output[:, padded["input_ids"].shape[1] :].tolist()
+            texts = texts_behind(tokenizer, [prompts[index] for index in batch], written)
+            for index, text, tokens in zip(batch, texts, written, strict=True):
+                completions[index] = Completion(
+                    text.rstrip("\n") if stop_at_newline else text, finished=not stops.isdisjoint(tokens)
+                )
             if progress is not None:
                 progress(first + len(batch), len(order))
-    return texts
+    return [completions[index] for index in range(len(prompts))]
 
 
 def stops_of(encoder: RowEncoder, *, stop_at_newline: bool) -> set[int]:
@@ -222,7 +244,7 @@ def stops_of(encoder: RowEncoder, *, stop_at_newline: bool) -> set[int]:
         encoder: gives the tokenizer and the stop tokens.
         stop_at_newline: whether every token with a line break ends it, too.
     """
-    return set(encoder.stop_token_ids) | (_newline_tokens(encoder.tokenizer) if stop_at_newline else set())
+    return set(encoder.stop_token_ids) | (encoder.newline_token_ids if stop_at_newline else set())
 
 
 @contextmanager
@@ -236,7 +258,20 @@ def evaluating(model: Any) -> Any:
         model.train(training)
 
 
-def _newline_tokens(tokenizer: Any) -> set[int]:
-    """The ids of all tokens that contain a line break. Each of them ends an answer of one line."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    return {token for token, text in enumerate(texts) if "\n" in text}
+def texts_behind(tokenizer: Any, prompts: Sequence[list[int]], written: Sequence[list[int]]) -> list[str]:
+    """The texts of tokens as they stand behind prompts, without special tokens.
+
+    By itself a text may lose its first space: some tokenizers take away the one that they put before any text. So it is
+    decoded with the token before it, where that one is text of its own.
+    """
+
+    def decoded(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    before = decoded([prompt[-1:] for prompt in prompts])
+    together = decoded([prompt[-1:] + tokens for prompt, tokens in zip(prompts, written, strict=True)])
+    alone = decoded(list(written))
+    return [
+        whole.removeprefix(anchor) if anchor and whole.startswith(anchor) else text
+        for anchor, whole, text in zip(before, together, alone, strict=True)
+    ]

@@ -141,7 +141,13 @@ def check_code_execution(name: str, allowed: bool) -> None:
 
 
 def chosen_tasks(
-    trained_as: dict[str, Any], names: str | None, folder: Path | None, protocol: str | None, *, allow: bool
+    trained_as: dict[str, Any],
+    names: str | None,
+    folder: Path | None,
+    protocol: str | None,
+    *,
+    allow: bool,
+    split: Split = "test",
 ) -> list[Task]:
     """The tasks that the command line asks for, or else those that a run is scored on.
 
@@ -151,21 +157,26 @@ def chosen_tasks(
         folder: a local folder of datasets to read in place of the hub.
         protocol: how answers are read.
         allow: whether tasks may run code that the model wrote.
+        split: whose problems are answered. With ``"train"`` a run's tasks are those that it was trained on.
 
     Raises:
         UserError: a task does not exist, or cannot be scored in this way.
     """
     data, evaluation = trained_as.get("data", {}), trained_as.get("evaluation", {})
-    own = evaluation.get("tasks") or trained_as.get("task", [])
+    own = (split == "test" and evaluation.get("tasks")) or trained_as.get("task", [])
     chosen = [name for name in (names.split(",") if names is not None else own) if name]
+    judged = [name for name, task in TASKS.items() if split in task.splits and task.is_judged()]
     if not chosen:
-        scorable = [name for name, task in TASKS.items() if "test" in task.splits]
-        raise UserError(f"--task: missing; allowed: {', '.join(scorable)}.")
+        raise UserError(f"--task: missing; allowed: {', '.join(judged)}.")
     protocol = protocol or evaluation.get("protocol", "strict")
     if protocol not in PROTOCOLS:
         raise UserError(f"--protocol: found {protocol!r}; allowed: {', '.join(PROTOCOLS)}.")
     for name in chosen:
-        check_split("--task", name, "test")
+        check_split("--task", name, split)
+        if name not in judged:
+            raise UserError(
+                f"--task: found {name!r}, which has no right answers to judge by; allowed: {', '.join(judged)}."
+            )
         check_code_execution(name, allow)
     if folder is not None:
         check_folder("--data-folder", folder, chosen)

@@ -72,6 +72,11 @@ class Task(ABC):
         self.protocol: Protocol = protocol
 
     @classmethod
+    def is_judged(cls) -> bool:
+        """Whether an answer is read and can be right or wrong; where not, the task is only for training."""
+        return any(cls.readings)
+
+    @classmethod
     def record(cls) -> dict[str, Any]:
         """All about the task, as values of JSON. The size of a split is None where it depends on the user's files."""
         source = cls.source

@@ -73,14 +73,10 @@ class TrainLog(TrainerCallback):
     def go_on_from(self, step: int) -> None:
         """Keep the lines of a step and of those before it, and drop the others; none is kept of another run."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        before = [
-            json.dumps({"step": step, name: value})
-            for name, measured in (
-                ("held_out_loss", self.losses.held_out),
-                ("held_out_reward", self.losses.figures.get("reward", [])),
-            )
-            for step, value in measured
-        ]
+        start = {f"held_out_{name}": values[0][1] for name, values in self.losses.figures.items()}
+        if self.losses.held_out:
+            start = {"held_out_loss": self.losses.held_out[0][1], **start}
+        before = [json.dumps({"step": 0, **start})] if start else []
         steps = {line: step_of for line in lines if math.isfinite(step_of := _step_of(line))} if step else {}
         self.told = {kind: max((s for line, s in steps.items() if f'"{kind}"' in line), default=0) for kind in KINDS}
         kept = [line for line in lines if _step_of(line) <= step] if step else before

@@ -14,7 +14,7 @@ from diablo.data.rows import Row
 from diablo.models.compiling import as_if_not_compiled
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
-from diablo.scoring.generation import evaluating, generate, stops_of
+from diablo.scoring.generation import evaluating, generate, stops_of, texts_behind
 from diablo.scoring.rewards import Reward, Rewards
 from diablo.training import saving
 from diablo.training.averaging import with_values
@@ -47,6 +47,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         assert plan.rewards is not None
         self.rewards: Rewards = plan.rewards
         self._asked: Sequence[Mapping[str, Any]] = []
+        self._texts: list[str] = []
         # TRL makes the batches itself.
         super().__init__(reward_funcs=[self._as_trl_calls_it(reward) for reward in self.rewards.each], **options)
         self.stop_at_newline = all(self.rewards.asked_by(_row(encoded)).is_of_one_line for encoded in plan.train)
@@ -110,11 +111,11 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
     def _as_trl_calls_it(self, reward: Reward) -> Callable[..., list[float]]:
         """A reward as a function that TRL calls, which has its name."""
 
-        def give(completions: list[str], completion_ids: list[list[int]], index: list[int], **_: Any) -> list[float]:
+        def give(completion_ids: list[list[int]], index: list[int], **_: Any) -> list[float]:
             rows = [_row(self.plan.train[each]) for each in index]
             stops = set(self.eos_token_ids)
             tokens = [ids[:-1] if ids and ids[-1] in stops else ids for ids in completion_ids]
-            return reward([self.rewards.written(*each) for each in zip(rows, completions, tokens, strict=True)])
+            return reward([self.rewards.written(*each) for each in zip(rows, self._texts, tokens, strict=True)])
 
         give.__name__ = reward.name
         return give
@@ -133,10 +134,12 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(each["prompt_ids"]) for each in self._asked], None, {}
 
-    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *arguments: Any, **options: Any) -> Any:
         # A whole generation is one pass: blocks are written into the weights once and taken out once.
         with evaluating(self.model), as_if_not_compiled():
-            return super()._generate_single_turn(*arguments, **options)
+            tokens, likelihoods = super()._generate_single_turn(prompt_ids, *arguments, **options)
+        self._texts = texts_behind(self.plan.encoder.tokenizer, prompt_ids, tokens)
+        return tokens, likelihoods
 
     def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **options: Any) -> Any:
         if model is not _AT_START:

@@ -7,6 +7,7 @@ log-likelihoods of all rows are kept, and no second model and no copy of the ada
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -164,18 +165,28 @@ class PreferenceTrainer(RunTrainer):
         # It adds its figures of a batch to these lists.
         metrics: dict[str, list[float]] = self._metrics["eval"]
         metrics.clear()
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
         model: Any = self.model
         with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
             for indices, batch in self._batches(self.held_out_columns, range(len(self.held_out_columns))):
-                found = {"loss": self._mean_loss(model, batch).item()}
-                found |= {_FIGURES[name]: metrics[name][-1] for name in _FIGURES if metrics.get(name)}
+                loss = self._mean_loss(model, batch).item()
+                found = {name: values[-1] for name, values in metrics.items()}
                 metrics.clear()
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value * len(indices)
-                    counts[name] = counts.get(name, 0) + len(indices)
-        return {name: value / counts[name] for name, value in sums.items()}
+                for name, value, count in [("loss", loss, len(indices)), *self.figures_of(found, batch)]:
+                    sums[name] += value * count
+                    counts[name] += count
+        return self.settled({name: value / counts[name] for name, value in sums.items() if counts[name]})
+
+    @staticmethod
+    def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+        """What is kept of TRL's figures of a batch: each with its name here, and how many rows it is the mean of."""
+        raise NotImplementedError
+
+    @staticmethod
+    def settled(figures: dict[str, float]) -> dict[str, float]:
+        """The figures of all rows, given their means."""
+        return figures
 
     def compute_loss(
         self,
@@ -197,10 +208,6 @@ class PreferenceTrainer(RunTrainer):
     def _mean_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         loss: Any = super().compute_loss(model, inputs)
         return loss
-
-
-_FIGURES = {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "kl"}
-"""TRL's names of the figures that are kept of held-out rows, and what they are called here."""
 
 
 def _sequence(row: EncodedRow, prefix: str = "") -> dict[str, Any]:
@@ -238,6 +245,12 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
     def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
         """Makes batches, and counts their tokens."""
         return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("", "rejected_")], cls.reference)
+
+    @staticmethod
+    def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+        """The share of pairs whose better completion has the larger reward, and by how much it is larger."""
+        pairs = len(batch["input_ids"]) // 2
+        return [("accuracy", metrics["rewards/accuracies"], pairs), ("margin", metrics["rewards/margins"], pairs)]
 
 
 class OddsRatioTrainer(PairTrainer):
@@ -330,6 +343,25 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
     def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
         """Makes batches, and counts their tokens."""
         return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("",), ("KL_",)], ("label", *cls.reference))
+
+    @staticmethod
+    def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+        """The rewards of good and of bad completions, and how far the model has moved."""
+        rows = len(batch["label"])
+        good = int(batch["label"].sum())
+        # A batch may have no row of one kind.
+        rewards = [
+            (name, metrics[f"rewards/{name}"], count)
+            for name, count in (("chosen", good), ("rejected", rows - good))
+            if count
+        ]
+        return [*rewards, ("kl", metrics["kl"], rows)]
+
+    @staticmethod
+    def settled(figures: dict[str, float]) -> dict[str, float]:
+        """By how much the mean reward of good completions is larger than that of bad ones, in the place of the two."""
+        chosen, rejected = figures.pop("chosen", None), figures.pop("rejected", None)
+        return figures if chosen is None or rejected is None else figures | {"margin": chosen - rejected}
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """The log-likelihoods of completions behind their own prompts and behind those of others, each ``(rows,)``."""

@@ -1,0 +1,180 @@
+"""What do DPO and GRPO add to a supervised adapter, with DiaBlo and with LoRA at equal parameters?
+
+    python -m benchmarks.stages --folder runs/stages
+
+On MAWPS: a supervised run on 384 problems; DPO on pairs of that run's own right and wrong answers to these problems;
+GRPO with the right answer as the reward, from the same start. The rates of DPO and GRPO are chosen with the first seed
+by the share of 128 validation problems that the model solves, for each method by itself; those of the supervised runs
+are the best ones of docs/quality.md. Every run is judged by the 238 test problems. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.harness import print_table
+from diablo.models.adapters import load_for_generation
+from diablo.planning.materials import gather
+from diablo.recipes.reading import load_recipe
+from diablo.records.results import write_record
+from diablo.scoring.several_tasks import score_tasks
+
+QUESTION = (
+    "share of the test problems of MAWPS that are solved after supervised training, and after DPO or GRPO from there"
+)
+METHODS = {
+    "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
+    "lora": ("{name: lora, r: 21}", 1e-3),
+}
+RATES: dict[str, tuple[float, ...]] = {"dpo": (1e-4, 3e-4, 1e-3), "grpo": (1e-4, 3e-4, 1e-3)}
+OBJECTIVES = {
+    "dpo": "{name: dpo, beta: 0.1}",
+    "grpo": "{name: grpo, generations: 8, rewards: [right_answer], max_new_tokens: 32}",
+}
+RECIPE = Path(__file__).parent / "quality" / "mawps.yaml"
+
+
+def diablo(*arguments: object, log: Path) -> None:
+    """Run the command line, as a user would; what it prints goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "diablo_cli", *map(str, arguments)]
+    with log.open("w", encoding="utf-8") as file:
+        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
+
+
+def train(run: Path, *overrides: str, seed: int) -> dict[str, Any]:
+    """A run's record; the run is made where it is not there."""
+    if not (run / "run.json").is_file():
+        common = [f"output={run}", f"seed={seed}", "evaluation.before=false", "evaluation.batch_size=64"]
+        diablo("train", RECIPE, *common, *overrides, "--overwrite", log=run.with_suffix(".log"))
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def supervised(folder: Path, method: str, seed: int) -> Path:
+    """The run that the others start from."""
+    section, rate = METHODS[method]
+    run = folder / method / f"seed{seed}" / "sft"
+    train(run, f"method={section}", f"training.learning_rate={rate}", seed=seed)
+    return run
+
+
+def pairs(start: Path, seed: int, samples: int) -> Path:
+    """Pairs of the supervised run's own answers to the problems that it was trained on."""
+    file = start.parent / "pairs.jsonl"
+    if not file.is_file():
+        options = ("--samples", samples, "--temperature", 1.0, "--seed", seed, "--limit", 384)
+        more = ("--pairs-per-problem", 2, "--batch-size", 64, "--json")
+        diablo("pairs", start, file, *options, *more, log=file.with_suffix(".log"))
+    return file
+
+
+def stage(start: Path, objective: str, rate: float, seed: int, steps: int, samples: int) -> Path:
+    """A run of DPO or GRPO from a supervised run."""
+    run = start.parent / f"{objective}-{rate:g}"
+    given = [
+        f"objective={OBJECTIVES[objective]}",
+        f"adapter={start}",
+        "method=null",
+        f"training.learning_rate={rate}",
+        f"training.max_steps={steps}",
+        "training.logging_steps=1",
+    ]
+    if objective == "dpo":
+        rows = pairs(start, seed, samples)
+        given += ["task=[]", f"data={{train: {rows}}}", "evaluation.tasks=[mawps]"]
+    train(run, *given, seed=seed)
+    return run
+
+
+def validation_accuracy(run: Path) -> float:
+    """The share of the validation problems of the supervised recipe that a run's model solves."""
+    kept = run / "validation.json"
+    if not kept.is_file():
+        materials = gather(load_recipe(RECIPE, [f"output={run}"]))
+        model, encoder = load_for_generation(str(run))
+        problems = materials.rows.validation_problems or {"mawps": []}
+        scores = score_tasks(
+            model, encoder, materials.scored, console=Console(quiet=True), batch_size=64, problems=problems
+        )
+        kept.write_text(json.dumps({name: score.summary() for name, score in scores.items()}), encoding="utf-8")
+    found = json.loads(kept.read_text(encoding="utf-8"))["mawps"]
+    return found["right"] / found["total"]
+
+
+def solved(run: Path) -> float:
+    """The share of the test problems that a run's model solves."""
+    after = json.loads((run / "run.json").read_text(encoding="utf-8"))["scores"]["after"]["mawps"]
+    return after["right"] / after["total"]
+
+
+def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What was logged of a run: its loss, and margins or rewards."""
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = ("loss", "rewards/margins", "rewards/accuracies", "reward")
+    return {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
+
+
+def main(
+    folder: Path = Path("runs/stages"),
+    seeds: int = 3,
+    steps: int = 24,
+    samples: int = 4,
+    objectives: Annotated[str, typer.Option(help="Separated by commas.")] = "dpo,grpo",
+    out: Path = Path("docs/results/stages-mawps.json"),
+) -> None:
+    """Run every stage of every method and seed, and write the record."""
+    results = []
+    for objective in objectives.split(","):
+        for method in METHODS:
+            first = supervised(folder, method, 0)
+            swept = {
+                rate: validation_accuracy(stage(first, objective, rate, 0, steps, samples)) for rate in RATES[objective]
+            }
+            best = max(swept, key=lambda rate: swept[rate])
+            runs = []
+            for seed in range(seeds):
+                start = supervised(folder, method, seed)
+                run = stage(start, objective, best, seed, steps, samples)
+                runs.append({"seed": seed, "before": solved(start), "after": solved(run), "curve": curve(run)})
+                print(f"{objective}, {method}, seed {seed}: {runs[-1]['before']:.1%} -> {runs[-1]['after']:.1%}")
+            results.append(
+                {
+                    "objective": objective,
+                    "method": method,
+                    "trained": json.loads((first / "run.json").read_text())["parameters"]["trainable"],
+                    "rates": {f"{rate:g}": accuracy for rate, accuracy in swept.items()},
+                    "rate": best,
+                    "runs": runs,
+                }
+            )
+            settings = {"model": "builtin:smollm2-135m", "steps": steps, "samples": samples, "seeds": seeds}
+            write_record(out, QUESTION, settings, results)
+    print_table(
+        ["objective", "method", "rate", "before", "after", "gain"],
+        [[each["objective"], each["method"], f"{each['rate']:g}", *_figures(each["runs"])] for each in results],
+    )
+
+
+def _figures(runs: Sequence[dict[str, Any]]) -> list[str]:
+    before, after = [run["before"] for run in runs], [run["after"] for run in runs]
+    gains = [b - a for a, b in zip(before, after, strict=True)]
+    return [_mean(values) for values in (before, after, gains)]
+
+
+def _mean(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):.1%} ± {deviation:.1%}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
