@@ -287,9 +287,9 @@ def test_prompts_that_are_turns_reach_functions_as_trl_hands_them_over(recipe, t
     assert plan.encoder.tokenizer.decode(plan.train[0].input_ids).endswith("user asks</s>\n<s>assistant\n")
     assert plan.train[0].input_ids == plan.encoder.prompt(plan.train[0].row)
     train(recipe_read)
-    [module] = [each for name, each in sys.modules.items() if name.startswith("diablo_rewards_of_") and each.SEEN]
+    file = str(tmp_path / "rewards.py")
+    [module] = [each for each in list(sys.modules.values()) if getattr(each, "__file__", None) == file]
     prompts, completions, kinds = module.SEEN[-1]
-    module.SEEN.clear()
     assert prompts == [turns] * 8
     assert {completion[0]["role"] for completion in completions} == {"assistant"}
     assert sorted(kinds) == [0] * 4 + [1] * 4
@@ -320,7 +320,7 @@ def refusals(text: Callable[[str], str]) -> Refused:
         (["objective.rewards=right_answer"], "right_answer is what a task says of an answer, and data.train has none"),
         (
             ["objective.rewards=right_answer", "data={}", "task=code_alpaca_2k"],
-            "right_answer is what a task says of an answer, and code_alpaca_2k has no right answers to judge by",
+            "right_answer is what a task says of an answer, and code_alpaca_2k has no right answers; leave it out",
         ),
         (["objective.rewards=none.py:f"], "objective.rewards: there is no file 'none.py'"),
         ([f"objective.rewards={own}:lettr"], "has no function 'lettr'; it has: letter, short, asks, breaks, later"),
@@ -341,7 +341,7 @@ def refusals(text: Callable[[str], str]) -> Refused:
         (["method={name: diablo, num_blocks: 4, dropout: 0.1}"], "method.dropout: found 0.1, and grpo trains on"),
         (["training.packing=true"], "training.packing: found true, which is for objective: sft"),
         (["training.label_smoothing=0.1"], "training.label_smoothing: found 0.1, which is for objective: sft"),
-        (["training.neftune_noise_alpha=5"], "training.neftune_noise_alpha: found a number"),
+        (["training.neftune_noise_alpha=5"], "training.neftune_noise_alpha: found 5, which is for objective: sft"),
         (["speed.activation_offloading=true"], "speed.activation_offloading: found true, which grpo does not have"),
         (["data.train=empty.jsonl"], "Row 1: prompt is empty; give the text that is to be completed."),
         (["data.train=answered.jsonl", "chat=true"], "prompt ends with the assistant's turn; leave that turn out"),

@@ -17,7 +17,7 @@ from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
-from diablo.recipes.rewarding import check_group_objective
+from diablo.recipes.rewarding import check_group_method, check_group_training, check_rewards
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
 from diablo.recipes.starting import check_adapter, method_of
@@ -194,9 +194,6 @@ class Recipe(Section):
                 f"method.dropout: found {dropout:g}, and {self.objective.name} compares the model with what it was "
                 "before training, which has no dropout; leave it out."
             )
-        if self.objective.name == "grpo":
-            with explained():
-                check_group_objective(self)
         if self.objective.name == "kto" and self.objective.loss == "kto" and self.training.batch_size == 1:
             raise ValueError(
                 "training.batch_size: found 1, and kto compares the rows of a batch; take 2 or more, or "
@@ -262,6 +259,15 @@ class Recipe(Section):
         self.tracking.check()
         if self.push_to_hub is not None:
             self.push_to_hub.check(self.model, is_adapter=self.method.name != "full")
+        return self
+
+    @model_validator(mode="after")
+    @explained()
+    def _rewards_fit(self) -> Recipe:
+        if self.objective.name == "grpo":
+            check_rewards(self.objective, self.task, self.max_new_tokens)
+            check_group_training(self.objective, self.training, self.speed, self.max_new_tokens)
+            check_group_method(self.objective, self.method, goes_on=self.adapter is not None)
         return self
 
     @property
