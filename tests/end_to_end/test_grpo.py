@@ -111,6 +111,8 @@ def test_completions_come_to_have_what_a_function_of_the_users_rewards(diablo, r
     idle = [line["step"] for line in lines if line["frac_reward_zero_std"] == 1]
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("so that nothing was learned") == len(idle)
+    # The best and the worst completion of a step are there to be read.
+    assert log.count(": advantage +") == 16
     assert diablo("generate", tmp_path / "run", "The dog 3", "--max-new-tokens", 4)[0] == 0
 
 
@@ -185,18 +187,24 @@ def test_padding_with_the_stop_token_changes_nothing(diablo, recipe, model, tmp_
     assert_same(adapter_of(first), adapter_of(second))
 
 
-@pytest.mark.parametrize("method", ["{name: diablo, num_blocks: 4}", "{name: pissa, r: 4}"])
-def test_the_reference_is_the_model_as_it_starts(diablo, recipe, tmp_path, method):
+@pytest.mark.parametrize("method", ["{name: diablo, num_blocks: 4, dropout: 0.2}", "{name: pissa, r: 4}"])
+def test_the_reference_is_the_model_as_it_starts_and_nothing_is_dropped(diablo, recipe, tmp_path, method):
     first, second = tmp_path / "first", tmp_path / "second"
-    moved = ["training.learning_rate=0.1", "training.max_steps=3"]
-    assert diablo("train", recipe, f"method={method}", f"output={first}", *moved)[0] == 0
+    rows = [{"prompt": f"The dog {n}", "completion": f" asks {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    moved = ["training.learning_rate=0.05", "training.max_steps=3"]
+    supervised = ["objective=sft", f"data.train={tmp_path / 'rows.jsonl'}", f"method={method}", f"output={first}"]
+    assert diablo("train", recipe, *supervised, *moved)[0] == 0
     recipe.write_text(recipe.read_text().replace("method: {name: diablo, num_blocks: 4}\n", ""))
-    settings = ["objective.beta=0.01", *moved]
-    assert diablo("train", recipe, f"adapter={first}", f"output={second}", *settings)[0] == 0
+    arguments = ["train", recipe, f"adapter={first}", f"output={second}", "objective.beta=0.01", *moved]
+    status, said, _ = diablo(*arguments, "--dry-run")
+    assert status == 0
+    assert ("dropout             off: the adapter was trained with 0.2" in said) == ("dropout" in method)
+    assert diablo(*arguments)[0] == 0
     divergences = [line["kl"] for line in lines_of(second)]
     assert divergences[0] == pytest.approx(0, abs=1e-6)
     assert divergences[-1] > 1e-4
-    # Neither a second adapter nor a second model is left behind, in memory or in the file.
+    # Neither a second adapter nor a second model is left behind in the file.
     assert adapter_of(second).keys() == adapter_of(first).keys()
     assert not list((second / "adapter").glob("ref*"))
 

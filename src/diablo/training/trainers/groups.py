@@ -11,8 +11,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from diablo.data.encoding import EncodedRow
 from diablo.data.rows import Row
+from diablo.errors import shortened
 from diablo.models.compiling import as_if_not_compiled
 from diablo.planning.plan import Plan
+from diablo.records.log import LOGGER
 from diablo.records.progress import TokenMeter
 from diablo.scoring.generation import evaluating, generate, stops_of, texts_behind
 from diablo.scoring.rewards import Reward, Rewards
@@ -48,6 +50,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         self.rewards: Rewards = plan.rewards
         self._asked: Sequence[Mapping[str, Any]] = []
         self._texts: list[str] = []
+        self._extremes: list[str] = []
         # TRL makes the batches itself.
         super().__init__(reward_funcs=[self._as_trl_calls_it(reward) for reward in self.rewards.each], **options)
         self.stop_at_newline = all(self.rewards.asked_by(_row(encoded)).is_of_one_line for encoded in plan.train)
@@ -128,8 +131,19 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         tokens = int(output["prompt_mask"].sum() + output["completion_mask"].sum())
         meter.count(tokens, output["prompt_mask"].numel() + output["completion_mask"].numel())
+        order = output["advantages"].argsort().tolist()
+        self._extremes = [
+            f"{advantage:+.2f} row {number_of(self.plan.train[inputs[index]['index']])} {shortened(self._texts[index])}"
+            for index, advantage in ((each, output["advantages"][each].item()) for each in (order[-1], order[0]))
+        ]
         # On the host, where the rows are named.
         return {**output, "rows": torch.tensor([each["index"] for each in inputs])}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the best and the worst of the last completions, so that one sees what is rewarded."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            LOGGER.info("step %d: advantage %s; and %s", self.state.global_step, *self._extremes)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(each["prompt_ids"]) for each in self._asked], None, {}
