@@ -22,8 +22,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, *, chat_template: bool = True) -> Path:
-    """Save a tiny Llama and its tokenizer to a folder that the transformers Auto classes load, and return it."""
+def make_tiny_model(folder: Path, *, chat_template: bool = True, tied: bool = False, spare_rows: int = 0) -> Path:
+    """Save a tiny Llama and its tokenizer to a folder that the transformers Auto classes load, and return it.
+
+    Args:
+        folder: where to save.
+        chat_template: whether the tokenizer has a chat template.
+        tied: whether the output layer's weight is the embedding's.
+        spare_rows: rows of the embedding that no token has.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -42,7 +49,7 @@ def make_tiny_model(folder: Path, *, chat_template: bool = True) -> Path:
     if chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + spare_rows,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -52,6 +59,7 @@ def make_tiny_model(folder: Path, *, chat_template: bool = True) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=tied,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

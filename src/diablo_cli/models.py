@@ -108,8 +108,8 @@ def merge(
         out.print(f"{CANNOT_BE_TOLD if report.is_same_base is None else told}.")
     if report.verified is not None:
         out.print(
-            f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal, to the "
-            "bit."
+            f"Read back {report.verified} tensors: each is the base model's, plus the blocks on its diagonal"
+            f"{' and the rows of the tokens' if report.tokens else ''}, to the bit."
         )
     for name, shared in report.untied.items():
         out.print(

@@ -111,6 +111,9 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
     if sizes.targets:
         out.print(kinds_table(sizes.targets, f"{sizes.method} on {model}"))
     out.print(f"trained parameters  {sizes.trained:,} of {sizes.total:,} ({sizes.trained / sizes.total:.2%})")
+    if sizes.tokens is not None:
+        texts = ", ".join(sizes.tokens.texts.values())
+        out.print(f"trained tokens      {texts}; {sizes.tokens.describe()}", markup=False)
     if sizes.learning_rate is not None:
         out.print(
             f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in "

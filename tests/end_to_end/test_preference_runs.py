@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from diablo.data.batching import collate
@@ -136,13 +137,11 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(diablo, recipe, 
             assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_reference_has_the_log_likelihoods_of_the_supervised_loss(diablo, recipe, tmp_path, caplog):
+def test_the_reference_has_the_log_likelihoods_of_the_supervised_loss(diablo, recipe, tmp_path):
     """The margin of a run's end, from its own adapter's and the base's losses."""
     run = tmp_path / "run"
     assert diablo("train", recipe, *of("dpo", tmp_path), f"output={run}")[0] == 0
     plan = make_plan(load_recipe(recipe, [*of("dpo", tmp_path), f"output={tmp_path / 'other'}"]))
-    from peft import PeftModel
-
     base = load_model(plan.model_name, plan.dtype)
     adapted = PeftModel.from_pretrained(load_model(plan.model_name, plan.dtype), run / "adapter")
     margins = []
@@ -185,6 +184,8 @@ def test_the_dry_run_shows_both_completions(diablo, recipe, tmp_path):
         (["data.columns={prompt: a, completion: b}"], "data.columns: found 'completion' as a column of a format"),
         (["objective=kto"], "it has what objective: dpo needs"),
         (["objective=sft"], "it has what objective: dpo needs"),
+        (["new_tokens=['<think>']", "method.num_blocks=4"], "objective: found dpo, which is not computed with trained"),
+        (["method={name: peft, type: DIABLO, num_blocks: 4, modules_to_save: [lm_head]}"], "objective: found dpo"),
         (["method={target_modules: [lm_head], num_blocks: 4}"], "the output layer is among them, and objective dpo"),
     ],
 )

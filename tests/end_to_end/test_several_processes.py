@@ -73,6 +73,35 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(ti
         torch.testing.assert_close(adapter_of(two)[name], values, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_two_processes_prefer_what_one_does_to_the_same_reference(tiny_model, tmp_path, objective):
+    rows = [{"prompt": f"How many {n}?", "chosen": f" x = {n}", "rejected": f" dogs {n}."} for n in range(18)]
+    if objective == "kto":
+        sides = ("chosen", "rejected")
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows
+            for side in sides
+        ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\nobjective: {objective}\ndata: {{train: {tmp_path / 'rows.jsonl'}, eval: 25%}}\n"
+        "method: {name: diablo, num_blocks: 4}\nprecision: fp32\n"
+        f"training: {{learning_rate: 1.0e-2, batch_size: 6, max_steps: 4, logging_steps: 1}}\noutput: {tmp_path / 'one'}\n"
+    )
+    one = train(load_recipe(recipe)).record["training"]
+    two = tmp_path / "two"
+    done = launch("-m", "diablo_cli", "train", str(recipe), f"output={two}", "training.batch_size=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((two / "run.json").read_text())["training"]
+    assert (record["processes"], record["effective_batch"]) == (2, 6)
+    for (_, mine), (_, theirs) in zip(one["loss"], record["loss"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    for name, values in adapter_of(tmp_path / "one").items():
+        torch.testing.assert_close(adapter_of(two)[name], values, rtol=0, atol=1e-5)
+
+
 def test_the_example_trains_on_a_model_that_is_spread_over_processes_what_one_process_does(tiny_model, tmp_path):
     recipe = write_recipe(tmp_path, tiny_model)
     schedule = ["training.schedule=linear", "training.warmup_steps=2"]

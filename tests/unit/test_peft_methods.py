@@ -18,7 +18,8 @@ from diablo.errors import UserError
 from diablo.models.adapters import load_adapter, save_adapter
 from diablo.models.loading import count_parameters
 from diablo.planning import preflight
-from diablo.planning.plan import adapt_on_meta, check_suited
+from diablo.planning.plan import adapt_on_meta
+from diablo.planning.suited import check_suited
 from diablo.recipes import peft_methods
 from diablo.recipes.applying import apply_method, target_kinds
 from diablo.recipes.methods import PeftMethod

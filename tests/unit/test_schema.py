@@ -14,6 +14,7 @@ import yaml
 
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.new_tokens import NewToken
 from diablo.recipes.objectives import OBJECTIVES, RewardChoice
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
@@ -59,6 +60,7 @@ def test_every_key_is_there_with_its_description():
         Optimizer,
         ParameterGroup,
         PushToHub,
+        NewToken,
         Speed,
         Tracking,
         Evaluation,

@@ -170,7 +170,8 @@ def plan_comparison(
     # They import torch and PEFT, and nothing that is refused above is to wait for that.
     from diablo.comparison.contenders import contender_of, optimizers_of, read_type
     from diablo.models.loading import meta_model
-    from diablo.planning.plan import check_suited, make_plan
+    from diablo.planning.plan import make_plan
+    from diablo.planning.suited import check_suited
     from diablo.recipes.applying import shapes_of
 
     for name in methods:
@@ -183,7 +184,9 @@ def plan_comparison(
         recipe = Recipe.model_validate(settings)
         materials = gather(recipe)
     plan = make_plan(recipe, materials=materials)
-    budget, total = plan.parameters[0], sum(parameter.numel() for parameter in meta_model(plan.config).parameters())
+    total = sum(parameter.numel() for parameter in meta_model(plan.config).parameters())
+    # The rows of tokens are the same for every method.
+    budget = plan.parameters[0] - sum(kind.parameters for kind in plan.targets if kind.is_rows)
     shapes = shapes_of(plan.targets)
     assert isinstance(recipe.method, DiabloMethod)
     sized = [contender_of(name, recipe.method, plan.config, shapes, budget) for name in methods]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from diablo.models.adapters import (
 from diablo.models.folders import base_model_of, new_folder
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
+from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
 from diablo.planning.plan import make_plan
 from diablo.quantization import Scheme
 from diablo.quantization.dense import dequantized_model
@@ -58,6 +59,7 @@ class MergeReport:
         measured_on: the rows that the losses are of, in words.
         untied: names of weights that are tied in the base model and not in the merged one, each with the name of the
             weight that it was tied to. They are untied because the adapter changes one of them.
+        tokens: texts of the tokens whose rows the adapter has trained.
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class MergeReport:
     losses: tuple[float, float] | None = None
     measured_on: str = ""
     untied: Mapping[str, str] = field(default_factory=dict)
+    tokens: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
         """The same as values of JSON."""
@@ -80,6 +83,7 @@ class MergeReport:
             "losses": self.losses and dict(zip(("adapted", "merged"), self.losses, strict=True)),
             "measured_on": self.measured_on or None,
             "untied": dict(self.untied),
+            "tokens": list(self.tokens),
         }
 
 
@@ -124,27 +128,29 @@ def merge_adapter(
     on_the_fly = trained_as.get("quantization")
     stored = stored_quantization(load_config(name))
     _check_into(name, stored, on_the_fly, into, calibration is not None)
+    tokens = tokens_of_adapter(adapter, name, load_config(name))
+    trained_ids, texts = ([], []) if tokens is None else (tokens.ids, list(tokens.texts.values()))
     scheme = _scheme_of(name, stored) if into == "requantized" else None
-    if into is None and (plain := _plain_changes(adapter, name)) is not None:
+    if into is None and (plain := _plain_changes(adapter, name, tokens)) is not None:
         source, changes = plain
         is_same = _check_base(adapter, name, base_digest_of(source, changes), other_base)
         with new_folder(folder, "merged model") as target:
             verified = merge_shards(adapter, source, changes, target, dtype, console)
             _write_ends(target, trained_as)
         dtype = dtype or stored_dtype(name)
-        logits = _compare_logits(adapter, base, folder, dtype, source.bytes)
-        return MergeReport(folder, dtype, is_same, logits, verified, untied=changes.untied)
+        logits = _compare_logits(adapter, base, folder, dtype, source.bytes, trained_ids)
+        return MergeReport(folder, dtype, is_same, logits, verified, untied=changes.untied, tokens=texts)
     dtype = dtype or stored_dtype(name)
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
         is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
         rows, measured_on = _held_out_rows(adapter, tokenizer) if into else ([], "")
-        adapted_logits, loss = _measure(adapted, rows, tokenizer)
+        adapted_logits, loss = _measure(adapted, rows, tokenizer, trained_ids)
         if into is not None:
             del adapted
             loaded = load_model(name, dtype, quantization=None if into == "stored" else on_the_fly)
             plain = loaded if into == "stored" else dequantized_model(loaded, dtype)
-            adapted = _quietly(attach_adapter, plain, adapter, name)
+            adapted = _quietly(attach_adapter, plain, adapter, name, tokens)
             if into == "stored":
                 is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
         untied = untie(adapted)
@@ -162,7 +168,7 @@ def merge_adapter(
         else:
             _save(merged, tokenizer, target)
         _write_ends(target, trained_as)
-        merged_logits, merged_loss = _measure(merged, rows, tokenizer)
+        merged_logits, merged_loss = _measure(merged, rows, tokenizer, trained_ids)
     return MergeReport(
         folder,
         dtype,
@@ -171,6 +177,7 @@ def merge_adapter(
         losses=(loss, merged_loss) if into else None,
         measured_on=measured_on,
         untied=untied,
+        tokens=texts,
     )
 
 
@@ -183,13 +190,13 @@ def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
     write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
 
 
-def _plain_changes(adapter: Path, name: str) -> tuple[StoredWeights, Changes] | None:
+def _plain_changes(adapter: Path, name: str, tokens: TrainedTokens | None) -> tuple[StoredWeights, Changes] | None:
     """The base's files and what the adapter changes in them; None if the model has to be loaded."""
     try:
         stored = StoredWeights(name)
     except NoSafetensorsError:
         return None  # transformers may know how to read it, or says why not
-    changes = find_changes(adapter, stored)
+    changes = find_changes(adapter, stored, tokens)
     return None if changes is None else (stored, changes)
 
 
@@ -214,16 +221,16 @@ def _quietly(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _compare_logits(
-    adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int
+    adapter: Path, base: str | None, folder: Path, dtype: torch.dtype, size: int, trained_ids: Sequence[int]
 ) -> tuple[float, float] | None:
     """Compare the logits of the adapted and the written model, loaded one after the other; None if they do not fit."""
     stored = stored_dtype(resolve_model(base or base_model_of(adapter)))
     if 1.5 * size * dtype.itemsize / stored.itemsize > _free_memory():
         return None
     adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype)
-    logits, _ = _measure(adapted, [], tokenizer)
+    logits, _ = _measure(adapted, [], tokenizer, trained_ids)
     del adapted
-    merged, _ = _measure(load_model(str(folder), dtype), [], tokenizer)
+    merged, _ = _measure(load_model(str(folder), dtype), [], tokenizer, trained_ids)
     return _difference(merged, logits)
 
 
@@ -288,9 +295,12 @@ def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str
 
 
 @torch.no_grad()
-def _measure(model: Any, rows: list[EncodedRow], tokenizer: Any) -> tuple[torch.Tensor, float]:
-    """The logits of a probe, and the loss of the rows; a loss of 0 if there are none."""
-    probe = torch.arange(32, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+def _measure(
+    model: Any, rows: list[EncodedRow], tokenizer: Any, trained_ids: Sequence[int]
+) -> tuple[torch.Tensor, float]:
+    """The logits of a probe, which has the tokens whose rows are trained; and the loss of the rows, 0 without any."""
+    first = (token % model.config.get_text_config().vocab_size for token in range(32))
+    probe = torch.tensor([[*first, *trained_ids]], device=model.device)
     loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
     return model.eval()(input_ids=probe).logits.float().cpu(), loss
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from rich.console import Console
 from safetensors import safe_open
 from transformers import PretrainedConfig
@@ -17,10 +18,11 @@ from transformers import PretrainedConfig
 from diablo.errors import UserError, first_line
 from diablo.layout import Layout
 from diablo.merging.untying import copies_for, ties_of, untied_config
-from diablo.models.adapters import check_tensors, read_adapter_config
+from diablo.models.adapters import check_tensors, read_adapter_config, shapes_in_file
 from diablo.models.folders import ADAPTER_WEIGHTS
 from diablo.models.loading import meta_model
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
+from diablo.models.vocabulary import TrainedTokens, config_with_rows, with_rows
 from diablo.ops.weight import write_to_diagonal
 from diablo.records.progress import ProgressReport
 from diablo.tuner import DiabloConfig, DiabloLayer
@@ -44,6 +46,19 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of tokens that an adapter puts into one tensor of the base model.
+
+    Attributes:
+        key: their name in the adapter's file.
+        ids: the tokens.
+    """
+
+    key: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class Changes:
     """How a merged model differs from its base.
 
@@ -52,18 +67,28 @@ class Changes:
         untied: the tensors that are no longer tied, each with the one that it was tied to.
         copies: the untied tensors that the base does not store, each with the stored one that it is a copy of.
         config: the merged model's config.
+        rows: the rows of tokens that are put in, by the name of the tensor.
+        tokens: these tokens; None where there are none.
     """
 
     updates: Mapping[str, Update]
     untied: Mapping[str, str]
     copies: Mapping[str, str]
     config: PretrainedConfig
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    tokens: TrainedTokens | None = None
 
 
-def find_changes(adapter: Path, stored: StoredWeights) -> Changes | None:
+def find_changes(adapter: Path, stored: StoredWeights, tokens: TrainedTokens | None = None) -> Changes | None:
     """What an adapter adds to each stored tensor. This is worked out on the meta device.
 
-    If it changes a weight that modules share, each of these modules gets a weight of its own.
+    If it changes a weight that modules share, each of these modules gets a weight of its own. Rows of tokens are the
+    exception: modules that share a weight share them.
+
+    Args:
+        adapter: the adapter's folder.
+        stored: the base model's files.
+        tokens: the tokens whose rows the adapter has trained.
 
     Returns:
         The changes; None if the model has to be loaded. This is so if the adapter changes more than diagonals, or if
@@ -77,27 +102,37 @@ def find_changes(adapter: Path, stored: StoredWeights) -> Changes | None:
         return None
     # With a name, PEFT would warn that this model is another one.
     config.base_model_name_or_path = None
-    ties = ties_of(meta_model(stored.config))
+    plain = config_with_rows(stored.config, tokens)
+    ties = ties_of(meta_model(plain))
     copies = copies_for(ties, stored.files)
     if copies is None:
         return None
-    untied = untied_config(stored.config) if ties else stored.config
-    updates = _find_updates(adapter, config, stored, untied, copies)
-    if updates is None:
+    if tokens is not None:
+        found = _find_updates(adapter, config, stored, plain, {}, ties)
+        return found and Changes(found[0], {}, {}, plain, found[1], tokens)
+    untied = untied_config(plain) if ties else plain
+    found = _find_updates(adapter, config, stored, untied, copies, {})
+    if found is None:
         return None
+    updates, _ = found
     if ties.keys().isdisjoint(updates) and not any(source in updates for source in ties.values()):
-        return Changes(updates, {}, {}, stored.config)
+        return Changes(updates, {}, {}, plain)
     return Changes(updates, ties, copies, untied)
 
 
 def _find_updates(
-    adapter: Path, config: Any, stored: StoredWeights, untied: PretrainedConfig, copies: Mapping[str, str]
-) -> dict[str, Update] | None:
+    adapter: Path,
+    config: Any,
+    stored: StoredWeights,
+    untied: PretrainedConfig,
+    copies: Mapping[str, str],
+    ties: Mapping[str, str],
+) -> tuple[dict[str, Update], dict[str, Rows]] | None:
     model = meta_model(untied)
     owners = Owners(model)
     try:
         adapted = get_peft_model(model, config)
-        expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
+        expected = shapes_in_file(adapted)
     except Exception as error:  # a config can ask for anything
         raise UserError(f"The adapter {str(adapter)!r} does not fit {stored.name!r}: {first_line(error)}") from None
     check_tensors(adapter, stored.name, expected)
@@ -116,9 +151,23 @@ def _find_updates(
             if not key or not is_plain or len(owners.of(owned)) > 1:
                 return None
             updates[name] = Update(key, layout, layer.weights[parameter])
+    rows = _find_rows(adapted, stored, ties)
     # What is trained besides the blocks, such as modules_to_save, takes the place of whole tensors.
-    others = expected.keys() - {update.key for update in updates.values()}
-    return updates if _repeats_base(adapter, others, stored, copies) else None
+    known = {update.key for update in updates.values()} | {own.key for own in rows.values()}
+    return (updates, rows) if _repeats_base(adapter, expected.keys() - known, stored, copies) else None
+
+
+def _find_rows(adapted: Any, stored: StoredWeights, ties: Mapping[str, str]) -> dict[str, Rows]:
+    """The rows that are put into each stored tensor, also into one that is tied to such a tensor."""
+    rows: dict[str, Rows] = {}
+    for path, wrapper in adapted.named_modules():
+        if not isinstance(wrapper, TrainableTokensWrapper) or wrapper.token_adapter.tied_adapter:
+            continue
+        name = f"{path.removeprefix('base_model.model.')}.weight"
+        found = Rows(f"{path}.token_adapter.trainable_tokens_delta", wrapper.token_adapter.token_indices["default"])
+        sharing = {name, *(target for target, source in ties.items() if source == name)}
+        rows |= dict.fromkeys(sharing & stored.files.keys(), found)
+    return rows
 
 
 def _repeats_base(adapter: Path, keys: Collection[str], stored: StoredWeights, copies: Mapping[str, str]) -> bool:
@@ -178,7 +227,8 @@ def merge_shards(
 
     def of_base(name: str) -> torch.Tensor:
         source = copies.get(name, name)
-        return _cast(stored.read([source])[source], name, dtype, kept)
+        tensor = _cast(stored.read([source])[source], name, dtype, kept)
+        return tensor if changes.tokens is None or name not in changes.rows else with_rows(tensor, changes.tokens)
 
     with (
         safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as blocks,
@@ -190,14 +240,19 @@ def merge_shards(
             for name in names:
                 if name in updates:
                     _add(name, merged[name], blocks.get_tensor(updates[name].key), updates[name], adapter)
+                if name in changes.rows:
+                    _put_rows(name, merged[name], changes.rows[name], blocks, adapter)
             write_tensors(merged, folder / path.name)
             del merged
             for name in names:
-                _check_written(folder / path.name, name, of_base(name), updates.get(name), blocks)
+                wanted = of_base(name)
+                if name in changes.rows:
+                    _put_rows(name, wanted, changes.rows[name], blocks, adapter)
+                _check_written(folder / path.name, name, wanted, updates.get(name), blocks)
                 verified += 1
             report.update(number)
     write_index(folder, [path.name for path in shards])
-    write_settings(folder, stored, dtype, changes.config)
+    write_settings(folder, stored, dtype, changes.config, changes.tokens and changes.tokens.tokenizer)
     return verified
 
 
@@ -209,6 +264,16 @@ def _add(name: str, tensor: torch.Tensor, blocks: torch.Tensor, update: Update, 
             f"The adapter {str(adapter)!r} cannot be merged: {name} would have NaN or infinite values; the adapter is "
             "broken, or its blocks overflow the weight's dtype."
         )
+
+
+def _put_rows(name: str, tensor: torch.Tensor, rows: Rows, saved: Any, adapter: Path) -> None:
+    values = saved.get_tensor(rows.key).to(tensor.dtype)
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"The adapter {str(adapter)!r} cannot be merged: rows of {name} would have NaN or infinite values; the "
+            "adapter is broken, or its values overflow the weight's dtype."
+        )
+    tensor[rows.ids] = values
 
 
 def _check_written(path: Path, name: str, base: torch.Tensor, update: Update | None, blocks: Any) -> None:

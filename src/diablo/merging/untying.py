@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -72,7 +72,8 @@ def untie(adapted: PeftModel) -> dict[str, str]:
     ties = {
         target: source for target, source in ties_of(model).items() if places[target].weight is places[source].weight
     }
-    if not any(places[name].is_adapted for pair in ties.items() for name in pair):
+    apart = [pair for pair in ties.items() if not _share_rows(*(places[name].owner for name in pair))]
+    if not any(places[name].is_adapted for pair in apart for name in pair):
         return {}
     for target in ties:
         place = places[target]
@@ -90,11 +91,13 @@ class _Place:
         module: the module that has it.
         name: its name there.
         is_adapted: whether an adapter changes what the module computes, or takes its place.
+        owner: the module, or what an adapter has put around it.
     """
 
     module: nn.Module
     name: str
     is_adapted: bool
+    owner: Any
 
     @property
     def weight(self) -> torch.Tensor:
@@ -107,7 +110,13 @@ def _place(model: nn.Module, name: str) -> _Place:
     path, _, own = name.rpartition(".")
     module: Any = model.get_submodule(path)
     if isinstance(module, BaseTunerLayer):
-        return _Place(module.get_base_layer(), own, True)
+        return _Place(module.get_base_layer(), own, True, module)
     if isinstance(module, AuxiliaryTrainingWrapper):
-        return _Place(module.original_module, own, True)
-    return _Place(module, own, False)
+        return _Place(module.original_module, own, True, module)
+    return _Place(module, own, False, module)
+
+
+def _share_rows(target: Any, source: Any) -> bool:
+    """Whether an adapter puts the same rows of tokens into two tied modules, so that they stay tied."""
+    wrapped = all(isinstance(module, TrainableTokensWrapper) for module in (target, source))
+    return wrapped and target.token_adapter.tied_adapter is source.token_adapter

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,12 @@ from diablo.models.loading import (
     stop_token_ids,
 )
 from diablo.models.stored_weights import write_stop_tokens
+from diablo.models.vocabulary import TrainedTokens, give_rows, tokens_of_adapter
 from diablo.records.card import write_adapter_facts
 from diablo.records.results import recipe_of_run
 from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
 from diablo.tuner.base_digest import digest_on_model, is_same_base
+from diablo.tuner.conversion import check_convertible
 
 
 def save_start(model: Any, folder: Path) -> Path | None:
@@ -61,8 +65,46 @@ def save_start(model: Any, folder: Path) -> Path | None:
     """
     if not (isinstance(model, PeftModel) and _is_pissa(model)):
         return None
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), **_rows_alone(model))
     return folder
+
+
+def trains_tokens(model: Any) -> bool:
+    """Whether a model has an adapter that trains rows of tokens by themselves."""
+    return isinstance(model, PeftModel) and bool(getattr(model.active_peft_config, "trainable_token_indices", None))
+
+
+def _rows_alone(model: PeftModel) -> dict[str, Any]:
+    """What tells PEFT not to save a whole embedding that was resized for new tokens, whose rows it has anyway."""
+    return {"save_embedding_layers": False} if trains_tokens(model) else {}
+
+
+@contextmanager
+def saving_rows_alone(model: Any) -> Iterator[None]:
+    """Within this context ``save_pretrained`` saves of an embedding the trained rows alone, whoever calls it."""
+    if not trains_tokens(model):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, **_rows_alone(model))
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def tensors_in_file(model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by the names that they have in its file.
+
+    Args:
+        model: the adapted model.
+        tensors: the tensors to choose from, by the names of the model's parameters; the model's own where None.
+    """
+    return get_peft_model_state_dict(model, state_dict=tensors, **_rows_alone(model))
+
+
+def shapes_in_file(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of :func:`tensors_in_file`."""
+    return {key: tuple(value.shape) for key, value in tensors_in_file(model).items()}
 
 
 def save_adapter(
@@ -82,7 +124,7 @@ def save_adapter(
 
     Args:
         model: the trained model.
-        tokenizer: saved with a whole model.
+        tokenizer: saved with a whole model, and with an adapter that trains rows of tokens.
         folder: where to write.
         start: what :func:`save_start` returned.
         trained: the trained parameters by name, where the model has them in parts; the model's own where None.
@@ -96,7 +138,10 @@ def save_adapter(
                 str(target),
                 state_dict=trained,
                 path_initial_model_for_weight_conversion=str(start) if start else None,
+                **_rows_alone(model),
             )
+            if trains_tokens(model):
+                tokenizer.save_pretrained(target)
             if not isinstance(model.active_peft_config, DiabloConfig):
                 _describe(model, target)
         else:
@@ -115,7 +160,7 @@ def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
     """
     named = {name: torch.empty(0) for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = {id(tensor): name for name, tensor in named.items()}
-    saved = get_peft_model_state_dict(model, state_dict=named)
+    saved = tensors_in_file(model, named)
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     return {names[id(tensor)]: tensors[key] for key, tensor in saved.items()}
 
@@ -168,17 +213,20 @@ def load_adapter(
     read_adapter_config(adapter)
     _shapes_on_disk(adapter)
     name = resolve_model(base or base_model_of(adapter))
+    tokens = tokens_of_adapter(adapter, name, load_config(name))
     model = load_model(name, dtype or stored_dtype(name), attention, quantization)
-    return attach_adapter(model, adapter, name), load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if tokens is None else tokens.tokenizer
+    return attach_adapter(model, adapter, name, tokens), tokenizer
 
 
-def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
+def attach_adapter(model: Any, adapter: Path, name: str, tokens: TrainedTokens | None) -> PeftModel:
     """Put an adapter on a base model that is loaded; see :func:`load_adapter`.
 
     Args:
         model: the base model.
         adapter: the adapter's folder.
         name: what the base model is called, for messages.
+        tokens: the tokens whose rows the adapter has.
 
     Returns:
         The ``PeftModel`` in evaluation mode.
@@ -189,12 +237,12 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> PeftModel:
     _shapes_on_disk(adapter)
     config = read_adapter_config(adapter)
     try:
-        model = PeftModel.from_pretrained(model, str(adapter), config=config)
-        tensors = get_peft_model_state_dict(model)
+        model = PeftModel.from_pretrained(give_rows(model, tokens), str(adapter), config=config)
+        shapes = shapes_in_file(model)
     except Exception as error:  # as above: a config can ask for anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"The adapter {str(adapter)!r} does not fit {name!r}: {' '.join(lines[:3])}") from None
-    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in tensors.items()})
+    check_tensors(adapter, name, shapes)
     return model.eval()
 
 
@@ -209,7 +257,7 @@ def load_values(model: PeftModel, adapter: Path, name: str) -> None:
     Raises:
         UserError: the files cannot be read, do not fit, or were made for other base weights.
     """
-    check_tensors(adapter, name, {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()})
+    check_tensors(adapter, name, shapes_in_file(model))
     if is_same_base(read_settings(adapter).get("base_digest"), digest_on_model(model)) is False:
         raise UserError(
             f"adapter: {str(adapter)!r} was made for base weights that differ at its targets from those of {name!r}; "
@@ -296,6 +344,10 @@ def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str |
     Raises:
         UserError: the adapter does not fit its base, cannot be converted, or the folder has files.
     """
+    try:
+        check_convertible(read_adapter_config(adapter))
+    except ValueError as error:
+        raise UserError(f"The adapter {str(adapter)!r} cannot be converted to LoRA: {error}") from None
     with new_folder(folder, "LoRA adapter") as target:
         model, _ = load_adapter(adapter, base=base)
         try:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -143,6 +144,7 @@ def write_settings(
     stored: StoredWeights,
     dtype: torch.dtype | None = None,
     config: PretrainedConfig | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model's config, tokenizer and generation config, as they belong to weights that were made of another's.
 
@@ -151,12 +153,13 @@ def write_settings(
         stored: the other model.
         dtype: dtype that the config is to state; the other's where None.
         config: the config; the other's where None.
+        tokenizer: the tokenizer; the other's where None.
     """
     config = config or stored.config
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    load_tokenizer(stored.name).save_pretrained(folder)
+    (tokenizer or load_tokenizer(stored.name)).save_pretrained(folder)
     if (stored.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(stored.folder).save_pretrained(folder)
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -24,18 +25,17 @@ from diablo.data.reading.sources import SourceRows
 from diablo.data.special_text import describe_special_text
 from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
-from diablo.models.adapters import check_tensors
+from diablo.models.adapters import check_tensors, shapes_in_file
 from diablo.models.folders import adapter_folder
 from diablo.models.loading import (
     count_parameters,
     load_config,
     load_generation_config,
-    load_tokenizer,
     meta_model,
     resolve_model,
     stop_token_ids,
-    stored_quantization,
 )
+from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning import preflight
 from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
@@ -43,9 +43,11 @@ from diablo.planning.rewards import check_groups, make_sampler
 from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.planning.speed import check_speed
+from diablo.planning.suited import check_smoothing, check_suited
+from diablo.planning.tokens import TokenCounts, tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
-from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
+from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
 from diablo.scoring.rewards import Rewards
@@ -59,8 +61,9 @@ class Plan:
     Attributes:
         recipe: the recipe.
         model_name: folder or hub id that transformers understands.
-        config: the model's config.
+        config: the model's config, with the rows that the tokens need.
         encoder: rows to tokens.
+        trained_tokens: tokens whose rows are trained; None where there are none.
         scored: the tasks that are scored before and after.
         validated: the tasks whose score on validation problems says which step is best; none where the loss says it.
         validation_problems: these problems, by task.
@@ -90,6 +93,7 @@ class Plan:
     model_name: str
     config: PretrainedConfig
     encoder: RowEncoder
+    trained_tokens: TrainedTokens | None
     scored: list[ScoredTask]
     validated: list[ScoredTask]
     validation_problems: dict[str, list[Problem]]
@@ -169,6 +173,13 @@ class Plan:
         return len(spelled), dict(Counter(token for tokens in spelled for token in tokens).most_common())
 
     @property
+    def token_counts(self) -> TokenCounts | None:
+        """How often the tokens whose rows are trained occur; None where there are none."""
+        if self.trained_tokens is None:
+            return None
+        return TokenCounts(self.trained_tokens, self.train, plain=self.recipe.data.special_text == "plain")
+
+    @property
     def conversations(self) -> list[str]:
         """What became of training conversations that could not be put as they are, a line for each reason."""
         lines = []
@@ -218,6 +229,7 @@ class Plan:
         for source in self.held_out_sources:
             yield f"held-out source     {source.describe()}"
         yield self._rows_line
+        yield from self.token_counts.lines() if self.token_counts else ()
         for line in self.conversations:
             yield f"conversations       {line}"
         if self.recipe.training.packing:
@@ -278,6 +290,7 @@ class Plan:
             "device": self.device.type,
             "targets": [asdict(target) for target in self.targets],
             "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+            "trained_tokens": self.token_counts and self.token_counts.record(),
             "data": {
                 **self.data_record(),
                 "general_rows": len(self.general),
@@ -330,21 +343,22 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
+    tokenizer, tokens = tokens_of_recipe(recipe, model_name, config)
+    config = config_with_rows(config, tokens)
     check_suited(recipe, config, dtype, [recipe.method])
     if isinstance(recipe.method, PeftMethod) and recipe.merge:
         check_merges(recipe.method.type, "merge: found true")
-    _check_smoothing(recipe, config)
-    adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
+    check_smoothing(recipe, config)
+    adapted, targets, parameters = _adapted_on_meta(recipe.method, config, tokens)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
-        shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
-        check_tensors(adapter_folder(recipe.adapter), model_name, shapes)
+        check_tensors(adapter_folder(recipe.adapter), model_name, shapes_in_file(adapted))
     _check_head(recipe, adapted)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     check_speed(recipe, config, adapted, device, dtype)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
-        load_tokenizer(model_name, recipe.chat_template),
+        tokenizer,
         chat=recipe.chat,
         special_text=special_text,
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
@@ -377,6 +391,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         model_name=model_name,
         config=config,
         encoder=encoder,
+        trained_tokens=tokens,
         scored=materials.scored,
         validated=materials.validated,
         validation_problems=rows.validation_problems,
@@ -402,48 +417,20 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
 
 
-def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, methods: Sequence[AnyMethod]) -> None:
-    """Check that methods can train as a recipe says otherwise: in a dtype, on packed rows, over quantized weights.
-
-    Raises:
-        UserError: one cannot.
-    """
-    for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
-        check_precision(kind, dtype)
-        if recipe.training.packing:
-            check_packs(kind)
-    how = recipe.quantization or stored_quantization(config).get("quant_method")
-    if how and recipe.merge:
-        raise UserError(
-            f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
-        )
-    refused = [method.title for method in methods if method.needs_plain_weights]
-    if how and refused:
-        raise UserError(
-            f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
-            "method, or a model that is not quantized."
-        )
-
-
 def _check_head(recipe: Recipe, adapted: Any) -> None:
-    """TRL's losses of preferences take the output layer's weight itself, and would pass an adapter of it by."""
+    """TRL's losses of preferences take the output layer's weight itself, and would pass what is trained of it by."""
+    if recipe.objective.name == "sft":
+        return
     head = adapted.get_output_embeddings()
-    if recipe.objective.name != "sft" and isinstance(head, BaseTunerLayer):
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        raise UserError(
+            f"objective: found {recipe.objective.name}, which is not computed with trained rows of an output layer, "
+            "such as those of new_tokens; train them in a supervised run, merge it, and start from the merged model."
+        )
+    if isinstance(head, BaseTunerLayer):
         raise UserError(
             f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
             "computed with an adapted one; leave it out."
-        )
-
-
-def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Labels are smoothed in our own loss, which is not that of a mixture whose router is balanced."""
-    text = config.get_text_config()
-    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
-    if recipe.training.label_smoothing and is_balanced:
-        raise UserError(
-            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
-            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
-            "the model's config."
         )
 
 
@@ -456,11 +443,13 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     return _adapted_on_meta(method, config)[1:]
 
 
-def _adapted_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[Any, list[TargetKind], tuple[int, int]]:
+def _adapted_on_meta(
+    method: AnyMethod, config: PretrainedConfig, tokens: TrainedTokens | None = None
+) -> tuple[Any, list[TargetKind], tuple[int, int]]:
     model = meta_model(config)
     total = count_parameters(model)[1]
     try:
-        adapted = apply_method(model, method)
+        adapted = apply_method(model, method, tokens)
         kinds = target_kinds(adapted)
         parameters = count_parameters(adapted)
     except NotImplementedError:

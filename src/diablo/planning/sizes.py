@@ -28,7 +28,9 @@ from diablo.models.loading import (
     meta_model,
     resolve_model,
 )
-from diablo.planning.plan import check_suited
+from diablo.models.vocabulary import TrainedTokens, config_with_rows
+from diablo.planning.suited import check_suited
+from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.recipe import Recipe
@@ -82,6 +84,7 @@ class Sizes:
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
             LoRA of as many trained parameters.
+        tokens: tokens whose rows are trained; None where there are none.
     """
 
     method: str
@@ -91,6 +94,7 @@ class Sizes:
     total: int
     dtype: torch.dtype
     memory: list[Memory]
+    tokens: TrainedTokens | None = None
 
     @property
     def learning_rate(self) -> float | None:
@@ -113,6 +117,7 @@ class Sizes:
             "num_blocks": self.num_blocks,
             "targets": [asdict(target) for target in self.targets],
             "parameters": {"trainable": self.trained, "total": self.total, "share": self.trained / self.total},
+            "trained_tokens": self.tokens and self.tokens.record(),
             "learning_rate": self.learning_rate,
             "dtype": str(self.dtype).removeprefix("torch."),
             "memory": [{**asdict(each), "total": each.total} for each in self.memory],
@@ -169,6 +174,7 @@ def sizes_of(
     dtype: torch.dtype,
     checkpointing: str = "none",
     quantization: str | None = None,
+    tokens: TrainedTokens | None = None,
 ) -> Sizes:
     """Work out what training a model by a method would take, on the meta device.
 
@@ -181,11 +187,12 @@ def sizes_of(
         checkpointing: ``training.gradient_checkpointing`` of the recipe.
         quantization: how bitsandbytes holds the frozen weights of linear layers: ``"nf4"``, ``"int8"`` or, for as they
             are, None.
+        tokens: tokens whose rows are trained too; the config has these rows.
 
     Raises:
         UserError: the method does not fit the model.
     """
-    adapted = _adapted(config, method, dtype)
+    adapted = _adapted(config, method, dtype, tokens)
     total = sum(parameter.numel() for parameter in meta_model(config).parameters())
     trained, _ = count_parameters(adapted)
     targets = target_kinds(adapted)
@@ -193,7 +200,9 @@ def sizes_of(
     full = FullMethod(name="full")
     compared: list[AnyMethod] = [] if isinstance(method, FullMethod) else [full]
     if isinstance(method, DiabloMethod):
-        rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained)
+        # The rows of tokens are the same for every method.
+        rows = sum(target.parameters for target in targets if target.is_rows)
+        rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained - rows)
         compared.insert(0, LoraMethod(name="lora", r=rank, target_modules=method.target_modules))
 
     def memory(method: AnyMethod, adapted: Any) -> Memory:
@@ -209,7 +218,8 @@ def sizes_of(
         trained=trained,
         total=total,
         dtype=dtype,
-        memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype)) for each in compared)],
+        memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
+        tokens=tokens,
     )
 
 
@@ -222,7 +232,10 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
     Raises:
         UserError: there is no such model, or the method does not fit it.
     """
-    config = load_config(resolve_model(recipe.model))
+    name = resolve_model(recipe.model)
+    config = load_config(name)
+    tokens = tokens_of_recipe(recipe, name, config)[1] if recipe.new_tokens or recipe.adapter else None
+    config = config_with_rows(config, tokens)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
@@ -234,6 +247,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
+        tokens=tokens,
     )
 
 
@@ -248,9 +262,9 @@ def in_words(method: AnyMethod) -> str:
     return f"{_TITLES[method.name]}, r = {method.r}"
 
 
-def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype) -> Any:
+def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: TrainedTokens | None) -> Any:
     config._attn_implementation = _ATTENTION
-    return apply_method(meta_model(config).to(dtype), method).train()
+    return apply_method(meta_model(config).to(dtype), method, tokens).train()
 
 
 def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules: list[str] | str | None) -> int:

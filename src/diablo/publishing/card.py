@@ -110,7 +110,7 @@ def license_of(model: str) -> dict[str, Any]:
 def run_part(record: Mapping[str, Any], kind: Kind) -> str:
     """The part of the card in Markdown."""
     recipe = record["recipe"]
-    parts = [_intro(record, kind), _data(record), _results(record), _use(recipe, kind)]
+    parts = [_intro(record, kind), _data(record), _results(record), _use(record, kind)]
     settings = yaml.safe_dump(shareable_recipe(recipe), sort_keys=False, allow_unicode=True).strip()
     parts.append(f"## Recipe\n\n```yaml\n{settings}\n```")
     parts.append(_machine(record))
@@ -257,10 +257,26 @@ def _results(record: Mapping[str, Any]) -> str:
     return "\n".join(["## Results", "", *lines])
 
 
-def _use(recipe: Mapping[str, Any], kind: Kind) -> str:
+def _tokens(record: Mapping[str, Any], kind: Kind) -> list[str]:
+    """What has to be known of tokens whose rows were trained; nothing where there are none."""
+    trained = record.get("trained_tokens")
+    if not trained:
+        return []
+    texts = ", ".join(f"`{token['text']}`" for token in trained["tokens"])
+    told = f"These tokens were added, or their rows trained: {texts}. Take the tokenizer of these files."
+    if kind == "adapter" and trained["rows"] > trained["rows_before"]:
+        told += (
+            " `AutoPeftModelForCausalLM` gives the base model the rows that they need. Before "
+            f"`PeftModel.from_pretrained`, call `model.resize_token_embeddings({trained['rows']})`."
+        )
+    return [told, ""]
+
+
+def _use(record: Mapping[str, Any], kind: Kind) -> str:
+    recipe = record["recipe"]
     chat = " --chat" if recipe["chat"] else ""
     form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
-    lines = ["## Use", "", f"It was trained on prompts that are given {form}.", ""]
+    lines = ["## Use", "", f"It was trained on prompts that are given {form}.", "", *_tokens(record, kind)]
     if kind == "adapter":
         lines += [
             "```console",

@@ -17,6 +17,7 @@ from torch import nn
 
 from diablo.errors import UserError
 from diablo.models.loading import count_parameters
+from diablo.models.vocabulary import TrainedTokens
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
 from diablo.recipes.peft_methods import build_config, takes_default_targets
 from diablo.tuner import DiabloConfig, DiabloLayer
@@ -33,6 +34,7 @@ class TargetKind:
         shape: ``(in_features, out_features)`` of each; None for tensors, and for modules that are no matrices.
         adapter: what the adapter holds for each, in words: number and shape of blocks, or shapes of factors.
         parameters: trainable parameters of all of them together.
+        is_rows: whether rows of tokens are trained, and not a method's own parameters.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class TargetKind:
     shape: tuple[int, int] | None
     adapter: str
     parameters: int
+    is_rows: bool = False
 
 
 Shapes = Mapping[tuple[int, int], int]
@@ -86,8 +89,13 @@ def peft_config(method: DiabloMethod | LoraMethod | MissMethod | PeftMethod, mod
     )
 
 
-def apply_method(model: Any, method: AnyMethod) -> Any:
+def apply_method(model: Any, method: AnyMethod, tokens: TrainedTokens | None = None) -> Any:
     """Make a model trainable by a method. The model may lie on the meta device.
+
+    Args:
+        model: the model.
+        method: the method.
+        tokens: tokens whose rows are trained too. The model has these rows.
 
     Returns:
         A ``PeftModel``, or for full fine-tuning the model itself with every parameter trainable.
@@ -106,9 +114,21 @@ def apply_method(model: Any, method: AnyMethod) -> Any:
                 f"allowed: names of its linear layers ({', '.join(linear_kinds(model))}), or all-linear."
             )
     try:
-        adapted = get_peft_model(model, peft_config(method, model))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"method: {error}") from None
+        config: Any = peft_config(method, model)
+        if tokens is not None:
+            config.trainable_token_indices = tokens.token_indices(model)
+        adapted = get_peft_model(model, config)
+    except TypeError as error:
+        if tokens is None or "trainable_token_indices" not in str(error):
+            raise UserError(f"method: {error}") from None
+        raise UserError(
+            "method.target_modules: the embedding or the output layer is among them, whose rows new_tokens trains; "
+            "leave it out of the targets."
+        ) from None
+    except ValueError as error:
+        # A recipe has another word for it.
+        words = str(error).replace("trainable_token_indices has", "new_tokens trains rows of")
+        raise UserError(f"method: {words}") from None
     if not any(parameter.requires_grad and parameter.numel() for parameter in adapted.parameters()):
         raise UserError("method: with these settings nothing would be trained; raise the size of what it trains.")
     return adapted
@@ -126,8 +146,11 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
     """
     if not isinstance(adapted, PeftModel):
         return []
+    rows = []
     layers: list[tuple[str, Any]] = [
-        (name, module) for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)
+        (name, module)
+        for name, module in adapted.named_modules()
+        if isinstance(module, BaseTunerLayer) and not name.endswith(_ROWS_LAYER)
     ]
     owners = Counter(id(parameter) for _, layer in layers for parameter in _trained(layer).values())
     groups: dict[tuple[str, tuple[int, int] | None, str], list[int]] = defaultdict(list)
@@ -138,9 +161,21 @@ def target_kinds(adapted: nn.Module) -> list[TargetKind]:
         parameters = sum(parameter.numel() for parameter in own.values())
         groups[name.rpartition(".")[2], shape, _describe(layer, own)].append(parameters)
     for name, parameter in _trained(adapted).items():
-        if owners[id(parameter)] != 1:
+        layer, is_rows, _ = name.partition(_ROWS)
+        if is_rows:
+            text = f"{parameter.shape[0]} rows of {parameter.shape[1]}"
+            rows.append(TargetKind(layer.rpartition(".")[2], 1, None, text, parameter.numel(), is_rows=True))
+        elif owners[id(parameter)] != 1:
             groups[_short(name), None, _size(parameter)].append(parameter.numel())
-    return [TargetKind(kind, len(sizes), shape, text, sum(sizes)) for (kind, shape, text), sizes in groups.items()]
+    kinds = [TargetKind(kind, len(sizes), shape, text, sum(sizes)) for (kind, shape, text), sizes in groups.items()]
+    return kinds + rows
+
+
+_ROWS_LAYER = ".token_adapter"
+"""What PEFT calls the layer that trains rows of an embedding beside a method, behind the embedding's name."""
+
+_ROWS = f"{_ROWS_LAYER}.trainable_tokens_delta."
+"""What PEFT calls the trained rows of an embedding or an output layer, behind the layer's name."""
 
 
 def kinds_by_layer(method: PeftMethod, model: Any) -> tuple[Any, list[TargetKind]]:
@@ -285,6 +320,7 @@ def _adapt_layer(config: PeftConfig, shape: tuple[int, int]) -> Any:
     config = copy.copy(config)
     alone = {
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")),
+        "trainable_token_indices": None,
         "target_modules": {"layer"},
     }
     vars(config).update({name: value for name, value in alone.items() if hasattr(config, name)})

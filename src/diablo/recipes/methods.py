@@ -24,6 +24,11 @@ class NamedMethod(Section):
         """Whether the method has no use for weights that are quantized."""
         return self.name in ("full", "pissa")
 
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether the method can train the rows of tokens by themselves, or trains all rows anyway."""
+        return self.name not in ("pissa", "miss")
+
 
 class AdapterMethod(NamedMethod):
     """What the methods that adapt some modules have in common."""
@@ -113,6 +118,13 @@ class PeftMethod(NamedMethod):
         from diablo.recipes.peft_methods import takes_quantized
 
         return not takes_quantized(self.type)
+
+    @property
+    def trains_tokens(self) -> bool:
+        """Whether the method's own config has a field for tokens whose rows are trained."""
+        from diablo.recipes.peft_methods import config_keys
+
+        return "trainable_token_indices" in config_keys(self.type)
 
     @property
     def options(self) -> dict[str, Any]:

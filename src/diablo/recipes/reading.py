@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.new_tokens import NewToken
 from diablo.recipes.objectives import OBJECTIVES, GroupObjective, RewardChoice
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
@@ -118,6 +119,7 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "tracking": Tracking,
     "evaluation": Evaluation,
     "push_to_hub": PushToHub,
+    "new_tokens": NewToken,
 }
 _LISTS: dict[tuple[type[Section], int | str], type[Section]] = {
     (Data, "train"): DataSource,
@@ -164,7 +166,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
             path[-1] += "" if number is None else f"[{number}]"
         if part in _KINDS:
             inner = _KINDS[part].get(str(next(parts, None)))
-        elif part == "groups":
+        elif part in ("groups", "new_tokens"):
             # Their number in the list, which is no key either.
             next(parts, None)
     return owner, path

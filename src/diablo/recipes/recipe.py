@@ -15,6 +15,7 @@ from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
 from diablo.recipes.methods import METHODS, DiabloMethod, Method
+from diablo.recipes.new_tokens import NewTokens, check_new_tokens, check_trains_tokens
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
 from diablo.recipes.rewarding import check_group_method, check_group_training, check_rewards
@@ -74,6 +75,9 @@ class Recipe(Section):
     chat: bool = Field(False, description="true or false: use the tokenizer's chat template")
     chat_template: ChatTemplateText = Field(
         None, description="a file of Jinja or the Jinja itself, in place of the tokenizer's chat template"
+    )
+    new_tokens: NewTokens = Field(
+        None, description="a list of texts that become tokens of their own, or of sections with text and special"
     )
     method: Method = Field(
         default=DiabloMethod(),
@@ -141,6 +145,20 @@ class Recipe(Section):
                 f"method: found {self.method.title} with settings of its own, and adapter {str(self.adapter)!r} is "
                 "trained as it is; leave method out."
             )
+        return self
+
+    @model_validator(mode="after")
+    @explained()
+    def _tokens_fit(self) -> Recipe:
+        if self.new_tokens is None:
+            return self
+        if self.adapter is not None:
+            raise UserError(
+                f"new_tokens: found beside adapter {str(self.adapter)!r}, which is trained as it is, with the tokens "
+                "that it has; leave new_tokens out, or merge the adapter and give the merged model as model."
+            )
+        check_new_tokens(self.new_tokens)
+        check_trains_tokens([self.method])
         return self
 
     @model_validator(mode="after")

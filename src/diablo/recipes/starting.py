@@ -14,6 +14,8 @@ from diablo.records.results import recipe_of_run
 _NOT_OF_THE_METHOD = {
     *("auto_mapping", "base_digest", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
     *("revision", "task_type", "init_weights"),
+    # They are read where the tokenizer is.
+    "trainable_token_indices",
 }
 _AS_DEFAULT: dict[str, Any] = {"bias": "none", "in_place": "auto"}
 

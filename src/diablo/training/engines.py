@@ -289,6 +289,10 @@ def check_shardable(plan: Plan) -> None:
             f"method.name: found peft, and it is not known which tensors of {plan.recipe.method.title} a sharded model "
             f"has whole: choose a method that has a name of its own, or {without}."
         )
+    if plan.trained_tokens is not None:
+        raise UserError(
+            f"new_tokens: found rows of tokens to train, which PEFT does not train in a sharded embedding: {without}."
+        )
     if quantization is not None or stored_quantization(load_config(plan.model_name)):
         raise UserError(
             f"model, quantization: found quantized weights, which cannot be sharded: take a plain model, or {without}."

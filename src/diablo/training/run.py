@@ -25,6 +25,7 @@ from diablo.models.compiling import compiled_layers
 from diablo.models.folders import adapter_folder
 from diablo.models.liger import apply_liger
 from diablo.models.loading import count_parameters, is_placed, load_model
+from diablo.models.vocabulary import give_rows
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan, make_plan, preflight
 from diablo.publishing.card import Kind, write_run_card
@@ -197,6 +198,8 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
         LOGGER.info("goes on from %s", checkpoint.name)
     if plan.prompts_before:
         console.print(f"adapter: {plan.prompts_before}.", markup=False, soft_wrap=True)
+    if (counts := plan.token_counts) is not None and counts.absent:
+        console.print(f"new_tokens: {counts.absent}.", markup=False, soft_wrap=True)
     spelling, tokens = plan.special_text
     if spelling:
         console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)
@@ -213,7 +216,7 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization)
     if recipe.speed.liger:
         apply_liger(model)
-    model = apply_method(model, recipe.method)
+    model = apply_method(give_rows(model, plan.trained_tokens), recipe.method, plan.trained_tokens)
     if recipe.adapter is not None:
         load_values(model, adapter_folder(recipe.adapter), plan.model_name)
     if not (is_placed(model) or engine.shards):
@@ -342,6 +345,7 @@ def _record(
         "machine": describe_machine(),
         "precision": str(plan.dtype).removeprefix("torch."),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+        "trained_tokens": plan.token_counts and plan.token_counts.record(),
         "data": plan.data_record() | {"padding_share": meter.padding_share},
         "training": {
             "optimizer": plan.optimizer.describe(),

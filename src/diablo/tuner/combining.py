@@ -43,10 +43,11 @@ def check_combination(
         raise ValueError(f"The model already has an adapter {adapter_name!r}: choose another name, or delete it.")
     for name in adapters:
         config = configs[name]
-        if config.modules_to_save or config.bias != "none":
+        if config.modules_to_save or config.bias != "none" or config.trainable_token_indices:
             raise ValueError(
-                f"The adapter {name!r} trains modules_to_save={config.modules_to_save} and bias={config.bias!r} "
-                "beside its blocks; only adapters of blocks alone can be combined."
+                f"The adapter {name!r} trains modules_to_save={config.modules_to_save}, bias={config.bias!r} and "
+                f"trainable_token_indices={config.trainable_token_indices} beside its blocks; only adapters of blocks "
+                "alone can be combined."
             )
 
 

@@ -18,6 +18,7 @@ _LISTS = (
     "layers_pattern",
     "layer_replication",
     "modules_to_save",
+    "trainable_token_indices",
 )
 
 
@@ -48,6 +49,9 @@ class DiabloConfig(PeftConfig):
             weights: ``[(0, 4), (2, 5)]`` makes layers 0, 1, 2, 3, 2, 3, 4, each with blocks of its own.
         bias: ``"none"``, ``"all"`` or ``"diablo_only"``: which biases are trained. Needs PEFT 0.21.
         modules_to_save: names of modules that are trained and saved whole, such as a new classification head.
+        trainable_token_indices: ids of tokens whose rows of the input embedding are trained and saved beside the
+            blocks, such as tokens that were added to the tokenizer. A mapping gives the ids by the names (or ends of
+            names) of embeddings and output layers. Where the model ties its output layer to the embedding, both change.
         init_weights: True starts from zero, which leaves the model's output as it was. False draws small random blocks,
             for tests that would be vacuous with zeros.
         in_place: whether the blocks stand in the weight while training. This costs what the frozen layer costs and 1/N
@@ -91,6 +95,9 @@ class DiabloConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved whole beside the blocks."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose rows of the embedding are trained: ids, or ids by layer."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "True: blocks start at zero. False: small random blocks, for tests."}
     )
@@ -116,6 +123,7 @@ class DiabloConfig(PeftConfig):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         self._check_target_parameters()
+        self._check_token_indices()
         _check_num_blocks("num_blocks", self.num_blocks)
         if not isinstance(self.block_pattern, dict):
             raise TypeError(f"block_pattern must map module names to num_blocks, got {self.block_pattern!r}.")
@@ -160,6 +168,7 @@ class DiabloConfig(PeftConfig):
             "target parameters": self.target_parameters,
             "modules trained whole": self.modules_to_save,
         }
+        tokens = sorted(self.ids_of_tokens)
         named = {
             name: value if isinstance(value, str) else ", ".join(sorted(value))
             for name, value in targets.items()
@@ -169,9 +178,16 @@ class DiabloConfig(PeftConfig):
         rows = {
             "num_blocks": f"{self.num_blocks}{other}",
             **named,
+            **({"tokens with trained rows": ", ".join(map(str, tokens))} if tokens else {}),
             "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
         }
         write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
+
+    @property
+    def ids_of_tokens(self) -> set[int]:
+        """The tokens whose rows are trained, in whichever layer."""
+        given = self.trainable_token_indices or []
+        return {token for ids in (given.values() if isinstance(given, dict) else [given]) for token in ids}
 
     def _read_empty_as_not_given(self) -> None:
         # Files have empty lists for None, and PEFT reads them so. target_modules is left out: there an empty list asks
@@ -201,6 +217,20 @@ class DiabloConfig(PeftConfig):
                     f"diablo_dropout={self.diablo_dropout!r} cannot be combined with target_parameters: it acts on the "
                     "input of the blocks, which adapted parameters do not see; set it to 0."
                 )
+
+    def _check_token_indices(self) -> None:
+        given: Any = self.trainable_token_indices
+        if given is None:
+            return
+        for ids in given.values() if isinstance(given, dict) else [given]:
+            is_list = isinstance(ids, (list, tuple))
+            if not (is_list and all(isinstance(token, int) and token >= 0 for token in ids) and len(ids) > 0):
+                raise ValueError(
+                    f"trainable_token_indices={given!r} must be a list of token ids from 0 on, or a mapping of layer "
+                    "names to such lists."
+                )
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"trainable_token_indices={given!r} has a token twice: name each once.")
 
 
 def config_obstacle(config: DiabloConfig) -> str | None:

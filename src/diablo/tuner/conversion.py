@@ -70,8 +70,8 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
 
     Raises:
         TypeError: the model is no ``PeftModel``, or the adapter has blocks on other layers than linear ones.
-        ValueError: the rank is out of its range, the adapter is unknown, it has trained biases, or layers are cut
-            over processes.
+        ValueError: the rank is out of its range, the adapter is unknown, it has trained biases or rows of tokens, or
+            layers are cut over processes.
     """
     if isinstance(rank, bool) or not (0 < rank <= 1 if isinstance(rank, float) else rank >= 1):
         raise ValueError(f"rank={rank!r} is out of range: give an integer from 1, or a share above 0 and up to 1.0.")
@@ -87,6 +87,7 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
             f"The adapter {adapter_name!r} has trained biases (bias={config.bias!r}), which cannot be converted: "
             "merge the adapter instead."
         )
+    check_convertible(config)
     tensors, ranks, errors = {}, {}, {}
     lost = kept = 0.0
     for name, layer in layers.items():
@@ -114,6 +115,19 @@ def convert_to_lora(model: PeftModel, rank: int | float, adapter_name: str = "de
         inference_mode=True,
     )
     return LoraConversion(lora, tensors, ranks, errors, (lost / kept) ** 0.5 if kept else 0.0)
+
+
+def check_convertible(config: Any) -> None:
+    """Check that engines which serve LoRA have a place for all that an adapter of these settings has trained.
+
+    Raises:
+        ValueError: it trains rows of tokens, which those engines do not read.
+    """
+    if ids := getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            f"it has trained rows of tokens (trainable_token_indices={ids}), for which engines that serve LoRA have no "
+            "place: merge the adapter instead."
+        )
 
 
 def _layers(model: PeftModel, adapter_name: str) -> dict[str, DiabloLinear]:

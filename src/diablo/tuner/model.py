@@ -11,7 +11,7 @@ import peft
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
-from peft.utils.other import _get_submodules
+from peft.utils.other import TrainableTokensWrapper, _get_submodules
 from torch import nn
 
 from diablo.layout import BlockLayout
@@ -39,6 +39,7 @@ from diablo.tuner.targets import (
     resolve_targets,
     with_replicated_layers,
 )
+from diablo.tuner.tokens import check_tokens, token_layers, unmerged_tokens
 from diablo.tuner.weights import Owners, is_quantized, recomputed
 
 
@@ -94,6 +95,7 @@ class DiabloModel(BaseTuner):
             layouts = self._targets.setdefault(name_before_compiling(target.module), {})
             layouts[target.parameter or "weight"] = target.layout
         self._with_parameters = modules_with_parameters(targets, layers)
+        check_tokens(model, peft_config, self._targets.keys())
         check_in_place(model, targets, peft_config)
         # These counts are for the model card, which the configuration writes. A packed weight does not tell how many
         # values it holds.
@@ -195,14 +197,16 @@ class DiabloModel(BaseTuner):
         # This is PEFT's last call when it loads an adapter. Before it, PEFT has dispatched an offloaded model anew.
         self._take_blocks_back()
         # PEFT 0.21 makes new parameters where it casts. These are trained, even if the old ones were not.
-        trained = [
-            [blocks.requires_grad for blocks in layer.blocks_of(adapter_name).values()]
-            for layer in self._layers().values()
-        ]
+        trained = [parameter.requires_grad for parameter in self._parameters_of(adapter_name)]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer, were in zip(self._layers().values(), trained, strict=True):
-            for blocks, was in zip(layer.blocks_of(adapter_name).values(), were, strict=True):
-                blocks.requires_grad_(was)
+        for parameter, was in zip(self._parameters_of(adapter_name), trained, strict=True):
+            parameter.requires_grad_(was)
+
+    def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The blocks of an adapter, and the rows of tokens that it trains."""
+        blocks = [own for layer in self._layers().values() for own in layer.blocks_of(adapter_name).values()]
+        rows = [layer.trainable_tokens_delta for layer in token_layers(self.model)]
+        return blocks + [own[adapter_name] for own in rows if adapter_name in own]
 
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -222,9 +226,11 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloLayer) or recomputed(child) or offloading_hook(child) is not None:
+        is_ours = isinstance(child, (DiabloLayer, TrainableTokensWrapper))
+        if is_ours or recomputed(child) or offloading_hook(child) is not None:
             # PEFT's own method does three things that fail here. It hands on the attribute `weight` of an unloaded
-            # layer, which experts and some quantized layers do not have. It reads the weight of a new layer, and some
+            # layer, which experts and some quantized layers do not have, and which is no parameter where rows of tokens
+            # are trained. It reads the weight of a new layer, and some
             # norms then compute it from another state. And it moves the blocks to the device of the weight, and an
             # offloaded weight has none.
             setattr(parent, child_name, new_module)
@@ -247,11 +253,13 @@ class DiabloModel(BaseTuner):
             super().set_adapter(adapter_name, inference_mode)
             return
         self._check_merge_allowed()
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         try:
             for layer in merged:
                 # PEFT unmerges what it finds merged, so it must find nothing.
                 layer.merged_adapters = []
-            super().set_adapter(adapter_name, inference_mode)
+            with unmerged_tokens(self.model, instead=names):
+                super().set_adapter(adapter_name, inference_mode)
         finally:
             for layer, names in merged.items():
                 layer.merged_adapters = names
@@ -312,7 +320,8 @@ class DiabloModel(BaseTuner):
             for layer in self._layers().values():
                 if adapter_name in layer.merged_adapters:
                     layer.merge_instead([name for name in layer.merged_adapters if name != adapter_name])
-        super().delete_adapter(adapter_name)
+        with unmerged_tokens(self.model, without=adapter_name):
+            super().delete_adapter(adapter_name)
         self.base_digests.pop(adapter_name, None)
 
     def _check_merge_allowed(self) -> None:
@@ -335,7 +344,8 @@ class DiabloModel(BaseTuner):
         given = {key for key in state_dict if ".diablo_blocks" in key}
         adapters = {_adapter_of(key) for key in given}
         missing = sorted(key for key in expected - given if _adapter_of(key) in adapters)
-        unexpected = sorted(given - expected)
+        rows = {key for key in state_dict if key.endswith(_ROWS) or f"{_ROWS}." in key}
+        unexpected = sorted((given - expected) | (rows - self.state_dict(prefix=prefix).keys()))
         if not given and not any(key in state_dict for key in self.state_dict(prefix=prefix)):
             missing = sorted(expected)
         for fault, keys in (("lacks", missing), ("has more tensors than the model takes:", unexpected)):
@@ -382,6 +392,10 @@ class DiabloModel(BaseTuner):
         if torch.compiler.is_compiling() or not (layers := adapted_layers(self.model)):
             return nullcontext()
         return left(layers[0].passes.begin(layers, inputs, bare))
+
+
+# What PEFT calls the trained rows of tokens in a file.
+_ROWS = ".trainable_tokens_delta"
 
 
 def _adapter_of(key: str) -> str:

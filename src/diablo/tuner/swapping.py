@@ -17,6 +17,7 @@ from diablo.tuner.config import DiabloConfig
 from diablo.tuner.layers import DiabloLayer, DiabloParameters
 from diablo.tuner.layers.tensor_parallel import check_whole
 from diablo.tuner.targets import resolve_targets
+from diablo.tuner.tokens import unmerged_tokens
 
 
 def hotswap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:
@@ -115,7 +116,13 @@ def _swap(
             f"The saved adapter has layer_replication={config.layer_replication!r} and the model has "
             f"{current.layer_replication!r}: swap adapters of the same layer_replication."
         )
-    targets = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    if config.trainable_token_indices != current.trainable_token_indices:
+        raise ValueError(
+            f"The saved adapter has trainable_token_indices={config.trainable_token_indices} and the model has "
+            f"{current.trainable_token_indices}: swap adapters of the same tokens."
+        )
+    rows = {} if config.trainable_token_indices is None else {"save_embedding_layers": False}
+    targets = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, **rows)
     targets = {_plain(key): value for key, value in targets.items()}
     expected = {key: tuple(value.shape) for key, value in targets.items()}
     places = list(_places(peft_model, adapter_name))
@@ -134,8 +141,9 @@ def _swap(
         layer.set_layouts(adapter_name, own)
     # Blocks of other sizes have other memory now.
     targets |= {key: layer.blocks_of(adapter_name)[name].data for key, layer, name in places}
-    for key, target in targets.items():
-        target.copy_(read(key))
+    with unmerged_tokens(peft_model):
+        for key, target in targets.items():
+            target.copy_(read(key))
     for _, layer in _layers(peft_model):
         if adapter_name in layer.merged_adapters:
             layer.merge_instead(layer.merged_adapters)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
-from diablo.models.adapters import read_trained
+from diablo.models.adapters import read_trained, saving_rows_alone
 from diablo.planning.optimizers import group_members
 from diablo.planning.plan import Plan, preflight
 from diablo.recipes.training import ParameterGroup
@@ -128,6 +128,10 @@ class RunTrainer(Trainer):
         trained = self.engine.trained(model)
         if self.args.should_save:
             self._save(output_dir, state_dict=trained)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with saving_rows_alone(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.engine.shards:
