@@ -48,7 +48,7 @@ def print_plan(out: Console, plan: Plan) -> None:
     for task, decoding in plan.scored:
         how = f"{task.protocol} protocol, {decoding.describe()}" if decoding else "by the likelihood of its choices"
         out.print(f"scored              {task.name} ({task.measure}), {how}")
-    out.print(f"padding             {plan.padding_share:.1%} of a batch")
+    out.print(f"padding             {plan.padding_share:.1%} of a batch{'' if plan.rewards is None else ' of prompts'}")
     out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
     for line in _optimization(plan.recipe.training):
@@ -57,9 +57,9 @@ def print_plan(out: Console, plan: Plan) -> None:
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
     worse = "" if recipe.objective.rows == "completions" else ", [bold red]of worse completions red[/]"
-    out.print(
-        f"\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}\n"
-    )
+    marks = f": prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}"
+    what = f"rows as the model sees them{marks}" if plan.rewards is None else "prompts as the model sees them"
+    out.print(f"\nTwo {what}\n")
     for row in plan.train[:2]:
         for sequence in row.sequences:
             colour = "red" if sequence is row.rejected or row.desired is False else "green"
@@ -248,6 +248,9 @@ def print_result(out: Console, result: RunResult) -> None:
 
 def _print_losses(out: Console, record: dict[str, Any]) -> None:
     training = record["training"]
+    if training["reward"]:
+        (first, before), (last, after) = training["reward"][0], training["reward"][-1]
+        out.print(f"reward           {before:.3f} -> {after:.3f} of completions, logged at steps {first} and {last}")
     if training["held_out_loss"]:
         before, after = training["held_out_loss"][0][1], kept_loss(training)
         unit = training["loss_unit"].removeprefix("nats ")

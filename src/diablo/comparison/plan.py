@@ -238,11 +238,20 @@ def _check(
         )
     if recipe.adapter is not None:
         raise UserError("adapter: in a comparison every method starts from the base model; leave it out.")
+    _check_objective(recipe)
     _check_training(recipe.training)
     if not recipe.scored and recipe.data.eval is None:
         raise UserError(
             "There is nothing to score the methods by: give held-out rows as data.eval, or evaluation.tasks, or a task "
             "that has a test split."
+        )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    if recipe.objective.name == "grpo":
+        raise UserError(
+            "objective: found grpo, which has no loss on held-out rows that methods could be compared by; run each "
+            "with diablo train."
         )
 
 

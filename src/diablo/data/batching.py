@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -37,6 +39,11 @@ class LengthGroupedSampler(Sampler[int]):
         """Choose the epoch whose order is given next."""
         self.epoch = epoch
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.lengths) / self.batch_size)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -65,8 +72,53 @@ class LengthGroupedSampler(Sampler[int]):
             micro_batch_size: rows padded together; the whole batch where None.
         """
         size = micro_batch_size or self.batch_size
-        micro = (batch[i : i + size] for batch in self.batches() for i in range(0, len(batch), size))
-        return 1 - sum(self.lengths) / sum(len(rows) * max(self.lengths[index] for index in rows) for rows in micro)
+        micro = [batch[i : i + size] for batch in self.batches() for i in range(0, len(batch), size)]
+        tokens = sum(self.lengths[index] for rows in micro for index in rows)
+        return 1 - tokens / sum(len(rows) * max(self.lengths[index] for index in rows) for rows in micro)
+
+
+class GroupSampler(LengthGroupedSampler):
+    """Prompts in groups: a batch has each of its prompts several times in a row, once for each completion.
+
+    TRL's trainer takes a batch in each forward, and passes those by whose completions it has already: so a batch comes
+    several times. The last batch of an epoch is filled up with prompts of the epoch's start, so that every batch is
+    whole.
+
+    Args:
+        lengths: tokens of each prompt.
+        batch_size: completions of a batch, over all accumulation steps and processes; a multiple of ``generations``.
+        seed: the run's seed.
+        generations: completions of a prompt.
+        iterations: optimizer steps on the same completions.
+        accumulation: forwards of an optimizer step.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, generations: int, iterations: int, accumulation: int
+    ) -> None:
+        super().__init__(lengths, batch_size, seed)
+        self.generations, self.iterations, self.accumulation = generations, iterations, accumulation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.lengths) * self.generations / self.batch_size) * self.iterations
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        repeats = self.iterations * self.accumulation
+        return (index for batch in self.batches() for _ in range(repeats) for index in batch)
+
+    def batches(self) -> list[list[int]]:
+        """The epoch's batches of completions, each a list of the indices of their prompts."""
+        prompts = LengthGroupedSampler(self.lengths, self.batch_size // self.generations, self.seed)
+        prompts.set_epoch(self.epoch)
+        batches = prompts.batches()
+        in_order = itertools.cycle([index for batch in batches for index in batch])
+        batches[-1] += itertools.islice(in_order, prompts.batch_size - len(batches[-1]))
+        return [[index for index in batch for _ in range(self.generations)] for batch in batches]
 
 
 def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ class EncodedRow:
         source: the name of the file or dataset that the row is from; empty where there is only one.
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
+        row: the row itself, where it is a prompt whose completions get rewards; None where it is not.
     """
 
     number: int
@@ -43,6 +44,7 @@ class EncodedRow:
     source: str = ""
     rejected: EncodedRow | None = None
     desired: bool | None = None
+    row: Row | None = None
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -177,6 +179,16 @@ class RowEncoder:
     def encode(self, row: Row) -> EncodedRow:
         """The tokens of a row, those of its last answer where it makes several; see :meth:`encode_all`."""
         return self.encode_all(row)[-1]
+
+    def encode_prompt(self, row: Row) -> EncodedRow:
+        """The tokens that generation starts from, none of them supervised, with the row itself.
+
+        Raises:
+            UserError: as :meth:`encode_all`.
+        """
+        ids = self.prompt(row)
+        own = [text for message in row.as_messages()[:-1] for text in texts_of(message)] if self.chat else [row.prompt]
+        return EncodedRow(row.number, ids, [IGNORED] * len(ids), self.texts.spelled(own), row=row)
 
     def prompt(self, row: Row) -> list[int]:
         """The tokens before the row's last completion: what generation starts from.

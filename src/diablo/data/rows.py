@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MEND_UNICODE = "it has half of a surrogate pair, so write the character itself"
@@ -15,9 +15,9 @@ Turn = dict[str, Any]
 turn that is not trained on has ``train``, which is False."""
 
 
-RowKind = Literal["completions", "pairs", "judged"]
-"""What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; or completions
-of which each is judged good or bad."""
+RowKind = Literal["completions", "pairs", "judged", "prompts"]
+"""What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; completions of
+which each is judged good or bad; or prompts, which the model completes while it is trained."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Row:
         source: the name of the file or dataset that the row is from; empty where there is only one.
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
+        columns: what else the record of a prompt has, for the rewards of its completions.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Row:
     source: str = ""
     rejected: Row | None = None
     desired: bool | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def question(self) -> str:

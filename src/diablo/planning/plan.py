@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from diablo.data.batching import LengthGroupedSampler
+from diablo.data.batching import GroupSampler, LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.faults import Place, Placed, RowFault, by_reason, name_places
 from diablo.data.general_text import encode_general_text
@@ -39,7 +39,8 @@ from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning import preflight
 from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
-from diablo.planning.rows import encode_rows
+from diablo.planning.rewards import check_groups, make_sampler
+from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.planning.speed import check_speed
 from diablo.planning.suited import check_smoothing, check_suited
@@ -49,6 +50,7 @@ from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
+from diablo.scoring.rewards import Rewards
 from diablo.tasks import Problem
 
 
@@ -84,6 +86,7 @@ class Plan:
         schedule: the schedule of its learning rate.
         device: where it runs.
         dtype: dtype of the frozen weights.
+        rewards: what completions are worth that are written in training; None where none are.
     """
 
     recipe: Recipe
@@ -112,15 +115,20 @@ class Plan:
     schedule: ScheduleChoice
     device: torch.device
     dtype: torch.dtype
+    rewards: Rewards | None = None
 
     @property
     def effective_batch(self) -> int:
-        """Sequences of an optimizer step: rows, where they are not packed."""
+        """Sequences of an optimizer step: rows, where they are not packed, or completions of prompts."""
         return self.sampler.batch_size
 
     @property
     def effective_batch_in_words(self) -> str:
         """What an optimizer step is of."""
+        if isinstance(self.sampler, GroupSampler):
+            prompts = self.effective_batch // self.sampler.generations
+            of = f"{self.sampler.generations} of each of {prompts} prompts" if prompts > 1 else "all of one prompt"
+            return f"{self.effective_batch} completions, {of}"
         if not self.recipe.training.packing:
             return f"{self.effective_batch} rows"
         rows = self.effective_batch * len(self.train) / len(self.sequences)
@@ -141,8 +149,8 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.sampler.lengths)
+        """Tokens of the longest sequence, with the completion of a prompt."""
+        return max(self.sampler.lengths) + self.recipe.max_new_tokens
 
     def rows_of(self, sequence: int) -> list[EncodedRow]:
         """The rows of a training sequence."""
@@ -204,6 +212,10 @@ class Plan:
         objective = self.recipe.objective
         if objective.name != "sft":
             yield f"objective           {objective.describe()}"
+        if objective.name == "grpo":
+            yield f"completions         up to {self.recipe.max_new_tokens} tokens"
+            if dropout := getattr(self.recipe.method, "dropout", 0.0):
+                yield f"dropout             off: the adapter was trained with {dropout:g}, and completions are without"
         if objective.rows == "judged":
             good = sum(bool(row.desired) for row in self.train)
             yield f"judged              {good:,} good and {len(self.train) - good:,} bad completions"
@@ -216,8 +228,7 @@ class Plan:
             yield f"source              {source.describe()}"
         for source in self.held_out_sources:
             yield f"held-out source     {source.describe()}"
-        tokens, supervised = self.tokens
-        yield f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        yield self._rows_line
         yield from self.token_counts.lines() if self.token_counts else ()
         for line in self.conversations:
             yield f"conversations       {line}"
@@ -240,6 +251,13 @@ class Plan:
             yield f"tested rows         {self.tested} left out of training"
         if self.special_text[0]:
             yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
+
+    @property
+    def _rows_line(self) -> str:
+        tokens, supervised = self.tokens
+        if self.rewards is not None:
+            return f"prompts             {len(self.train):,}: {tokens:,} tokens"
+        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
 
     def data_record(self) -> dict[str, Any]:
         """What rows there are, what they are for and which are left out, as values of JSON."""
@@ -347,9 +365,10 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
     faults = list(rows.faults)
     train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults)
-    held_out, _ = encode_rows(recipe, encoder, rows.held_out, "held-out", faults)
-    preflight.check_supervision(train, "training")
-    preflight.check_supervision(held_out, "held-out")
+    held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults)
+    if recipe.objective.rows != "prompts":
+        preflight.check_supervision(train, "training")
+        preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
     if replicas is None:
         replicas = int(os.environ.get("WORLD_SIZE", "1"))
@@ -358,13 +377,15 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
             f"training.on_nonfinite: found skip with {replicas} processes, which would leave out different steps; set "
             "stop, or train in one process."
         )
+    if recipe.objective.rows == "prompts":
+        check_groups(recipe, replicas)
     batch = training.batch_size * training.gradient_accumulation * replicas
     lengths = [row.length for row in train]
     sequences = (
         pack(lengths, training.max_length, recipe.seed) if training.packing else [[i] for i in range(len(train))]
     )
-    sampler = LengthGroupedSampler([sum(lengths[index] for index in rows) for rows in sequences], batch, recipe.seed)
-    steps = training.max_steps or math.ceil(training.epochs * math.ceil(len(sequences) / batch))
+    sampler = make_sampler(recipe, [sum(lengths[index] for index in rows) for rows in sequences], batch)
+    steps = training.max_steps or math.ceil(training.epochs * sampler.steps)
     return Plan(
         recipe=recipe,
         model_name=model_name,
@@ -392,6 +413,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         schedule=choose_schedule(training, steps),
         device=device,
         dtype=dtype,
+        rewards=materials.rewards,
     )
 
 

@@ -30,6 +30,7 @@ class Rows:
         tested: how many training rows were left out because they are tested on.
         validation: how many rows were kept out of training for validation.
         validation_problems: the problems that these rows are of, by task; nothing where they are not of tasks.
+        problems: all problems of the tasks that are trained on, by task.
         sources: what the training rows were read from; nothing where they are a task's.
         held_out_sources: the same of the held-out rows; nothing where they are cut out of the training rows.
     """
@@ -40,6 +41,7 @@ class Rows:
     tested: int = 0
     validation: int = 0
     validation_problems: dict[str, list[Problem]] = field(default_factory=dict)
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
     sources: list[SourceRows] = field(default_factory=list)
     held_out_sources: list[SourceRows] = field(default_factory=list)
 
@@ -78,6 +80,7 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
         tested=left_out,
         validation=len(validation),
         validation_problems=_problems_of(validation, problems),
+        problems={name: [*of_task, *tests.get(name, [])] for name, of_task in problems.items()},
     )
 
 
@@ -175,6 +178,16 @@ def _rows_of_sources(data: Data, kind: RowKind) -> Rows:
     )
 
 
+def measured_rows(recipe: Recipe, rows: Rows) -> list[Row]:
+    """The held-out rows that are measured: their loss, or the rewards of their prompts' completions.
+
+    To complete all prompts of a task's test split takes as long as to score the task, which is done before and after
+    training anyway. So it is done for those who ask for it.
+    """
+    asked_for = recipe.training.eval_steps or recipe.data.eval or recipe.data.held_out == "validation"
+    return rows.held_out if asked_for or recipe.objective.rows != "prompts" else []
+
+
 def encode_rows(
     recipe: Recipe, encoder: RowEncoder, rows: list[Row], what: str, left_out: list[RowFault]
 ) -> tuple[list[EncodedRow], list[Place]]:
@@ -193,7 +206,8 @@ def encode_rows(
     Raises:
         UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
     """
-    limit = recipe.training.max_length
+    limit = recipe.training.max_length - recipe.max_new_tokens
+    encode = encoder.encode_all if recipe.objective.rows != "prompts" else lambda row: [encoder.encode_prompt(row)]
     encoded: list[EncodedRow] = []
     faults: list[RowFault] = []
     for row in rows:
@@ -201,7 +215,7 @@ def encode_rows(
             encoded += encode_document(row, encoder.texts, limit)
             continue
         try:
-            encoded += [replace(own, source=row.source) for own in encoder.encode_all(row)]
+            encoded += [replace(own, source=row.source) for own in encode(row)]
         except RowError as error:
             faults.append(replace(error.fault, source=row.source))
     if faults and (recipe.data.on_malformed == "error" or not encoded):
@@ -215,8 +229,10 @@ def encode_rows(
     too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if row.length > limit))
     if too_long and (recipe.data.on_long == "error" or not kept):
         longest = max(row.length for row in encoded)
+        room = f", of which objective.max_new_tokens leaves {limit} to prompts" if recipe.max_new_tokens else ""
         raise UserError(
-            f"training.max_length: found {limit}; {len(too_long)} of {len(rows)} rows are longer (up to {longest} "
+            f"training.max_length: found {recipe.training.max_length}{room}; {len(too_long)} of {len(rows)} rows are "
+            f"longer (up to {longest} "
             f"tokens; the first is {name_places(too_long[:1])}). Raise it, or set data.on_long=drop to leave some out."
         )
     return kept, too_long

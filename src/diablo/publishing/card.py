@@ -248,6 +248,9 @@ def _results(record: Mapping[str, Any]) -> str:
         lines.append(f"| loss on general text, nats a token | {general['before']:.4f} | {general['after']:.4f} |")
     if len(lines) == 2:
         lines = ["Nothing was held out or scored."]
+    if training["reward"]:
+        (first, start), (last, end) = training["reward"][0], training["reward"][-1]
+        lines += ["", f"Mean reward of completions: {start:.4f} at step {first:,}, {end:.4f} at step {last:,}."]
     if training["loss"]:
         (first, start), (last, end) = training["loss"][0], training["loss"][-1]
         lines += ["", f"Training loss: {start:.4f} at step {first:,}, {end:.4f} at step {last:,}."]

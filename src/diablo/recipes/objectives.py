@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from diablo.data.rows import RowKind
 from diablo.errors import UserError
 from diablo.recipes.section import Section, explained
+from diablo.scoring.rewards import BY_TASK, NAMES, check_reward_name
 
 
 class NamedObjective(Section):
@@ -142,11 +143,136 @@ class JudgedObjective(NamedObjective):
         return True
 
 
+class RewardChoice(Section):
+    """One of the rewards of completions."""
+
+    name: str = Field(description=f"{', '.join(NAMES)}, or FILE.py:FUNCTION, a function of a file of yours")
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="a number: what the reward's values are multiplied by in the sum"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="an integer of at least 1, of length alone: how many tokens cost nothing"
+    )
+
+    @model_validator(mode="after")
+    @explained()
+    def _fits(self) -> RewardChoice:
+        check_reward_name(self.name)
+        if (self.name == "length") != (self.tokens is not None):
+            raise UserError(
+                "objective.rewards: length needs tokens, the number that costs nothing, such as {name: length, tokens: "
+                "100}, and other rewards have none."
+            )
+        if self.weight == 0:
+            raise UserError(f"objective.rewards: {self.name} has weight 0, which changes nothing; leave it out.")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What logs call it."""
+        return self.name.rpartition(":")[2]
+
+
+def _as_rewards(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    return [{"name": each} if isinstance(each, str) else each for each in several]
+
+
+class GroupObjective(NamedObjective):
+    """GRPO: of several completions of a prompt that the model writes, the better ones become likelier."""
+
+    name: Literal["grpo"] = Field(description="grpo: the model's own completions get rewards, and better ones likelier")
+    generations: int = Field(8, ge=2, description="an integer of at least 2: how many completions each prompt gets")
+    rewards: Annotated[
+        list[RewardChoice],
+        BeforeValidator(_as_rewards, json_schema_input_type=str | RewardChoice | list[str | RewardChoice]),
+        Field(min_length=1),
+    ] = Field(
+        [RewardChoice(name="right_answer")],
+        description=f"{', '.join(NAMES)} or FILE.py:FUNCTION, a section with one of these as its name, or a list",
+    )
+    beta: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a number of at least 0: how strongly the model is held to its start",
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="an integer of at least 1: the most tokens of a completion; the task's own if not given"
+    )
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="a number above 0: the temperature of the sampling"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="a number above 0 up to 1: the likeliest tokens of this sum are sampled from"
+    )
+    top_k: int = Field(
+        0, ge=0, description="an integer of at least 0: so many of the likeliest tokens are sampled from; 0 is all"
+    )
+    loss: Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"] = Field(
+        "dapo", description="dapo, grpo, bnpo, dr_grpo or cispo: how the tokens' losses are weighted"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="group, batch or none: whose standard deviation a reward's advantage is divided by"
+    )
+    iterations: int = Field(1, ge=1, description="an integer of at least 1: steps on the same completions")
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a number above 0, with iterations: how far a token's likelihood may move; 0.2 if not given",
+    )
+    epsilon_high: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a number above 0, with iterations: how far it may move upwards; epsilon if not given",
+    )
+
+    rows: ClassVar[RowKind] = "prompts"
+    loss_unit: ClassVar[str] = "per token"
+
+    @property
+    def by_task(self) -> list[str]:
+        """The names of those rewards that a task gives."""
+        return [reward.name for reward in self.rewards if reward.name in BY_TASK]
+
+    def describe(self) -> str:
+        """The objective and its settings, in a line."""
+        rewards = [each.name if each.weight == 1 else f"{each.weight:g} {each.name}" for each in self.rewards]
+        told = {"beta": self.beta, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        default = {name: type(self).model_fields[name].default for name in told}
+        told = {name: value for name, value in told.items() if value != default[name]}
+        parts = [
+            f"{self.generations} completions of each prompt",
+            f"rewards {' + '.join(rewards)}",
+            *(f"{name.replace('_', ' ')} {value:g}" for name, value in told.items()),
+            f"loss {self.loss}, scaled by {self.scale_rewards}",
+            *([f"{self.iterations} steps on the same completions"] if self.iterations > 1 else []),
+        ]
+        return f"{self.name}: {', '.join(parts)}"
+
+    @model_validator(mode="after")
+    @explained()
+    def _fits(self) -> GroupObjective:
+        titles = [reward.title for reward in self.rewards]
+        if len(set(titles)) < len(titles):
+            raise UserError(f"objective.rewards: found {', '.join(titles)}; name each once.")
+        for key in ("epsilon", "epsilon_high"):
+            if (found := getattr(self, key)) is not None and self.iterations == 1:
+                raise UserError(
+                    f"objective.{key}: found {found:g} with iterations: 1, where every step has completions of its own "
+                    "and nothing is clipped; leave it out, or set objective.iterations."
+                )
+        return self
+
+
 OBJECTIVES: dict[str, type[NamedObjective]] = {
     "sft": SupervisedObjective,
     "dpo": PairObjective,
     "orpo": OddsRatioObjective,
     "kto": JudgedObjective,
+    "grpo": GroupObjective,
 }
 
 
@@ -154,12 +280,12 @@ def _objective_by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-AnyObjective = SupervisedObjective | PairObjective | OddsRatioObjective | JudgedObjective
+AnyObjective = SupervisedObjective | PairObjective | OddsRatioObjective | JudgedObjective | GroupObjective
 Objective = Annotated[
     AnyObjective,
     Field(discriminator="name"),
     BeforeValidator(
         _objective_by_name,
-        json_schema_input_type=Literal["sft", "dpo", "orpo", "kto"] | AnyObjective,
+        json_schema_input_type=Literal["sft", "dpo", "orpo", "kto", "grpo"] | AnyObjective,
     ),
 ]

@@ -14,7 +14,7 @@ from diablo.errors import UserError, did_you_mean, shortened
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.new_tokens import NewToken
-from diablo.recipes.objectives import OBJECTIVES
+from diablo.recipes.objectives import OBJECTIVES, GroupObjective, RewardChoice
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.recipe import Evaluation, Recipe
 from diablo.recipes.section import EXPLAINED, Section
@@ -121,7 +121,11 @@ _SECTIONS: dict[int | str, type[Section]] = {
     "push_to_hub": PushToHub,
     "new_tokens": NewToken,
 }
-_LISTS: dict[int | str, type[Section]] = {"train": DataSource, "eval": DataSource}
+_LISTS: dict[tuple[type[Section], int | str], type[Section]] = {
+    (Data, "train"): DataSource,
+    (Data, "eval"): DataSource,
+    (GroupObjective, "rewards"): RewardChoice,
+}
 # Sections for which their name alone may stand, and the name that they have where none is given.
 _NAMED = {"method": "diablo", "optimizer": DEFAULT_OPTIMIZER, "objective": "sft"}
 # Sections of several kinds: pydantic names the kind next, which is no key.
@@ -155,10 +159,10 @@ def _locate(location: tuple[int | str, ...]) -> tuple[type[Section], list[str]]:
         owner = inner
         path.append(str(part))
         inner = _SECTIONS.get(part)
-        if owner is Data and part in _LISTS:
+        if (owner, part) in _LISTS:
             # Which section of the list comes next, behind a word of pydantic's for what the key is.
             number = next((each for each in parts if isinstance(each, int)), None)
-            inner = None if number is None else _LISTS[part]
+            inner = None if number is None else _LISTS[owner, part]
             path[-1] += "" if number is None else f"[{number}]"
         if part in _KINDS:
             inner = _KINDS[part].get(str(next(parts, None)))

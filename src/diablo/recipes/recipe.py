@@ -18,11 +18,14 @@ from diablo.recipes.methods import METHODS, DiabloMethod, Method
 from diablo.recipes.new_tokens import NewTokens, check_new_tokens, check_trains_tokens
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
+from diablo.recipes.rewarding import check_group_method, check_group_training, check_rewards
 from diablo.recipes.section import ChatTemplateText, Names, Section, explained
 from diablo.recipes.speed import ATTENTIONS, Attention, Speed
 from diablo.recipes.starting import check_adapter, method_of
 from diablo.recipes.tracking import Tracking
 from diablo.recipes.training import Training
+
+_MAX_NEW_TOKENS = 256
 
 
 class Evaluation(Section):
@@ -170,7 +173,7 @@ class Recipe(Section):
     def _source_of_rows(self) -> Recipe:
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
-        if self.task and self.objective.rows != "completions":
+        if self.task and self.objective.rows not in ("completions", "prompts"):
             raise ValueError(
                 f"task: found {', '.join(self.task)}, whose rows have one completion each, and objective "
                 f"{self.objective.name} needs others; give them with data.train. diablo pairs makes some from a "
@@ -276,8 +279,28 @@ class Recipe(Section):
             self.push_to_hub.check(self.model, is_adapter=self.method.name != "full")
         return self
 
+    @model_validator(mode="after")
+    @explained()
+    def _rewards_fit(self) -> Recipe:
+        if self.objective.name == "grpo":
+            check_rewards(self.objective, self.task, self.max_new_tokens)
+            check_group_training(self.objective, self.training, self.speed, self.max_new_tokens)
+            check_group_method(self.objective, self.method, goes_on=self.adapter is not None)
+        return self
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of a completion that is generated in training; 0 where none is."""
+        from diablo.tasks import TASKS
+
+        if self.objective.name != "grpo":
+            return 0
+        own = max((TASKS[name].max_new_tokens for name in self.task), default=_MAX_NEW_TOKENS)
+        return self.objective.max_new_tokens or own
+
     @property
     def _run_for_scores(self) -> list[str]:
         """Names of the tasks whose answers are read in the course of a run."""
-        in_training = self.task if self.training.best_by == "score" else []
+        judged = self.training.best_by == "score" or (self.objective.name == "grpo" and self.objective.by_task)
+        in_training = self.task if judged else []
         return [*in_training, *(self.scored if self.evaluation.before or self.evaluation.after else [])]

@@ -61,7 +61,7 @@ class ProgressReport:
 
 
 class TrainingProgress(TrainerCallback):
-    """The training bar: steps, loss, learning rate, tokens per second and time left.
+    """The training bar: steps, the loss or the reward of completions, tokens per second and time left.
 
     Args:
         console: where to write.
@@ -73,6 +73,7 @@ class TrainingProgress(TrainerCallback):
         self.meter = meter
         self._report: ProgressReport | None = None
         self._figures = ""
+        self._measure, self._value = "loss", 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar."""
@@ -82,7 +83,11 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remember the figures of the log, for the bar."""
         if logs and "loss" in logs:
-            self._figures = f"loss {float(logs['loss']):.3f}  {self.meter.tokens_per_second():.0f} tokens/s"
+            # Where completions are written for several steps, only the first of these has a reward to log.
+            self._measure = "reward" if "reward" in logs else self._measure
+            if self._measure in logs:
+                self._value = float(logs[self._measure])
+            self._figures = f"{self._measure} {self._value:.3f}  {self.meter.tokens_per_second():.0f} tokens/s"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""

@@ -120,16 +120,16 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def plot_losses(
-    path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str, unit: str
+    path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], title: str, measure: str
 ) -> None:
-    """Draw the loss over steps, as a PNG.
+    """Draw the loss over steps, or the reward of completions, as a PNG.
 
     Args:
         path: the PNG file.
         train: pairs of a step and the training loss.
         held_out: pairs of a step and the loss on held-out rows.
         title: title of the figure.
-        unit: what the losses are counted in.
+        measure: what is drawn, with its unit.
     """
     import matplotlib
 
@@ -142,7 +142,7 @@ def plot_losses(
         axes.plot(*zip(*train, strict=True), ".-", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
+    axes.set(xlabel="step", ylabel=measure, title=title)
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()

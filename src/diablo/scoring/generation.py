@@ -210,9 +210,7 @@ def complete(
         The completions, in the order of the prompts.
     """
     tokenizer = encoder.tokenizer
-    stops = set(encoder.stop_token_ids)
-    if stop_at_newline:
-        stops |= encoder.newline_token_ids
+    stops = stops_of(encoder, stop_at_newline=stop_at_newline)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     completions: dict[int, Completion] = {}
     with evaluating(model):
@@ -229,7 +227,7 @@ def complete(
                 **({"do_sample": False} | sampling),
             )
             written = output[:, padded["input_ids"].shape[1] :].tolist()
-            texts = _texts_behind(tokenizer, [prompts[index] for index in batch], written)
+            texts = texts_behind(tokenizer, [prompts[index] for index in batch], written)
             for index, text, tokens in zip(batch, texts, written, strict=True):
                 completions[index] = Completion(
                     text.rstrip("\n") if stop_at_newline else text, finished=not stops.isdisjoint(tokens)
@@ -237,6 +235,16 @@ def complete(
             if progress is not None:
                 progress(first + len(batch), len(order))
     return [completions[index] for index in range(len(prompts))]
+
+
+def stops_of(encoder: RowEncoder, *, stop_at_newline: bool) -> set[int]:
+    """The tokens that end a completion.
+
+    Args:
+        encoder: gives the tokenizer and the stop tokens.
+        stop_at_newline: whether every token with a line break ends it, too.
+    """
+    return set(encoder.stop_token_ids) | (encoder.newline_token_ids if stop_at_newline else set())
 
 
 @contextmanager
@@ -250,8 +258,8 @@ def evaluating(model: Any) -> Any:
         model.train(training)
 
 
-def _texts_behind(tokenizer: Any, prompts: Sequence[list[int]], written: Sequence[list[int]]) -> list[str]:
-    """The texts of tokens as they stand behind prompts.
+def texts_behind(tokenizer: Any, prompts: Sequence[list[int]], written: Sequence[list[int]]) -> list[str]:
+    """The texts of tokens as they stand behind prompts, without special tokens.
 
     By itself a text may lose its first space: some tokenizers take away the one that they put before any text. So it is
     decoded with the token before it, where that one is text of its own.

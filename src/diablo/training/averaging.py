@@ -50,12 +50,8 @@ class Average(TrainerCallback):
     @contextmanager
     def in_place(self, model: Any) -> Iterator[None]:
         """Have the model compute with the average, where there is one, and afterwards with its parameters again."""
-        kept = {name: parameter.detach().clone() for name, parameter in self._averaged(model).items()}
-        self.take_over(model)
-        try:
+        with with_values(model, self.values):
             yield
-        finally:
-            _write(self._averaged(model), kept)
 
     def take_over(self, model: Any) -> None:
         """Give the parameters the values of the average, where there is one."""
@@ -63,6 +59,23 @@ class Average(TrainerCallback):
 
     def _averaged(self, model: Any) -> Tensors:
         return trained_parameters(model) if self.values else {}
+
+
+@contextmanager
+def with_values(model: Any, values: Tensors) -> Iterator[None]:
+    """Have the model compute with other values of its trained parameters, and afterwards with its own again.
+
+    Args:
+        model: the model.
+        values: a tensor for each trained parameter, by its name; none where nothing is to change.
+    """
+    trained = trained_parameters(model) if values else {}
+    kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    _write(trained, values)
+    try:
+        yield
+    finally:
+        _write(trained, kept)
 
 
 @torch.no_grad()

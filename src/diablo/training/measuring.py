@@ -34,6 +34,7 @@ class Losses:
         scores: the score on validation problems, by step, where that says which step is best: the mean over the tasks
             of their headline figures, from 0 to 1.
         general: of general text.
+        rewards: mean rewards of completions that were trained on.
     """
 
     train: list[tuple[int, float]] = field(default_factory=list)
@@ -41,6 +42,12 @@ class Losses:
     figures: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     scores: list[tuple[int, float]] = field(default_factory=list)
     general: list[float] = field(default_factory=list)
+    rewards: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[tuple[int, float]]:
+        """What was measured on held-out rows, by step, the lower the better: their loss, or minus their reward."""
+        return self.held_out or [(step, -reward) for step, reward in self.figures.get("reward", [])]
 
     def measure_general(self, model: Any, plan: Plan) -> None:
         """Measure the loss of general text, where there is some."""
@@ -70,12 +77,12 @@ class Losses:
 
     def knows(self, step: int) -> bool:
         """Whether a step has been measured."""
-        return any(measured == step for measured, _ in self.held_out)
+        return any(measured == step for measured, _ in self.measured)
 
     @property
     def since_best(self) -> int:
         """How many measurements of trained parameters came after the best one; all where no loss is a number."""
-        steps = [step for step, _ in self.held_out if step > 0]
+        steps = [step for step, _ in self.measured if step > 0]
         return len(steps) if self.best_step is None else len(steps) - 1 - steps.index(self.best_step)
 
     @property
@@ -86,7 +93,7 @@ class Losses:
         """
         scores = dict(self.scores)
         measured = [
-            (-scores.get(step, 0.0), loss, step) for step, loss in self.held_out if step > 0 and math.isfinite(loss)
+            (-scores.get(step, 0.0), loss, step) for step, loss in self.measured if step > 0 and math.isfinite(loss)
         ]
         return min(measured)[2] if measured else None
 
@@ -168,11 +175,13 @@ class HeldOutLoss(TrainerCallback):
         if losses.knows(step):
             others = {f"held_out_{name}": values[-1][1] for name, values in losses.figures.items()}
             score = {"validation_score": losses.scores[-1][1]} if losses.scores else {}
-            self.report({"held_out_loss": losses.held_out[-1][1], **others, **score})
+            loss = {"held_out_loss": losses.held_out[-1][1]} if losses.held_out else {}
+            self.report({**loss, **others, **score})
         if training.depends_on_held_out:
             # On GPUs the processes' figures may differ in the last digits; all must decide alike.
-            last = [losses.held_out[-1], losses.scores[-1:]]
-            losses.held_out[-1], losses.scores[-1:] = broadcast_object_list(last)
+            deciding = [losses.held_out, losses.figures.get("reward", []), losses.scores]
+            for values, last in zip(deciding, broadcast_object_list([each[-1:] for each in deciding]), strict=True):
+                values[-1:] = last
         if training.keep == "best" and self.losses.best_step == step:
             whole = self.engine.trained(model)
             self.best = whole or {name: values.cpu().clone() for name, values in trained_parameters(model).items()}

@@ -103,6 +103,17 @@ def check_effective_batch(plan: Plan, processes: int, checkpoint: Path) -> None:
         )
 
 
+def check_rewards(plan: Plan, checkpoint: Path) -> None:
+    """A resumed run goes on with the functions that it began with."""
+    before = {each["file"]: each["sha256"] for each in saving.about(checkpoint).get("rewards", []) if "file" in each}
+    for each in plan.rewards.record() if plan.rewards else []:
+        if "file" in each and before.get(each["file"], each["sha256"]) != each["sha256"]:
+            raise UserError(
+                f"objective.rewards: {each['file']} has changed since the run that is to be resumed; set it back, or "
+                "start a new run with --overwrite."
+            )
+
+
 def start_output(processes: Processes, recipe: Recipe, model: Any, log: RunLog, *, resume: bool) -> Path | None:
     """Make the output folder and begin the log in it.
 
@@ -142,5 +153,10 @@ def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
     title = f"{recipe.method.title} on {recipe.model}"
-    plot_losses(recipe.output / "loss.png", losses.train, losses.held_out, title, recipe.objective.loss_unit)
+    if losses.rewards:
+        # The loss of completions that the model has just written says nothing: it is near 0 all the way.
+        curves, measure = (losses.rewards, losses.figures.get("reward", [])), "mean reward of a completion"
+    else:
+        curves, measure = (losses.train, losses.held_out), f"loss ({recipe.objective.loss_unit})"
+    plot_losses(recipe.output / "loss.png", *curves, title, measure)
     write_json(recipe.output / "run.json", record)

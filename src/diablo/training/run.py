@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ from diablo.scoring.several_tasks import score_tasks, write_answers
 from diablo.training import saving
 from diablo.training.engines import Engine, check_shardable
 from diablo.training.measuring import Losses
-from diablo.training.output import Start, check_effective_batch, close_output, start_output
+from diablo.training.output import Start, check_effective_batch, check_rewards, close_output, start_output
 from diablo.training.processes import Processes
 from diablo.training.safeguards import StopWhenAsked, out_of_memory_advice
 
@@ -144,7 +144,9 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
     training_peak = peak_memory_bytes()
     kept_step = trainer.held_out.settle(model, trainer.state.global_step)
     losses.measure_general(model, plan)
-    losses.train = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    logged = trainer.state.log_history
+    losses.train = [(int(log["step"]), log["loss"]) for log in logged if "loss" in log]
+    losses.rewards = [(int(log["step"]), log["reward"]) for log in logged if "reward" in log]
 
     trained = processes.engine.trained(model)
     if processes.is_main:
@@ -228,10 +230,14 @@ def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
     pad_token_id, first = plan.encoder.tokenizer.pad_token_id, plan.sampler.batches()[0]
     rows = [each for sequence in first for row in plan.rows_of(sequence) for each in row.sequences]
     packed = plan.recipe.training.packing
-    batch = collate(
-        [plan.features_of(index) for index in first] if packed else [row.features for row in rows], pad_token_id
-    )
-    preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
+    if plan.rewards is None:
+        batch = collate(
+            [plan.features_of(index) for index in first] if packed else [row.features for row in rows], pad_token_id
+        )
+        preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
+    else:
+        # A prompt in the place of the completions, which are not there yet.
+        rows = [replace(row, labels=row.input_ids) for row in rows]
     shortest = min(rows, key=lambda row: len(row.input_ids))
     probe = collate([shortest.features], pad_token_id)
     options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
@@ -292,7 +298,8 @@ def _train(trainer: RunTrainer, plan: Plan, asking: StopWhenAsked, checkpoint: P
     try:
         with waiting, compiled_layers(model) if plan.recipe.speed.compile else nullcontext():
             # What was measured before may have drawn numbers.
-            set_seed(plan.recipe.seed)
+            # Of a prompt that several processes complete, each is to sample its own completions.
+            set_seed(plan.recipe.seed + (trainer.accelerator.process_index if plan.rewards else 0))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         advice = out_of_memory_advice(error, plan.recipe, plan.longest)
@@ -314,6 +321,7 @@ def _check_processes(processes: Processes, plan: Plan, checkpoint: Path | None) 
     """Check that the processes can train, and save, what the plan says, and go on with what the checkpoint has."""
     if checkpoint is not None:
         check_effective_batch(plan, processes.count, checkpoint)
+        check_rewards(plan, checkpoint)
     if processes.engine.shards:
         check_shardable(plan)
 
@@ -351,6 +359,8 @@ def _record(
             "effective_batch": plan.effective_batch,
             "tokens_per_second": meter.tokens / timings["train_seconds"],
             "loss": losses.train,
+            "reward": losses.rewards,
+            "rewards": plan.rewards.record() if plan.rewards else [],
             "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
             "loss_unit": plan.recipe.objective.loss_unit,

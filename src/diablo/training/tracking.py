@@ -15,7 +15,10 @@ from diablo.records.progress import TokenMeter
 from diablo.training.measuring import Losses
 
 LOG = "train.jsonl"
-KINDS = ("loss", "held_out_loss")
+HELD_OUT = ("held_out_loss", "held_out_reward")
+"""The keys of a log of what was measured on held-out rows."""
+
+KINDS = ("loss", *HELD_OUT)
 """The keys of a log that make it a line."""
 
 
@@ -70,8 +73,10 @@ class TrainLog(TrainerCallback):
     def go_on_from(self, step: int) -> None:
         """Keep the lines of a step and of those before it, and drop the others; none is kept of another run."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        figures = {f"held_out_{name}": values[0][1] for name, values in self.losses.figures.items()}
-        before = [json.dumps({"step": of, "held_out_loss": loss, **figures}) for of, loss in self.losses.held_out]
+        start = {f"held_out_{name}": values[0][1] for name, values in self.losses.figures.items()}
+        if self.losses.held_out:
+            start = {"held_out_loss": self.losses.held_out[0][1], **start}
+        before = [json.dumps({"step": 0, **start})] if start else []
         steps = {line: step_of for line in lines if math.isfinite(step_of := _step_of(line))} if step else {}
         self.told = {kind: max((s for line, s in steps.items() if f'"{kind}"' in line), default=0) for kind in KINDS}
         kept = [line for line in lines if _step_of(line) <= step] if step else before
@@ -86,6 +91,13 @@ class TrainLog(TrainerCallback):
             figures = [f"{kind.replace('held_out_', 'held-out ')} {logs[kind]:.4f}" for kind in KINDS if kind in logs]
             if "validation_score" in logs:
                 figures.append(f"validation score {logs['validation_score']:.1%}")
+            if "reward" in logs:
+                figures.insert(0, f"reward {logs['reward']:.4f}")
+            if logs.get("frac_reward_zero_std") == 1:
+                LOGGER.warning(
+                    "step %d: of each prompt, all completions had the same reward, so that nothing was learned",
+                    state.global_step,
+                )
             if "loss" in logs:
                 figures.append(f"learning rate {logs['learning_rate']:.3g}")
                 figures.append(f"{self.meter.tokens_per_second():.0f} tokens/s")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diablo.data.faults import NoRowError
-from diablo.data.reading import completions, preferences
+from diablo.data.reading import completions, preferences, prompts
 from diablo.data.reading.values import MissingColumnError
 from diablo.data.rows import Row, RowKind, kind_of
 
@@ -27,6 +27,7 @@ _OTHER_NAMES: dict[RowKind, dict[str, tuple[str, ...]]] = {
         "completion": _COMPLETIONS,
         "label": ("label", "desirable", "is_good", "good", "thumbs_up", "liked", "correct", "judgement"),
     },
+    "prompts": {"prompt": _PROMPTS},
 }
 
 
@@ -59,6 +60,7 @@ FORMATS: dict[RowKind, dict[str, Format]] = {
         "judged messages": Format(("messages",), ("label", "tools"), preferences.from_judgement),
         "judged": Format(("prompt", "completion", "label"), ("tools",), preferences.from_judgement),
     },
+    "prompts": {"prompts": Format(("prompt",), ("tools",), prompts.from_prompt_alone)},
 }
 """The formats by name, for each kind of rows. A record that could have several has the first of them."""
 
@@ -66,9 +68,10 @@ _NEEDED: dict[RowKind, str] = {
     "completions": "prompt and completion, messages, conversations, instruction and output, or text",
     "pairs": "prompt, chosen and rejected",
     "judged": "prompt, completion and label",
+    "prompts": "prompt",
 }
 _TOLD_BY: dict[RowKind, tuple[str, ...]] = {"completions": (), "pairs": (), "judged": ("label",)}
-_OBJECTIVES: dict[RowKind, str] = {"completions": "sft", "pairs": "dpo", "judged": "kto"}
+_OBJECTIVES: dict[RowKind, str] = {"completions": "sft", "pairs": "dpo", "judged": "kto", "prompts": "grpo"}
 
 
 def format_of(columns: Mapping[str, Any], kind: RowKind = "completions") -> str | None:

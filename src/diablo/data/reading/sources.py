@@ -137,7 +137,11 @@ def _read_into(
             faults.append(replace(record, source=name))
             continue
         try:
-            row, form = to_row(number, record if columns is None else columns(record), kind)
+            chosen = record if columns is None else columns(record)
+            if kind == "prompts" and isinstance(record, dict) and isinstance(chosen, dict):
+                # Rewards are told of all that the record has.
+                chosen = record | chosen
+            row, form = to_row(number, chosen, kind)
         except NoRowError as error:
             faults.append(replace(error.at(number), source=name))
         else:

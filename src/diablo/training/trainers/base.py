@@ -30,7 +30,7 @@ from diablo.training.engines import Engine, trained_parameters
 from diablo.training.measuring import HeldOutLoss
 from diablo.training.safeguards import FiniteLosses
 from diablo.training.trackers import Trackers
-from diablo.training.tracking import KINDS, TrainLog
+from diablo.training.tracking import HELD_OUT, KINDS, TrainLog
 
 
 class RunTrainer(Trainer):
@@ -154,7 +154,7 @@ class RunTrainer(Trainer):
 
         What is measured after training goes to ``train.jsonl`` alone: the trackers have closed the run by then.
         """
-        if not self.is_in_train and "held_out_loss" in logs:
+        if not self.is_in_train and any(kind in logs for kind in HELD_OUT):
             self.train_log.on_log(self.args, self.state, self.control, logs)
             return
         if "loss" in logs:
@@ -169,7 +169,7 @@ class RunTrainer(Trainer):
         is_due = self.control.should_log
         with self.trackers.silent(self.callback_handler) if is_told else nullcontext(), self._figures_of(kind):
             super().log(logs, start_time)
-        if kind == "held_out_loss":
+        if kind in HELD_OUT:
             # The trainer takes any log for the step's own, which may still be due.
             self.control.should_log = is_due
 
@@ -177,7 +177,7 @@ class RunTrainer(Trainer):
     def _figures_of(self, kind: str | None) -> Iterator[None]:
         """Keep TRL's figures of training steps for the log of these: it adds them to whatever is logged next."""
         figures: dict[str, Any] | None = getattr(self, "_metrics", None)
-        if figures is None or kind != "held_out_loss":
+        if figures is None or kind not in HELD_OUT:
             yield
             return
         kept, figures["train"] = figures["train"], defaultdict(list)
@@ -233,6 +233,9 @@ class RunTrainer(Trainer):
             "averaged_steps": self.average.steps,
         }
 
+    def _write_own(self, staged: Path) -> None:
+        """Write into a checkpoint what only the class beside this one needs."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -251,6 +254,7 @@ class RunTrainer(Trainer):
                 staged = self._staging / f"checkpoint-{self.state.global_step}"
                 saving.write_tensors(staged / saving.BEST, self.held_out.best)
                 saving.write_tensors(staged / saving.AVERAGE, self.average.values)
+                self._write_own(staged)
                 saving.publish(folder, self._about())
                 LOGGER.info("checkpoint of step %d saved", self.state.global_step)
             self.accelerator.wait_for_everyone()

@@ -21,6 +21,7 @@ from diablo.training.safeguards import FiniteLosses
 from diablo.training.trackers import Trackers
 from diablo.training.tracking import LastLoss, TrainLog
 from diablo.training.trainers.base import RunTrainer
+from diablo.training.trainers.groups import GroupTrainer
 from diablo.training.trainers.preferences import JudgedTrainer, OddsRatioTrainer, PairTrainer
 from diablo.training.trainers.supervised import CompletionTrainer, adapted_head_allowed
 
@@ -29,6 +30,7 @@ _TRAINERS: dict[str, Any] = {
     "dpo": PairTrainer,
     "orpo": OddsRatioTrainer,
     "kto": JudgedTrainer,
+    "grpo": GroupTrainer,
 }
 
 
@@ -71,7 +73,6 @@ def make_trainer(
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing != "none",
         gradient_checkpointing_kwargs=checkpointing_options(training.gradient_checkpointing),
-        activation_offloading=plan.recipe.speed.activation_offloading,
         logging_steps=training.logging_steps,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
@@ -92,6 +93,8 @@ def make_trainer(
         # Trackio's; the others are told of it by the environment.
         project=plan.recipe.tracking.project or "huggingface",
         disable_tqdm=True,
+        # Not all of TRL's trainers have it.
+        **({"activation_offloading": True} if plan.recipe.speed.activation_offloading else {}),
         **kind.settings(plan),
     )
     config.recipe = plan.recipe.model_dump(mode="json")
