@@ -142,8 +142,10 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the best and the worst of the last completions, so that one sees what is rewarded."""
         super().log(logs, start_time)
-        if "loss" in logs:
-            LOGGER.info("step %d: advantage %s; and %s", self.state.global_step, *self._extremes)
+        # A step may go on with completions that were shown already.
+        if "loss" in logs and self._extremes:
+            LOGGER.info("step %d: advantage %s", self.state.global_step, "; and ".join(self._extremes))
+            self._extremes = []
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(each["prompt_ids"]) for each in self._asked], None, {}
