@@ -121,6 +121,17 @@ def test_the_reference_is_the_model_that_training_starts_from(diablo, recipe, tm
         assert training["held_out_figures"]["margin"][-1][1] > 0.01
 
 
+def test_an_adapter_that_was_trained_with_dropout_goes_on_without(diablo, recipe, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    method = "method={name: diablo, num_blocks: 4, dropout: 0.5}"
+    assert diablo("train", recipe, "objective=orpo", method, f"output={first}")[0] == 0
+    status, out, _ = diablo("train", recipe, f"adapter={first}", f"output={second}", "--dry-run")
+    assert status == 0
+    assert "dropout             off: the adapter was trained with 0.5" in out
+    assert diablo("train", recipe, f"adapter={first}", f"output={second}")[0] == 0
+    assert record_of(second)["training"]["loss"][0] == [1, pytest.approx(math.log(2), abs=1e-6)]
+
+
 def test_gradient_accumulation_and_checkpointing_change_nothing(diablo, recipe, tmp_path):
     runs = {
         "whole": [],

@@ -214,11 +214,12 @@ class Plan:
             yield f"objective           {objective.describe()}"
         if objective.name == "grpo":
             yield f"completions         up to {self.recipe.max_new_tokens} tokens"
-            if dropout := getattr(self.recipe.method, "dropout", 0.0):
-                yield f"dropout             off: the adapter was trained with {dropout:g}, and completions are without"
         if objective.rows == "judged":
             good = sum(bool(row.desired) for row in self.train)
             yield f"judged              {good:,} good and {len(self.train) - good:,} bad completions"
+        dropout = getattr(self.recipe.method, "dropout", 0.0)
+        if dropout and (objective.has_reference or objective.name == "grpo"):
+            yield f"dropout             off: the adapter was trained with {dropout:g}, and this objective has none"
 
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""

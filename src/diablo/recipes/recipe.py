@@ -207,7 +207,8 @@ class Recipe(Section):
                     f"{self.objective.name}."
                 )
         dropout = getattr(self.method, "dropout", 0.0)
-        if self.objective.has_reference and dropout:
+        # An adapter that was trained with some goes on without.
+        if self.objective.has_reference and dropout and self.adapter is None:
             raise ValueError(
                 f"method.dropout: found {dropout:g}, and {self.objective.name} compares the model with what it was "
                 "before training, which has no dropout; leave it out."
