@@ -5,6 +5,7 @@ This file holds what several of them share.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,13 @@ os.environ.pop("COLUMNS", None)
 from tiny import make_tiny_model
 
 import diablo_cli
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stands_already_is_not_collected_again() -> None:
+    """Collections of garbage leave out the objects of the libraries, a million: each run of a trainer asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
