@@ -33,6 +33,11 @@ def what_stands_already_is_not_collected_again() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """At the end all is collected: nanobind, which Triton uses, complains of what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random Llama with a tokenizer and a chat template; not to be written to."""
