@@ -26,6 +26,11 @@ from tiny import make_tiny_model
 import diablo_cli
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files from end to end take longest and have few tests: begun last, one would be waited for by all workers."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_stands_already_is_not_collected_again() -> None:
     """Collections of garbage leave out the objects of the libraries, a million: each run of a trainer asks for one."""
