@@ -37,7 +37,7 @@ fuzz: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 # The schema of recipes, which is shipped as a file, after a change of their keys.
 schema: .venv/installed

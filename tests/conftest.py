@@ -12,18 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-# Triton reads this once, and other libraries import it: so it stands before they do.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The command line's console would keep the width that workers of the tests are given.
 os.environ.pop("COLUMNS", None)
 
-from tiny import make_tiny_model
-
 import diablo_cli
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have Triton interpret where there is no GPU: it reads this once, when a library imports it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        # This process hands the tests out, and its workers wait for it: it does not import torch.
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,6 +50,8 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random Llama with a tokenizer and a chat template; not to be written to."""
+    from tiny import make_tiny_model
+
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
