@@ -101,9 +101,15 @@ def ask(task: Mapping[str, object]) -> int:
     process = server()
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps(task) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+    try:
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+    except BaseException:
+        # A test whose time was up: the next one must not read the answer that this one has not waited for.
+        process.kill()
+        server.cache_clear()
+        raise
 
 
 def serve() -> list[str] | None:
