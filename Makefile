@@ -9,8 +9,9 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
 
-# A worker a core, each with one thread: files of tests run side by side.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+# A worker a core, each with one thread: files of tests run side by side, in the order of tests/conftest.py.
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test: lint
 	$(PYTEST) -m "not slow"
@@ -36,7 +37,7 @@ fuzz: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 # The schema of recipes, which is shipped as a file, after a change of their keys.
 schema: .venv/installed

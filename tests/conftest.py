@@ -5,29 +5,53 @@ This file holds what several of them share.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-# Triton reads this once, and other libraries import it: so it stands before they do.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The command line's console would keep the width that workers of the tests are given.
 os.environ.pop("COLUMNS", None)
 
-from tiny import make_tiny_model
-
 import diablo_cli
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have Triton interpret where there is no GPU: it reads this once, when a library imports it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        # This process hands the tests out, and its workers wait for it: it does not import torch.
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files from end to end take longest and have few tests: begun last, one would be waited for by all workers."""
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stands_already_is_not_collected_again() -> None:
+    """Collections of garbage leave out the objects of the libraries, a million: each run of a trainer asks for one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At the end all is collected: nanobind, which Triton uses, complains of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random Llama with a tokenizer and a chat template; not to be written to."""
+    from tiny import make_tiny_model
+
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from datasets import Dataset
+from launching import run_python
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import assert_same_bits, base_weights, fill, mlp
@@ -213,7 +214,14 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_in_place_walk_as_one_does_beside_on_the_whole_batch(tmp_path):
-    mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    code = f"""
+import os, sys
+sys.path = {sys.path!r}
+from test_with_trainers import one_of_two
+one_of_two(int(os.environ["RANK"]), {str(tmp_path)!r})
+"""
+    done = run_python("-c", code, processes=2)
+    assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected = three_steps(adapted_mlp(in_place=False), rows_of_mlp())
     assert len(expected["gradients"]) == 6

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_python, start_python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -75,9 +73,8 @@ def test_a_run_that_is_killed_ends_with_the_same_adapter_to_the_bit(tiny_model, 
         f"training: {{learning_rate: 1.0e-2, batch_size: 4, save_steps: 1, {settings}}}\nevaluation: {{limit: 4}}\n"
         f"precision: fp32\noutput: {tmp_path / 'run'}\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(HERE / "kill_scenarios.py"), str(recipe), str(kills)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = run_python(HERE / "kill_scenarios.py", recipe, kills, settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["faults"] == []
@@ -154,7 +151,7 @@ except UserError as error:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_python("-c", script)
     assert "The checkpoint of step 6 cannot be written" in done.stdout, done.stdout + done.stderr[-2000:]
     assert "Checkpoint-4 is intact: make room and go on with --resume." in done.stdout
     last, torn = saving.last_whole(tmp_path / "run" / "checkpoints")
@@ -171,19 +168,18 @@ except UserError as error:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_asks_to_stop_gets_a_checkpoint_and_the_line_to_go_on_with(tiny_model, tmp_path, number):
     arguments = write_recipe(tmp_path, tiny_model, "training.save_steps=null", "training.epochs=200")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "diablo", "train", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = start_python("-m", "diablo", "train", *arguments, settings={"OMP_NUM_THREADS": "1"})
     try:
         # The loss is logged at each step, but only a terminal's bar shows it: what shows here is the log of the run.
         log, deadline = tmp_path / "run" / "train.log", time.monotonic() + 120
         while not (log.is_file() and "step 2 of" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        _, said = process.communicate(timeout=120)
+        ended = process.wait()
     finally:
         process.kill()
-    assert process.returncode == 128 + number, said[-2000:]
+    said = ended.stderr
+    assert ended.returncode == 128 + number, said[-2000:]
     assert "Traceback" not in said
     line = next(line for line in said.splitlines() if line.startswith("Stopped after step"))
     step = int(line.split()[3])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import run_python
 from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -219,15 +218,8 @@ def test_ctrl_c_at_the_prompt_does_not_end_the_chat(model: Any, encoder: RowEnco
 def test_the_command_reads_piped_lines_and_ends_with_them(tiny_model: Path, model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "talk.jsonl"
-    command = [sys.executable, "-m", "diablo_cli", "chat", tmp_path / "adapter", "--base", tiny_model]
-    result = subprocess.run(
-        [*map(str, command), "--max-new-tokens", "8"],
-        input=f"the dog\n/base\n/save {path}\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    command = ["-m", "diablo_cli", "chat", tmp_path / "adapter", "--base", tiny_model, "--max-new-tokens", 8]
+    result = run_python(*command, given=f"the dog\n/base\n/save {path}\n", settings={"COLUMNS": "200"})
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "base model" in result.stdout
@@ -240,14 +232,8 @@ def test_a_model_without_a_run_stops_where_its_configs_say(tiny_model: Path, tmp
     tokenizer = load_tokenizer(str(base))
     GenerationConfig(eos_token_id=list(range(len(tokenizer)))).save_pretrained(base)  # any token ends an answer
     path = tmp_path / "talk.jsonl"
-    result = subprocess.run(
-        [sys.executable, "-m", "diablo_cli", "chat", str(base), "--max-new-tokens", "8"],
-        input=f"the dog\n/save {path}\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    command = ["-m", "diablo_cli", "chat", base, "--max-new-tokens", 8]
+    result = run_python(*command, given=f"the dog\n/save {path}\n")
     assert result.returncode == 0, result.stderr
     # One token, which has a part of a character.
     assert len(json.loads(path.read_text())["messages"][1]["content"]) == 1

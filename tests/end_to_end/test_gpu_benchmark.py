@@ -5,20 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import run_python
 
 from benchmarks import tables
 from benchmarks.gpu.sizes import PARTS
 
-ROOT = Path(__file__).parents[2]
-
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return run_python("-m", "benchmarks.gpu", "--device", "cpu", "--tiny", *arguments)
 
 
 def test_every_part_gives_rows_and_none_fails(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import run_python
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SCENARIOS = Path(__file__).with_name("parallel_scenarios.py")
@@ -65,14 +63,8 @@ def found_by_two(launch: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_scenarios(model: Path, folder: Path, count: int) -> dict[str, Any]:
-    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(SCENARIOS)]
-    done = subprocess.run(
-        [sys.executable, *launched, str(model), str(folder), *map(str, CASES[count])],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    settings = {"OMP_NUM_THREADS": "1"}
+    done = run_python(SCENARIOS, model, folder, *CASES[count], processes=count, settings=settings)
     assert done.returncode == 0, done.stderr[-5000:]
     results = json.loads((folder / "found.json").read_text())
     return {"processes": count, **results}

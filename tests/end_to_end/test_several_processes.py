@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import ROOT, run_python
 from safetensors.torch import load_file
 
 from diablo.errors import UserError
@@ -21,8 +22,6 @@ from diablo.planning.plan import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.engines import check_shardable
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_recipe(tmp_path: Path, model: Path) -> Path:
@@ -38,9 +37,13 @@ def write_recipe(tmp_path: Path, model: Path) -> Path:
 def launch(
     *arguments: str, processes: int = 2, settings: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(processes), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (settings or {})
+    return run_python(*arguments, processes=processes, settings={"OMP_NUM_THREADS": "1"} | (settings or {}))
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes as a user starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
@@ -52,7 +55,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on_where_they_stopped(ti
     recipe = write_recipe(tmp_path, tiny_model)
     one = train(load_recipe(recipe)).record["training"]
     two = tmp_path / "two"
-    done = launch("-m", "diablo_cli", "train", str(recipe), f"output={two}", "training.batch_size=4")
+    done = torchrun("-m", "diablo_cli", "train", str(recipe), f"output={two}", "training.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mawps accuracy after") == 1, "only the main process reports"
     record = json.loads((two / "run.json").read_text())["training"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -137,11 +136,11 @@ def test_a_damaged_or_absent_file_and_a_folder_in_use_are_refused(tiny_model, tm
 
 def test_the_command(tiny_model, tmp_path):
     checkpoint = write(tmp_path / "adapter.chkpt", 4)
-    command = [sys.executable, "-m", "diablo", "import", str(checkpoint), str(tmp_path / "out"), "--base"]
-    done = subprocess.run([*command, str(tiny_model)], capture_output=True, text=True, timeout=120, check=False)
+    command = ["-m", "diablo", "import", checkpoint, tmp_path / "out", "--base", tiny_model]
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     assert "6 modules" in done.stdout
     assert "num_blocks=4" in done.stdout
-    again = subprocess.run([*command, str(tiny_model)], capture_output=True, text=True, timeout=120, check=False)
+    again = run_python(*command)
     assert again.returncode == 2
     assert "not empty" in again.stderr

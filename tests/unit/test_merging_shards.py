@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from launching import run_python
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -125,6 +126,7 @@ before = psutil.Process().memory_info().rss
 merge_adapter(Path({str(adapter)!r}), Path({str(tmp_path / "merged")!r}))
 print(peak() - before)
 """
+    # A fork would have pages of libraries come in that stand in a process of its own already.
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     grown = int(run.stdout.split()[-1])
@@ -308,7 +310,7 @@ try:
 except UserError as error:
     print("refused:", error)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    run = run_python("-c", script)
     assert "cannot be written" in run.stdout, run.stdout + run.stderr
     assert "is the disk full?" in run.stdout
     assert not (tmp_path / "merged").exists()
