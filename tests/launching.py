@@ -25,7 +25,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ("diablo.training.trainer", "diablo.merging", "diablo.models.adapters", "diablo_cli", "matplotlib.pyplot")
+IMPORTED = (
+    "diablo.training.trainers.making",
+    "diablo.merging",
+    "diablo.models.adapters",
+    "diablo_cli",
+    "matplotlib.pyplot",
+)
 
 
 class Launched:
