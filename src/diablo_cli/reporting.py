@@ -55,10 +55,11 @@ def print_plan(out: Console, plan: Plan) -> None:
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
-    worse = "" if recipe.objective.rows == "completions" else ", [bold red]of worse completions red[/]"
-    out.print(
-        f"\nTwo rows as the model sees them: prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}\n"
-    )
+    worse = ", [bold red]of worse completions red[/]" if recipe.objective.rows in ("pairs", "judged") else ""
+    marked = f"prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}"
+    if recipe.objective.rows in ("labelled", "numbered", "tagged"):
+        marked = "what is to be said of them in [bold green]green[/]"
+    out.print(f"\nTwo rows as the model sees them: {marked}\n")
     for row in plan.train[:2]:
         for sequence in row.sequences:
             colour = "red" if sequence is row.rejected or row.desired is False else "green"
@@ -67,6 +68,8 @@ def print_plan(out: Console, plan: Plan) -> None:
                 visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
                 parts.append(f"[bold {colour}]‹{visible}›[/]" if is_supervised else visible)
             out.print("".join(parts) + "\n")
+        if said := plan.said_of(row):
+            out.print(f"[bold green]{escape(said)}[/]\n")
 
 
 def _optimization(training: Training) -> list[str]:
@@ -233,7 +236,8 @@ def print_result(out: Console, result: RunResult) -> None:
     if runs:
         out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")
     out.print("\nWhat to try next:")
-    out.print(f'  diablo generate {folder} "..."', markup=False)
+    verb = "classify" if record["training"]["head"] else "generate"
+    out.print(f'  diablo {verb} {folder} "..."', markup=False)
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
@@ -252,7 +256,7 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
         by_step = dict(values)
         before, after = values[0][1], by_step[training["kept_step"]]
         figures = (f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in (before, after))
-        out.print(f"{'held-out ' + name:<16} {' -> '.join(figures)}")
+        out.print(f"{'held-out ' + name.replace('_', ' '):<16} {' -> '.join(figures)}")
     judge = "score on the validation rows" if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")

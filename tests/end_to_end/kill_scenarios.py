@@ -23,7 +23,7 @@ from diablo.recipes.reading import load_recipe
 from diablo.training import saving, train
 
 # A run imports it late. Imported here, it is there for every child: what is killed is a run and not its imports.
-from diablo.training.trainer import make_trainer  # noqa: F401
+from diablo.training.trainers.making import make_trainer  # noqa: F401
 
 
 def run(recipe_file: str) -> int:

@@ -15,9 +15,9 @@ Turn = dict[str, Any]
 turn that is not trained on has ``train``, which is False."""
 
 
-RowKind = Literal["completions", "pairs", "judged"]
-"""What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; or completions
-of which each is judged good or bad."""
+RowKind = Literal["completions", "pairs", "judged", "labelled", "numbered", "tagged"]
+"""What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; completions of
+which each is judged good or bad; texts with a label, or with a number; or words of which each has a label."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Row:
         source: the name of the file or dataset that the row is from; empty where there is only one.
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
+        text_pair: a second text beside ``prompt``, where two texts have one label; empty where there is one.
+        label: what the text in ``prompt`` is labelled with: a label, several of them, or a number; or the labels of
+            ``words``. None where nothing is labelled.
+        words: the words of a text of which each has a label.
     """
 
     number: int
@@ -47,6 +51,9 @@ class Row:
     source: str = ""
     rejected: Row | None = None
     desired: bool | None = None
+    text_pair: str = ""
+    label: str | float | tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:

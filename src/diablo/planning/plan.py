@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -26,25 +25,28 @@ from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.adapters import check_tensors
 from diablo.models.folders import adapter_folder
+from diablo.models.heads import Head, head_modules
 from diablo.models.loading import (
     count_parameters,
     load_config,
     load_generation_config,
     load_tokenizer,
+    longest_text,
     meta_model,
     resolve_model,
     stop_token_ids,
-    stored_quantization,
 )
 from diablo.planning import preflight
+from diablo.planning.labels import describe_counts
 from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
 from diablo.planning.rows import encode_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.planning.speed import check_speed
+from diablo.planning.suiting import check_output_layer, check_smoothing, check_suited, choose_head
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
-from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
+from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
 from diablo.tasks import Problem
@@ -81,6 +83,8 @@ class Plan:
         schedule: the schedule of its learning rate.
         device: where it runs.
         dtype: dtype of the frozen weights.
+        head: what the model has in place of its output layer; None where it keeps that.
+        has_own_head: whether the model has that head already, and training goes on with its weights.
     """
 
     recipe: Recipe
@@ -108,6 +112,8 @@ class Plan:
     schedule: ScheduleChoice
     device: torch.device
     dtype: torch.dtype
+    head: Head | None = None
+    has_own_head: bool = False
 
     @property
     def effective_batch(self) -> int:
@@ -193,9 +199,33 @@ class Plan:
         objective = self.recipe.objective
         if objective.name != "sft":
             yield f"objective           {objective.describe()}"
+        if self.head is not None:
+            modules = ", ".join(head_modules(meta_model(self.config)))
+            whose = "the model's own, gone on with" if self.has_own_head else "new"
+            yield f"head                {whose}: {modules}, trained whole"
+        if self.head is not None and self.head.labels:
+            yield f"labels              {describe_counts(self.labels)}"
         if objective.rows == "judged":
             good = sum(bool(row.desired) for row in self.train)
             yield f"judged              {good:,} good and {len(self.train) - good:,} bad completions"
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many training rows, or their words, have each label, in the order of the labels."""
+        if self.head is None:
+            return {}
+        names, counts = self.head.labels, Counter[int]()
+        for row in self.train:
+            if isinstance(row.target, tuple):
+                counts.update(index for index, value in enumerate(row.target) if value)
+            else:
+                counts.update([row.target] if isinstance(row.target, int) else [tag for tag in row.labels if tag >= 0])
+        return {name: counts[index] for index, name in enumerate(names)}
+
+    @property
+    def cut(self) -> int:
+        """How many rows have lost the end of their text, since they exceed ``training.max_length``."""
+        return sum(row.is_cut for row in (*self.train, *self.held_out))
 
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""
@@ -206,7 +236,8 @@ class Plan:
         for source in self.held_out_sources:
             yield f"held-out source     {source.describe()}"
         tokens, supervised = self.tokens
-        yield f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        of_them = f", {supervised:,} of them supervised" if self.head is None else ""
+        yield f"training rows       {len(self.train):,}: {tokens:,} tokens{of_them}"
         for line in self.conversations:
             yield f"conversations       {line}"
         if self.recipe.training.packing:
@@ -224,6 +255,8 @@ class Plan:
             yield f"malformed, left out {rows}: {fault.reason}"
         if self.too_long:
             yield f"too long, left out  {name_places(self.too_long)}"
+        if self.cut:
+            yield f"too long, cut       {self.cut:,} rows (data.on_long: truncate)"
         if self.tested:
             yield f"tested rows         {self.tested} left out of training"
         if self.special_text[0]:
@@ -243,6 +276,8 @@ class Plan:
             "eval": [source.record() for source in self.held_out_sources],
             "malformed_rows_skipped": _places(self.faults),
             "long_rows_dropped": _places(self.too_long),
+            "long_rows_cut": self.cut,
+            "labels": self.labels,
             "tested_rows_left_out": self.tested,
             "special_text": {"rows": spelling, "tokens": special_tokens},
             "sequences": len(self.sequences),
@@ -285,7 +320,19 @@ class Plan:
                 for row in self.train[:2]
                 for each in row.sequences
             ],
+            "targets_of_examples": [self.said_of(row) for row in self.train[:2]] if self.head is not None else None,
         }
+
+    def said_of(self, row: EncodedRow) -> str:
+        """What the model is to say of a row, in words; empty where it is to write."""
+        if self.head is None or row.rejected is not None:
+            return ""
+        labels = self.head.labels
+        if isinstance(row.target, tuple):
+            return ", ".join(label for label, value in zip(labels, row.target, strict=True) if value) or "none"
+        if isinstance(row.target, int):
+            return labels[row.target]
+        return f"{row.target:g}" if row.target is not None else " ".join(labels[tag] for tag in row.labels if tag >= 0)
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
@@ -311,31 +358,37 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     preflight.check_trackers(recipe.tracking.report_to)
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
-    config = load_config(model_name)
+    config, tokenizer = load_config(model_name), load_tokenizer(model_name, recipe.chat_template)
+    head, has_own_head = choose_head(materials.head, config, recipe)
+    if head is not None:
+        head.put_into(config, tokenizer.pad_token_id)
     check_suited(recipe, config, dtype, [recipe.method])
     if isinstance(recipe.method, PeftMethod) and recipe.merge:
         check_merges(recipe.method.type, "merge: found true")
-    _check_smoothing(recipe, config)
+    check_smoothing(recipe, config)
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
         shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(adapted).items()}
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes)
-    _check_head(recipe, adapted)
+    check_output_layer(recipe, adapted)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     check_speed(recipe, config, adapted, device, dtype)
     special_text = recipe.data.special_text
     encoder = RowEncoder(
-        load_tokenizer(model_name, recipe.chat_template),
+        tokenizer,
         chat=recipe.chat,
         special_text=special_text,
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
+        has_completions=recipe.objective.rows not in ("labelled", "numbered", "tagged"),
     )
     faults = list(rows.faults)
-    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults)
-    held_out, _ = encode_rows(recipe, encoder, rows.held_out, "held-out", faults)
-    preflight.check_supervision(train, "training")
-    preflight.check_supervision(held_out, "held-out")
+    most = None if head is None else longest_text(tokenizer, config)
+    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults, head, most)
+    held_out, _ = encode_rows(recipe, encoder, rows.held_out, "held-out", faults, head, most)
+    if head is None:
+        preflight.check_supervision(train, "training")
+        preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
     if replicas is None:
         replicas = int(os.environ.get("WORLD_SIZE", "1"))
@@ -377,52 +430,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         schedule=choose_schedule(training, steps),
         device=device,
         dtype=dtype,
+        head=head,
+        has_own_head=has_own_head,
     )
-
-
-def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, methods: Sequence[AnyMethod]) -> None:
-    """Check that methods can train as a recipe says otherwise: in a dtype, on packed rows, over quantized weights.
-
-    Raises:
-        UserError: one cannot.
-    """
-    for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
-        check_precision(kind, dtype)
-        if recipe.training.packing:
-            check_packs(kind)
-    how = recipe.quantization or stored_quantization(config).get("quant_method")
-    if how and recipe.merge:
-        raise UserError(
-            f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
-        )
-    refused = [method.title for method in methods if method.needs_plain_weights]
-    if how and refused:
-        raise UserError(
-            f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
-            "method, or a model that is not quantized."
-        )
-
-
-def _check_head(recipe: Recipe, adapted: Any) -> None:
-    """TRL's losses of preferences take the output layer's weight itself, and would pass an adapter of it by."""
-    head = adapted.get_output_embeddings()
-    if recipe.objective.name != "sft" and isinstance(head, BaseTunerLayer):
-        raise UserError(
-            f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
-            "computed with an adapted one; leave it out."
-        )
-
-
-def _check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Labels are smoothed in our own loss, which is not that of a mixture whose router is balanced."""
-    text = config.get_text_config()
-    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
-    if recipe.training.label_smoothing and is_balanced:
-        raise UserError(
-            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
-            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
-            "the model's config."
-        )
 
 
 def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:

@@ -28,7 +28,7 @@ from diablo.models.loading import (
     meta_model,
     resolve_model,
 )
-from diablo.planning.plan import check_suited
+from diablo.planning.suiting import check_suited
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.recipe import Recipe

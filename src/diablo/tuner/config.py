@@ -171,7 +171,7 @@ class DiabloConfig(PeftConfig):
             **named,
             "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
         }
-        write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
+        write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows, self.task_type)
 
     def _read_empty_as_not_given(self) -> None:
         # Files have empty lists for None, and PEFT reads them so. target_modules is left out: there an empty list asks

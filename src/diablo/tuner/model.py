@@ -11,6 +11,7 @@ import peft
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import _get_submodules
 from torch import nn
 
@@ -222,11 +223,12 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, DiabloLayer) or recomputed(child) or offloading_hook(child) is not None:
+        is_whole = isinstance(child, AuxiliaryTrainingWrapper)
+        if isinstance(child, DiabloLayer) or is_whole or recomputed(child) or offloading_hook(child) is not None:
             # PEFT's own method does three things that fail here. It hands on the attribute `weight` of an unloaded
-            # layer, which experts and some quantized layers do not have. It reads the weight of a new layer, and some
-            # norms then compute it from another state. And it moves the blocks to the device of the weight, and an
-            # offloaded weight has none.
+            # layer, which experts, some quantized layers and heads of several layers do not have. It reads the weight
+            # of a new layer, and some norms then compute it from another state. And it moves the blocks to the device
+            # of the weight, and an offloaded weight has none.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -21,6 +21,7 @@ from diablo.training.safeguards import FiniteLosses
 from diablo.training.trackers import Trackers
 from diablo.training.tracking import LastLoss, TrainLog
 from diablo.training.trainers.base import RunTrainer
+from diablo.training.trainers.heads import LabelTrainer, RewardModelTrainer
 from diablo.training.trainers.preferences import JudgedTrainer, OddsRatioTrainer, PairTrainer
 from diablo.training.trainers.supervised import CompletionTrainer, adapted_head_allowed
 
@@ -29,6 +30,10 @@ _TRAINERS: dict[str, Any] = {
     "dpo": PairTrainer,
     "orpo": OddsRatioTrainer,
     "kto": JudgedTrainer,
+    "classification": LabelTrainer,
+    "regression": LabelTrainer,
+    "reward": RewardModelTrainer,
+    "token_classification": LabelTrainer,
 }
 
 
@@ -56,6 +61,8 @@ def make_trainer(
     """
     training, kind = plan.recipe.training, _TRAINERS[plan.recipe.objective.name]
     on_cpu = plan.device.type == "cpu"
+    # It is TRL's; a recipe of a head has none.
+    offloading = {} if plan.head is not None else {"activation_offloading": plan.recipe.speed.activation_offloading}
     config = kind.config_class(
         output_dir=str(plan.recipe.output / "checkpoints"),
         learning_rate=training.learning_rate,
@@ -71,7 +78,6 @@ def make_trainer(
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing != "none",
         gradient_checkpointing_kwargs=checkpointing_options(training.gradient_checkpointing),
-        activation_offloading=plan.recipe.speed.activation_offloading,
         logging_steps=training.logging_steps,
         save_strategy="steps" if training.save_steps else "no",
         save_steps=training.save_steps or 500,
@@ -93,6 +99,7 @@ def make_trainer(
         project=plan.recipe.tracking.project or "huggingface",
         disable_tqdm=True,
         **kind.settings(plan),
+        **offloading,
     )
     config.recipe = plan.recipe.model_dump(mode="json")
     # It is what trackers are told. When they are made, the arguments take transformers' own names alone.

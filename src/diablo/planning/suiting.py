@@ -1,0 +1,97 @@
+"""Whether a model, a method and a recipe suit each other, beyond what the recipe alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PretrainedConfig
+
+from diablo.errors import UserError
+from diablo.models.heads import Head
+from diablo.models.loading import stored_quantization
+from diablo.recipes.methods import AnyMethod, PeftMethod
+from diablo.recipes.objectives import LabelObjective
+from diablo.recipes.peft_methods import check_packs, check_precision
+from diablo.recipes.recipe import Recipe
+
+
+def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, methods: Sequence[AnyMethod]) -> None:
+    """Check that methods can train as a recipe says otherwise: in a dtype, on packed rows, over quantized weights.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for kind in (method.type for method in methods if isinstance(method, PeftMethod)):
+        check_precision(kind, dtype)
+        if recipe.training.packing:
+            check_packs(kind)
+    how = recipe.quantization or stored_quantization(config).get("quant_method")
+    if how and recipe.merge:
+        raise UserError(
+            f"merge: found true, where {how} quantizes the weights; leave it out, and merge with diablo merge --into."
+        )
+    refused = [method.title for method in methods if method.needs_plain_weights]
+    if how and refused:
+        raise UserError(
+            f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
+            "method, or a model that is not quantized."
+        )
+
+
+def choose_head(needed: Head | None, config: PretrainedConfig, recipe: Recipe) -> tuple[Head | None, bool]:
+    """The head that is trained, and whether the model has it already. Of the same labels, the model's order is taken.
+
+    Args:
+        needed: the head that the rows need; None where a language model is trained.
+        config: the model's config, as it is stored.
+        recipe: the recipe.
+
+    Raises:
+        UserError: a language model is to be trained, and the model has a head that writes nothing.
+    """
+    own = Head.of(config)
+    if needed is None:
+        if own is not None:
+            raise UserError(
+                f"model: {recipe.model!r} has a head that labels or scores texts and none that writes; set objective "
+                f"to {own.kind}, or give a language model."
+            )
+        return None, False
+    is_chosen = isinstance(recipe.objective, LabelObjective) and recipe.objective.labels is not None
+    if own is not None and sorted(own.labels) == sorted(needed.labels) and not is_chosen and recipe.adapter is None:
+        needed = replace(needed, labels=own.labels)
+    return needed, needed.is_as(own)
+
+
+def check_output_layer(recipe: Recipe, adapted: Any) -> None:
+    """Check that the output layer is not adapted where TRL's losses take its weight itself, and pass the adapter by.
+
+    Raises:
+        UserError: it is.
+    """
+    head = adapted.get_output_embeddings()
+    if recipe.objective.name != "sft" and isinstance(head, BaseTunerLayer):
+        raise UserError(
+            f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
+            "computed with an adapted one; leave it out."
+        )
+
+
+def check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Check that labels are smoothed in our own loss, which is not that of a mixture whose router is balanced.
+
+    Raises:
+        UserError: they are smoothed, and it is.
+    """
+    text = config.get_text_config()
+    is_balanced = hasattr(text, "output_router_logits") and getattr(text, "router_aux_loss_coef", 0.0) != 0.0
+    if recipe.training.label_smoothing and is_balanced:
+        raise UserError(
+            f"training.label_smoothing: found {recipe.training.label_smoothing:g} with a mixture whose router has a "
+            "balancing loss, beside which labels are not smoothed; leave it out, or set router_aux_loss_coef to 0 in "
+            "the model's config."
+        )
