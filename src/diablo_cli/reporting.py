@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from diablo.recipes.objectives import OBJECTIVES
 from diablo.recipes.training import Training
 from diablo.records.results import kept_loss
 
@@ -50,7 +51,7 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch")
     out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
-    for line in _optimization(plan.recipe.training):
+    for line in _optimization(plan.recipe.training, plan.recipe.objective.score):
         out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
@@ -72,7 +73,7 @@ def print_plan(out: Console, plan: Plan) -> None:
             out.print(f"[bold green]{escape(said)}[/]\n")
 
 
-def _optimization(training: Training) -> list[str]:
+def _optimization(training: Training, score: str | None) -> list[str]:
     """What of the optimisation is not as it is by default, in lines of a plan."""
     default = Training()
     lines = []
@@ -91,7 +92,7 @@ def _optimization(training: Training) -> list[str]:
         lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
     if training.ema is not None:
         lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
-    judge = "score on the validation rows" if training.best_by == "score" else "held-out loss"
+    judge = _judge(score) if training.best_by == "score" else "held-out loss"
     if training.keep == "best":
         lines.append(f"kept                the step of the best {judge}")
     if training.early_stopping_patience is not None:
@@ -99,6 +100,11 @@ def _optimization(training: Training) -> list[str]:
             f"early stopping      after {training.early_stopping_patience} measurements without a better {judge}"
         )
     return lines
+
+
+def _judge(score: str | None) -> str:
+    """The score that says which step is best: that of an objective on held-out rows, or a task's."""
+    return "score on the validation rows" if score is None else f"{score} on the held-out rows"
 
 
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
@@ -257,12 +263,13 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
         before, after = values[0][1], by_step[training["kept_step"]]
         figures = (f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in (before, after))
         out.print(f"{'held-out ' + name.replace('_', ' '):<16} {' -> '.join(figures)}")
-    judge = "score on the validation rows" if training["validation_score"] else "held-out loss"
+    of_rows = OBJECTIVES[record["recipe"]["objective"]["name"]].score
+    judge = _judge(of_rows) if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")
     if training["kept_step"] != training["steps"]:
         out.print(f"kept             step {training['kept_step']}, of the best {judge}")
-    if training["validation_score"]:
+    if training["validation_score"] and of_rows is None:
         score = dict(training["validation_score"])[training["kept_step"]]
         out.print(f"validation       {score:.1%} at step {training['kept_step']}")
     if record["general_loss"]:

@@ -408,3 +408,34 @@ def test_a_language_model_is_no_classifier_and_a_classifier_no_language_model(di
     )
     assert status == 2
     assert "has a head that labels or scores texts and none that writes; set objective to classification" in err
+
+
+def test_the_step_of_the_best_accuracy_is_kept_where_the_score_says_which_is_best(diablo, recipe, tmp_path):
+    run = tmp_path / "run"
+    settings = ["training.best_by=score", "training.keep=best", "training.eval_steps=2", f"output={run}"]
+    # So high a rate makes the accuracy go up and down.
+    status, out, err = diablo("train", recipe, *settings, "training.learning_rate=0.3")
+    assert status == 0, err
+    training = record_of(run)["training"]
+    accuracies = dict(training["held_out_figures"]["accuracy"][1:])
+    assert dict(training["validation_score"]) == accuracies
+    assert accuracies[training["kept_step"]] == max(accuracies.values())
+    assert "validation" not in out
+    said = diablo("train", recipe, *settings, "--dry-run")[1]
+    assert "kept                the step of the best accuracy on the held-out rows" in said
+
+
+def test_a_classifier_in_bf16_is_trained_in_fp32_and_read_in_bf16(diablo, recipe, tmp_path):
+    run = tmp_path / "run"
+    assert diablo("train", recipe, "precision=bf16", f"output={run}")[0] == 0
+    assert {values.dtype for values in weights(run).values()} == {torch.float32}
+    assert last(run, "accuracy") == 1.0
+    assert [each["label"] for each in asked(diablo, run, f"the fox {GOOD} the dog 5")] == ["good"]
+
+
+def test_the_size_of_a_classifier_is_told_from_its_config(diablo, recipe, tmp_path, tiny_model):
+    status, out, err = diablo("plan", recipe, f"output={tmp_path / 'run'}", "--json")
+    assert status == 0, err
+    # The head of two labels takes the place of the output layer.
+    kinds = [target["kind"] for target in json.loads(out)["targets"]]
+    assert "score" in kinds

@@ -14,6 +14,7 @@ import yaml
 
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
+from diablo.recipes.objectives import OBJECTIVES
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
 from diablo.recipes.recipe import Evaluation, Recipe
@@ -62,6 +63,7 @@ def test_every_key_is_there_with_its_description():
         Tracking,
         Evaluation,
         *METHODS.values(),
+        *OBJECTIVES.values(),
     )
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):

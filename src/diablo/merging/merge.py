@@ -192,7 +192,7 @@ def _put_whole_modules_in(adapted: Any) -> None:
     for name, module in list(adapted.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, own = name.rpartition(".")
-            setattr(adapted.get_submodule(parent), own, module.modules_to_save[module.active_adapter])
+            setattr(adapted.get_submodule(parent), own, module.modules_to_save[module.active_adapters[0]])
 
 
 def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:

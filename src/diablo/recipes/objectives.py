@@ -22,6 +22,8 @@ class NamedObjective(Section):
     """What the loss is counted in."""
     head: ClassVar[HeadKind | None] = None
     """What the model has in place of its output layer; None where it keeps that."""
+    score: ClassVar[str | None] = None
+    """The figure of held-out rows that says how good the model is, by its name; None where the loss alone does."""
 
     @property
     def has_reference(self) -> bool:
@@ -181,6 +183,7 @@ class ClassificationObjective(LabelObjective):
     rows: ClassVar[RowKind] = "labelled"
     loss_unit: ClassVar[str] = "nats per row"
     head: ClassVar[HeadKind | None] = "classification"
+    score: ClassVar[str | None] = "accuracy"
 
 
 class RegressionObjective(NamedObjective):
@@ -191,6 +194,7 @@ class RegressionObjective(NamedObjective):
     rows: ClassVar[RowKind] = "numbered"
     loss_unit: ClassVar[str] = "squared error per row"
     head: ClassVar[HeadKind | None] = "regression"
+    score: ClassVar[str | None] = "pearson"
 
 
 class RewardObjective(NamedObjective):
@@ -204,6 +208,7 @@ class RewardObjective(NamedObjective):
     rows: ClassVar[RowKind] = "pairs"
     loss_unit: ClassVar[str] = "per pair"
     head: ClassVar[HeadKind | None] = "reward"
+    score: ClassVar[str | None] = "accuracy"
 
 
 class TokenObjective(LabelObjective):
@@ -214,6 +219,7 @@ class TokenObjective(LabelObjective):
     rows: ClassVar[RowKind] = "tagged"
     loss_unit: ClassVar[str] = "nats per word"
     head: ClassVar[HeadKind | None] = "token_classification"
+    score: ClassVar[str | None] = "accuracy"
 
 
 OBJECTIVES: dict[str, type[NamedObjective]] = {

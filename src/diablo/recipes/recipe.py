@@ -276,7 +276,8 @@ class Recipe(Section):
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         self.training.check()
-        if self.training.best_by == "score" and not (self.task and self.data.held_out == "validation"):
+        has_score = self.objective.score is not None or (self.task and self.data.held_out == "validation")
+        if self.training.best_by == "score" and not has_score:
             raise ValueError(
                 "training.best_by: found score, which is that of a task on rows that are kept out of training; give a "
                 "task, data.validation_rows and data.held_out: validation, or leave it out."
