@@ -439,3 +439,17 @@ def test_the_size_of_a_classifier_is_told_from_its_config(diablo, recipe, tmp_pa
     # The head of two labels takes the place of the output layer.
     kinds = [target["kind"] for target in json.loads(out)["targets"]]
     assert "score" in kinds
+
+
+@BOTH
+def test_the_head_of_a_quantized_model_is_trained_unquantized(diablo, recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = tmp_path / "run"
+    status, _, err = diablo("train", recipe, "quantization=nf4", "training.max_steps=2", f"output={run}")
+    assert status == 0, err
+    heads = {key: values for key, values in weights(run).items() if any(part in key for part in ("score", "pooler"))}
+    assert {values.dtype for values in heads.values()} == {torch.float32}
+    assert asked(diablo, run, f"the fox {GOOD} the dog 5")[0]["label"] in ("good", "bad")
+    assert diablo("merge", run, tmp_path / "merged", "--into", "stored")[0] == 0
+    status, _, err = diablo("merge", run, tmp_path / "other", "--into", "dequantized")
+    assert (status, "the adapter has a head in place of the output layer" in err) == (2, True)

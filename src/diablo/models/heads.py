@@ -118,6 +118,17 @@ def head_modules(model: Any) -> list[str]:
     return [*outside, *(["pooler"] if has_pooler else [])]
 
 
+def head_paths(model: Any) -> list[str]:
+    """The same modules by their whole names in the model."""
+    prefix = model.base_model_prefix
+    return [f"{prefix}.{name}" if name == "pooler" else name for name in head_modules(model)]
+
+
+def head_size(model: Any) -> int:
+    """How many parameters the modules of a head have that are trained whole."""
+    return sum(parameter.numel() for path in head_paths(model) for parameter in model.get_submodule(path).parameters())
+
+
 def initialize(model: Any, names: Collection[str], seed: int) -> None:
     """Give parameters of a head their first values, which depend on the seed alone.
 

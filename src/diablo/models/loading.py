@@ -22,7 +22,7 @@ from transformers import (
 from diablo.devices import choose_device
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.heads import Head, auto_class, head_modules, initialize, output_parameters
+from diablo.models.heads import Head, auto_class, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 
@@ -122,6 +122,9 @@ def load_model(
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if (settings := _quantization_config(name, dtype, quantization)) is not None:
+        if quantization is not None and config is not None and Head.of(config) is not None:
+            # It is trained whole.
+            settings.llm_int8_skip_modules = head_paths(meta_model(config))
         options |= {"quantization_config": settings, "device_map": {"": choose_device()}}
     stored = load_config(name)
     try:
