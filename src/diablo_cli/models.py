@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from diablo_cli.output import answer, out, progress
-from diablo_cli.shell import Base, app, check_file, check_model, quiet, refuse
+from diablo_cli.shell import Base, app, check_file, check_model, check_writes, quiet, refuse
 
 
 @app.command()
@@ -179,6 +179,7 @@ def to_lora(
         chosen = float(rank) if "." in rank else int(rank)
     except ValueError:
         raise UserError(f"--rank: found {rank!r}; give an integer, or a share above 0 and up to 1.0.") from None
+    check_writes(adapter, "to-lora")
     source = adapter_folder(adapter)
     check_model(base, "--base")
     check_new_folder(folder, "LoRA adapter")
@@ -233,6 +234,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Complete a prompt with a model or an adapter."""
+    check_writes(model, "generate")
     check_model(model)
     check_model(base, "--base")
     quiet()
@@ -267,6 +269,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model or an adapter; /base shows the base model's answer beside it."""
+    check_writes(model, "chat")
     check_model(model)
     check_model(base, "--base")
     quiet()

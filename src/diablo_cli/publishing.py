@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from diablo_cli.output import App, answer, out, progress
-from diablo_cli.shell import Base, app, check_file, check_model, quiet
+from diablo_cli.shell import Base, app, check_file, check_model, check_writes, quiet
 
 if TYPE_CHECKING:
     from diablo.publishing.gguf import GgufReport
@@ -84,6 +84,7 @@ def export_gguf(
     """Write a GGUF file for llama.cpp, by llama.cpp's own converter; an adapter is merged for it."""
     from diablo.publishing.gguf import check_out_type, check_plain, find_converter, plain_model, write_gguf
 
+    check_writes(source, "export gguf")
     check_out_type(out_type)
     check_file(path, "OUT")
     check_model(base, "--base")
@@ -115,6 +116,7 @@ def export_ollama(
     from diablo.publishing.ollama import GGUF, MODELFILE, check_system, how_to_ask
     from diablo.records.results import recipe_of_run
 
+    check_writes(source, "export ollama")
     check_out_type(out_type)
     check_new_folder(folder, "model")
     check_model(base, "--base")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from diablo.recipes.objectives import OBJECTIVES
 from diablo.recipes.training import Training
 from diablo.records.results import kept_loss
 
@@ -51,13 +52,15 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch{'' if plan.rewards is None else ' of prompts'}")
     out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
-    for line in _optimization(plan.recipe.training):
+    for line in _optimization(plan.recipe.training, plan.recipe.objective.score):
         out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
-    worse = "" if recipe.objective.rows == "completions" else ", [bold red]of worse completions red[/]"
+    worse = ", [bold red]of worse completions red[/]" if recipe.objective.rows in ("pairs", "judged") else ""
     marks = f": prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}"
+    if recipe.objective.rows in ("labelled", "numbered", "tagged"):
+        marks = ": what is to be said of them in [bold green]green[/]"
     what = f"rows as the model sees them{marks}" if plan.rewards is None else "prompts as the model sees them"
     out.print(f"\nTwo {what}\n")
     for row in plan.train[:2]:
@@ -68,9 +71,11 @@ def print_plan(out: Console, plan: Plan) -> None:
                 visible = escape(text.replace("\n", "⏎\n" if not is_supervised else "⏎"))
                 parts.append(f"[bold {colour}]‹{visible}›[/]" if is_supervised else visible)
             out.print("".join(parts) + "\n")
+        if said := plan.said_of(row):
+            out.print(f"[bold green]{escape(said)}[/]\n")
 
 
-def _optimization(training: Training) -> list[str]:
+def _optimization(training: Training, score: str | None) -> list[str]:
     """What of the optimisation is not as it is by default, in lines of a plan."""
     default = Training()
     lines = []
@@ -89,7 +94,7 @@ def _optimization(training: Training) -> list[str]:
         lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
     if training.ema is not None:
         lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
-    judge = "score on the validation rows" if training.best_by == "score" else "held-out loss"
+    judge = _judge(score) if training.best_by == "score" else "held-out loss"
     if training.keep == "best":
         lines.append(f"kept                the step of the best {judge}")
     if training.early_stopping_patience is not None:
@@ -97,6 +102,11 @@ def _optimization(training: Training) -> list[str]:
             f"early stopping      after {training.early_stopping_patience} measurements without a better {judge}"
         )
     return lines
+
+
+def _judge(score: str | None) -> str:
+    """The score that says which step is best: that of an objective on held-out rows, or a task's."""
+    return "score on the validation rows" if score is None else f"{score} on the held-out rows"
 
 
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
@@ -237,7 +247,8 @@ def print_result(out: Console, result: RunResult) -> None:
     if runs:
         out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")
     out.print("\nWhat to try next:")
-    out.print(f'  diablo generate {folder} "..."', markup=False)
+    verb = "classify" if record["training"]["head"] else "generate"
+    out.print(f'  diablo {verb} {folder} "..."', markup=False)
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
@@ -259,13 +270,14 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
         by_step = dict(values)
         before, after = values[0][1], by_step[training["kept_step"]]
         figures = (f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in (before, after))
-        out.print(f"{'held-out ' + name:<16} {' -> '.join(figures)}")
-    judge = "score on the validation rows" if training["validation_score"] else "held-out loss"
+        out.print(f"{'held-out ' + name.replace('_', ' '):<16} {' -> '.join(figures)}")
+    of_rows = OBJECTIVES[record["recipe"]["objective"]["name"]].score
+    judge = _judge(of_rows) if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")
     if training["kept_step"] != training["steps"]:
         out.print(f"kept             step {training['kept_step']}, of the best {judge}")
-    if training["validation_score"]:
+    if training["validation_score"] and of_rows is None:
         score = dict(training["validation_score"])[training["kept_step"]]
         out.print(f"validation       {score:.1%} at step {training['kept_step']}")
     if record["general_loss"]:

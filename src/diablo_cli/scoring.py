@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from diablo_cli.completion import complete_scored_tasks, complete_task, complete_trained_tasks
 from diablo_cli.output import answer, out, progress
-from diablo_cli.shell import Base, app, check_file, check_model, check_new_rows, quiet, refuse
+from diablo_cli.shell import Base, app, check_file, check_model, check_new_rows, check_writes, quiet, refuse
 
 if TYPE_CHECKING:
     from diablo.scoring.asking import Decoding
@@ -81,6 +81,7 @@ def evaluate(
     }
     of_harness = {"--harness-include": harness_include, "--num-fewshot": num_fewshot}
     check_file(out_file)
+    check_writes(model, "evaluate")
     check_model(model)
     check_model(base, "--base")
     if harness is not None:

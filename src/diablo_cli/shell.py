@@ -78,6 +78,13 @@ def check_model(name: str | None, option: str = "model") -> None:
     check_name(name, option)
 
 
+def check_writes(name: str, verb: str) -> None:
+    """Check that a model, an adapter or a run writes text, where a verb has no use for one that labels texts."""
+    from diablo.models.heads import check_writes as check
+
+    check(name, verb)
+
+
 def quiet() -> None:
     """Keep the libraries' own bars and advice off the terminal; what matters is reported by diablo.
 

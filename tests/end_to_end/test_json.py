@@ -20,6 +20,7 @@ OF_A_RUN = {"train", "evaluate", "generate", "merge", "to-lora", "inspect"}
 OF_NO_RUN = {"plan", "import", "quantize", "init", "schema", "tasks", "compare"}
 # Their records are tested beside what they write.
 OF_WRITING = {"push", "gguf", "ollama", "pairs"}
+OF_A_HEAD = {"classify"}
 WITHOUT_A_RECORD = {"chat"}
 
 # A verb in a process of its own: whatever writes to standard output, it has the record alone.
@@ -124,7 +125,7 @@ def test_the_verbs_of_no_run_print_their_records(record, tiny_model, tmp_path):
 def test_every_verb_has_the_option():
     verbs = dict(typer.main.get_command(app).commands)
     verbs |= verbs.pop("export").commands
-    assert verbs.keys() == OF_A_RUN | OF_NO_RUN | OF_WRITING | WITHOUT_A_RECORD
+    assert verbs.keys() == OF_A_RUN | OF_NO_RUN | OF_WRITING | OF_A_HEAD | WITHOUT_A_RECORD
     for name, verb in verbs.items():
         assert [option.hidden for option in verb.params if option.name == "as_json"] == [name in WITHOUT_A_RECORD]
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from diablo.comparison.names import FORM
 from diablo.devices import choose_device
 from diablo.errors import UserError, did_you_mean
+from diablo.models.heads import head_size, task_type
 from diablo.models.loading import meta_model
 from diablo.planning.optimizers import choose_optimizer
 from diablo.planning.plan import adapt_on_meta
@@ -107,7 +108,9 @@ def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shap
     def adapter(rank: int) -> PeftConfig:
         return peft_config(at_rank(rank), meta)
 
-    method = at_rank(nearest_size(adapter, shapes, budget))
+    # A head is trained whole by every method, and is no part of what their sizes are chosen by.
+    of_head = 0 if task_type(config) == "CAUSAL_LM" else head_size(meta)
+    method = at_rank(nearest_size(adapter, shapes, budget - of_head))
     trained = adapt_on_meta(method, config)[1][0]
     size = f"r = {method.r}, alpha {method.alpha}" if isinstance(method, LoraMethod) else f"r = {method.r}"
     return Contender(name, method, size, trained, trained / budget - 1)

@@ -163,7 +163,8 @@ def plan_comparison(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {str(folder)!r} is a file; give a folder.")
     settings = recipe.model_dump()
-    settings["evaluation"]["general"] = recipe.evaluation.general or BUILTIN_TEXT
+    if recipe.objective.head is None:
+        settings["evaluation"]["general"] = recipe.evaluation.general or BUILTIN_TEXT
     settings["data"]["held_out"] = "test"
     recipe = Recipe.model_validate(settings)
     materials = gather(recipe)

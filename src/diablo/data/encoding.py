@@ -33,6 +33,10 @@ class EncodedRow:
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
         row: the row itself, where it is a prompt whose completions get rewards; None where it is not.
+        target: what a model with a head is to say of the whole row: the index of a label, a 1 or 0 for each label, or a
+            number. None where it says nothing, or something of each token, which is then in ``labels``.
+        token_types: which of two texts each token belongs to, where the model is told.
+        is_cut: whether the end of the text was cut off.
     """
 
     number: int
@@ -45,6 +49,9 @@ class EncodedRow:
     rejected: EncodedRow | None = None
     desired: bool | None = None
     row: Row | None = None
+    target: int | float | tuple[float, ...] | None = None
+    token_types: list[int] | None = None
+    is_cut: bool = False
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -86,6 +93,7 @@ class RowEncoder:
         special_text: what becomes of a row's text that spells a special token: ``"keep"`` makes it that token,
             ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
+        has_completions: whether rows have completions, which end with a stop token; those of a classifier have none.
 
     Attributes:
         stop_token_ids: the tokens that stop generation: those, the end of text, and the token that the chat template
@@ -106,8 +114,9 @@ class RowEncoder:
         chat: bool = False,
         special_text: SpecialTextMode = "keep",
         stop_token_ids: Iterable[int] = (),
+        has_completions: bool = True,
     ) -> None:
-        if tokenizer.eos_token_id is None:
+        if has_completions and tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-text token, so that the model could never learn to stop.")
         if chat and not tokenizer.chat_template:
             raise UserError(
@@ -116,7 +125,7 @@ class RowEncoder:
             )
         self.tokenizer = tokenizer
         self.chat = chat
-        self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids])
+        self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids]) if has_completions else frozenset()
         self.texts = TextTokenizer(tokenizer, special_text)
         self._template: ChatTemplate | None = None
         if chat:

@@ -15,9 +15,10 @@ Turn = dict[str, Any]
 turn that is not trained on has ``train``, which is False."""
 
 
-RowKind = Literal["completions", "pairs", "judged", "prompts"]
+RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged"]
 """What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; completions of
-which each is judged good or bad; or prompts, which the model completes while it is trained."""
+which each is judged good or bad; prompts, which the model completes while it is trained; texts with a label, or with a
+number; or words of which each has a label."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Row:
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
         columns: what else the record of a prompt has, for the rewards of its completions.
+        text_pair: a second text beside ``prompt``, where two texts have one label; empty where there is one.
+        label: what the text in ``prompt`` is labelled with: a label, several of them, or a number; or the labels of
+            ``words``. None where nothing is labelled.
+        words: the words of a text of which each has a label.
     """
 
     number: int
@@ -49,6 +54,9 @@ class Row:
     rejected: Row | None = None
     desired: bool | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    text_pair: str = ""
+    label: str | float | tuple[str, ...] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:

@@ -7,7 +7,7 @@ mostly not meant where a row's own text does.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from diablo.data.rows import MEND_UNICODE, is_unicode
@@ -97,6 +97,62 @@ class TextTokenizer:
             ids += self._plain_after(before, self._stripped(before, segment, after), add_special_tokens)
             pending = after
         return ids + (self._native(pending) if pending else [])
+
+    def encoded(self, text: str, pair: str | None = None, *, limit: int | None = None) -> Any:
+        """What the tokenizer makes of a text, or of two, with its own special tokens around them.
+
+        Args:
+            text: the text, as somebody wrote it.
+            pair: the second text.
+            limit: the most tokens; the end of the longer text is cut off where there are more.
+
+        Returns:
+            ``input_ids``, and what else the tokenizer says of the tokens, such as ``token_type_ids``.
+
+        Raises:
+            UserError: as :meth:`ids`.
+        """
+        return self._encoded([text, *([] if pair is None else [pair])], (text, pair), limit)
+
+    def encoded_words(self, words: Sequence[str], limit: int | None = None) -> tuple[list[int], list[int | None]]:
+        """The tokens of words with a space between them, and where the first token of each word stands.
+
+        Args:
+            words: the words.
+            limit: the most tokens, as for :meth:`encoded`.
+
+        Returns:
+            The tokens; and for each word the place of its first token, None where it has none or is cut off.
+
+        Raises:
+            UserError: as :meth:`ids`; or the tokenizer does not say where its tokens stand.
+        """
+        try:
+            made = self._encoded(words, (" ".join(words), None), limit, return_offsets_mapping=True)
+        except NotImplementedError:
+            raise UserError(
+                f"model: its tokenizer, {type(self.tokenizer).__name__}, does not say which characters a token is of, "
+                "which labels of words need; take a model with a fast tokenizer."
+            ) from None
+        places: list[int | None] = []
+        start = 0
+        for word in words:
+            end = start + len(word)
+            of_word = (
+                place for place, (first, last) in enumerate(made["offset_mapping"]) if first < end and last > start
+            )
+            places.append(next(of_word, None))
+            start = end + 1
+        return list(made["input_ids"]), places
+
+    def _encoded(self, texts: Sequence[str], given: tuple[Any, Any], limit: int | None, **options: Any) -> Any:
+        if limit is not None:
+            options |= {"truncation": True, "max_length": limit}
+        if self.special_text == "plain":
+            options |= {"split_special_tokens": True}
+            for text in texts:
+                self._check_plain(self.spelled([text]), text)
+        return self.tokenizer(*given, **options)
 
     def continuation(self, context: str, text: str) -> list[int]:
         """The tokens of a text that follows another, whose tokens are settled.

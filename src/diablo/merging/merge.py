@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from peft import PeftType
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 
 from diablo.data.encoding import EncodedRow, RowEncoder
@@ -22,10 +23,12 @@ from diablo.merging.untying import untie
 from diablo.models.adapters import (
     attach_adapter,
     load_adapter,
+    load_base,
     read_adapter_config,
     stored_dtype,
 )
 from diablo.models.folders import base_model_of, new_folder
+from diablo.models.heads import Head, has_head
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
@@ -130,6 +133,7 @@ def merge_adapter(
     _check_into(name, stored, on_the_fly, into, calibration is not None)
     tokens = tokens_of_adapter(adapter, name, load_config(name))
     trained_ids, texts = ([], []) if tokens is None else (tokens.ids, list(tokens.texts.values()))
+    with_head = _check_head(adapter, into)
     scheme = _scheme_of(name, stored) if into == "requantized" else None
     if into is None and (plain := _plain_changes(adapter, name, tokens)) is not None:
         source, changes = plain
@@ -144,16 +148,17 @@ def merge_adapter(
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
         is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
-        rows, measured_on = _held_out_rows(adapter, tokenizer) if into else ([], "")
+        rows, measured_on = _held_out_rows(adapter, tokenizer) if into and not with_head else ([], "")
         adapted_logits, loss = _measure(adapted, rows, tokenizer, trained_ids)
         if into is not None:
             del adapted
-            loaded = load_model(name, dtype, quantization=None if into == "stored" else on_the_fly)
+            loaded = load_base(adapter, name, dtype, quantization=None if into == "stored" else on_the_fly)
             plain = loaded if into == "stored" else dequantized_model(loaded, dtype)
             adapted = _quietly(attach_adapter, plain, adapter, name, tokens)
             if into == "stored":
                 is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
         untied = untie(adapted)
+        _put_whole_modules_in(adapted)
         with torch.no_grad():
             try:
                 merged = adapted.merge_and_unload(safe_merge=True)
@@ -174,11 +179,22 @@ def merge_adapter(
         dtype,
         is_same,
         _difference(merged_logits, adapted_logits),
-        losses=(loss, merged_loss) if into else None,
+        losses=(loss, merged_loss) if rows else None,
         measured_on=measured_on,
         untied=untied,
         tokens=texts,
     )
+
+
+def _put_whole_modules_in(adapted: Any) -> None:
+    """Put modules that were trained whole in the place of the model's own.
+
+    PEFT does this too, but fails where a method has no own way to, and such a module has several layers.
+    """
+    for name, module in list(adapted.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = name.rpartition(".")
+            setattr(adapted.get_submodule(parent), own, module.modules_to_save[module.active_adapters[0]])
 
 
 def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
@@ -187,7 +203,8 @@ def _write_ends(folder: Path, trained_as: Mapping[str, Any]) -> None:
         return
     tokenizer = load_tokenizer(str(folder), trained_as.get("chat_template"))
     tokenizer.save_pretrained(folder)
-    write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
+    if Head.of(load_config(str(folder))) is None:
+        write_stop_tokens(folder, RowEncoder(tokenizer, chat=trained_as.get("chat", False)).stop_token_ids)
 
 
 def _plain_changes(adapter: Path, name: str, tokens: TrainedTokens | None) -> tuple[StoredWeights, Changes] | None:
@@ -269,6 +286,17 @@ def _check_into(
             )
     if has_calibration != (into == "requantized"):
         raise UserError("--calibration: give it with --into requantized, and with nothing else.")
+
+
+def _check_head(adapter: Path, into: str | None) -> bool:
+    """Whether the adapter has a head, which is not merged into weights that are quantized or were."""
+    with_head = has_head(adapter)
+    if with_head and into in ("dequantized", "requantized"):
+        raise UserError(
+            f"--into: found {into}, and the adapter has a head in place of the output layer; merge into stored, or "
+            "keep the adapter beside the model."
+        )
+    return with_head
 
 
 def _scheme_of(name: str, stored: dict[str, Any]) -> Scheme:

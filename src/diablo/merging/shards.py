@@ -98,7 +98,8 @@ def find_changes(adapter: Path, stored: StoredWeights, tokens: TrainedTokens | N
         UserError: the adapter does not fit the model.
     """
     config: Any = read_adapter_config(adapter)
-    if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication:
+    has_head = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication or has_head:
         return None
     # With a name, PEFT would warn that this model is another one.
     config.base_model_name_or_path = None

@@ -21,6 +21,7 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from diablo.data import RowEncoder
 from diablo.devices import choose_device, choose_dtype
@@ -35,6 +36,7 @@ from diablo.models.folders import (
     put_in_place,
     read_settings,
 )
+from diablo.models.heads import Head, check_writes, has_head
 from diablo.models.loading import (
     count_parameters,
     is_placed,
@@ -133,6 +135,7 @@ def save_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         target = Path(scratch) / "saved"
+        with_head = Head.of(model.config) is not None
         if isinstance(model, PeftModel):
             model.save_pretrained(
                 str(target),
@@ -144,10 +147,14 @@ def save_adapter(
                 tokenizer.save_pretrained(target)
             if not isinstance(model.active_peft_config, DiabloConfig):
                 _describe(model, target)
+            if with_head:
+                # What the head says is in no adapter's own config.
+                model.config.save_pretrained(target)
         else:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
-            write_stop_tokens(target, stops)
+            if not with_head:
+                write_stop_tokens(target, stops)
         put_in_place(target, folder)
 
 
@@ -214,9 +221,37 @@ def load_adapter(
     _shapes_on_disk(adapter)
     name = resolve_model(base or base_model_of(adapter))
     tokens = tokens_of_adapter(adapter, name, load_config(name))
-    model = load_model(name, dtype or stored_dtype(name), attention, quantization)
+    model = load_base(adapter, name, dtype or stored_dtype(name), attention, quantization)
     tokenizer = load_tokenizer(name) if tokens is None else tokens.tokenizer
     return attach_adapter(model, adapter, name, tokens), tokenizer
+
+
+def load_base(
+    adapter: Path, name: str, dtype: torch.dtype, attention: str = "auto", quantization: str | None = None
+) -> Any:
+    """The base model of an adapter, with a head that takes the adapter's; see :func:`diablo.models.loading.load_model`.
+
+    Args:
+        adapter: the adapter's folder.
+        name: a folder or the id of the base model on the hub.
+        dtype: dtype of the weights.
+        attention: implementation of attention.
+        quantization: how the weights are quantized.
+
+    Raises:
+        UserError: the weights cannot be loaded, or nothing in the adapter's folder says what its head is.
+    """
+    if read_settings(adapter).get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return load_model(name, dtype, attention, quantization)
+    saved = AutoConfig.from_pretrained(adapter) if (adapter / "config.json").is_file() else None
+    if saved is None or (head := Head.of(saved)) is None:
+        raise UserError(
+            f"{str(adapter)!r} is an adapter with a head, and has no config.json that says which; diablo train writes "
+            "one: take it from where the adapter is from."
+        )
+    config = load_config(name)
+    head.put_into(config, saved.get_text_config().pad_token_id)
+    return load_model(name, dtype, attention, quantization, config=config)
 
 
 def attach_adapter(model: Any, adapter: Path, name: str, tokens: TrainedTokens | None) -> PeftModel:
@@ -305,6 +340,45 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     Raises:
         UserError: something cannot be loaded.
     """
+    check_writes(model, "generate, chat or evaluate")
+    loaded, tokenizer = _load_as_trained(model, base)
+    trained_as = recipe_of_run(model)
+    chat = trained_as.get("chat", False) if chat is None else chat
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    stops = stop_token_ids(loaded.config, loaded.generation_config)
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
+
+
+def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Head]:
+    """A model with a head, or an adapter with one on its base, ready to label texts.
+
+    Args:
+        model: a run's folder, an adapter's folder, or any model.
+        base: the adapter's base model, where it is not the one that the adapter names.
+
+    Returns:
+        The model on its device, the encoder of its texts, and the head.
+
+    Raises:
+        UserError: something cannot be loaded, or the model has no head.
+    """
+    trained_as = recipe_of_run(model)
+    if not (Path(model).is_dir() and has_head(model)) and Head.of(load_config(resolve_model(model))) is None:
+        raise UserError(
+            f"model: {model!r} writes text and has no head that labels or scores it; ask it with diablo generate, or "
+            "give a run of objective classification, regression, reward or token_classification."
+        )
+    loaded, tokenizer = _load_as_trained(model, base)
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    head = Head.of(loaded.config)
+    assert head is not None  # checked above
+    is_reward = trained_as.get("objective", {}).get("name") == "reward"
+    chat = trained_as.get("chat", False)
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, has_completions=is_reward), head
+
+
+def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
+    """A model on its device and its tokenizer, with a run's own settings where it is one's."""
     trained_as = recipe_of_run(model)
     device = choose_device()
     precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
@@ -320,13 +394,10 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     else:
         name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
         loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
-    chat = trained_as.get("chat", False) if chat is None else chat
     loaded = loaded if is_placed(loaded) else loaded.to(device)
-    special_text = trained_as.get("data", {}).get("special_text", "keep")
     if (chat_template := trained_as.get("chat_template")) is not None:
         tokenizer.chat_template = chat_template
-    stops = stop_token_ids(loaded.config, loaded.generation_config)
-    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
+    return loaded, tokenizer
 
 
 def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str | None = None) -> LoraConversion:
@@ -408,7 +479,7 @@ def _describe(model: PeftModel, folder: Path) -> None:
     if targets:
         rows["target modules"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows["trained parameters"] = f"{trainable:,} of {total:,} ({trainable / total:.2%})"
-    write_adapter_facts(folder, str(config.peft_type.value), config.base_model_name_or_path, rows)
+    write_adapter_facts(folder, str(config.peft_type.value), config.base_model_name_or_path, rows, config.task_type)
 
 
 def _settings(config: PeftConfig) -> str:

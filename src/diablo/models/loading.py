@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers import (
 from diablo.devices import choose_device
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
+from diablo.models.heads import Head, auto_class, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 
@@ -67,6 +67,14 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def longest_text(tokenizer: Any, config: PretrainedConfig) -> int | None:
+    """The most tokens that a model can read, as its tokenizer and its config say; None where neither does."""
+    # A tokenizer that knows of no limit says so by a huge number.
+    named = [tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    known = [limit for limit in named if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(known, default=None)
+
+
 def load_generation_config(name: str) -> GenerationConfig | None:
     """How a model generates, as its authors say; None where they say nothing that can be read."""
     try:
@@ -89,7 +97,15 @@ def stop_token_ids(config: PretrainedConfig, generation: GenerationConfig | None
     return list(dict.fromkeys(ids))
 
 
-def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantization: str | None = None) -> Any:
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    quantization: str | None = None,
+    *,
+    config: PretrainedConfig | None = None,
+    seed: int = 0,
+) -> Any:
     """The model with its weights, on the CPU; with quantized ones, on the device that is chosen.
 
     Args:
@@ -98,20 +114,40 @@ def load_model(name: str, dtype: torch.dtype, attention: str = "auto", quantizat
         attention: a transformers implementation of attention; ``"auto"`` leaves the choice to transformers.
         quantization: ``"nf4"`` or ``"int8"``: how bitsandbytes quantizes the weights; None leaves them as they are
             stored.
+        config: the config to load it with, which may name another head than the stored one; the stored one where None.
+        seed: of the first values of a head that the stored weights do not have.
 
     Raises:
         UserError: the weights cannot be loaded, or the attention or the quantization is not available.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if (settings := _quantization_config(name, dtype, quantization)) is not None:
+        if quantization is not None and config is not None and Head.of(config) is not None:
+            # It is trained whole.
+            settings.llm_int8_skip_modules = head_paths(meta_model(config))
         options |= {"quantization_config": settings, "device_map": {"": choose_device()}}
+    stored = load_config(name)
     try:
         with warnings.catch_warnings():
             # That nothing but the kernel is taken from the settings which are given here.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+            if config is None or (head := Head.of(config)) is None:
+                return auto_class(stored).from_pretrained(name, dtype=dtype, **options)
+            model, info = auto_class(config).from_pretrained(
+                name, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
+    new = {*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}
+    if stray := [name for name in new if not set(name.split(".")) & {*head_modules(model)}]:
+        raise UserError(
+            f"model: the weights of {name!r} lack {len(stray)} that are no part of a head, such as {sorted(stray)[0]}; "
+            "give a model that is whole."
+        )
+    if not head.is_as(Head.of(stored)):
+        new |= {*output_parameters(model, head)}
+    initialize(model, new, seed)
+    return model
 
 
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
@@ -157,11 +193,11 @@ def meta_model(config: PretrainedConfig) -> Any:
     """The model without weights, on the meta device: shapes and names, at no cost.
 
     Raises:
-        UserError: the config is not that of a causal language model.
+        UserError: the config is not that of a causal language model, and names no other head.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except ValueError:
         raise UserError(
             f"model: type {config.model_type!r} is not a causal language model; give one that is."

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from diablo.models.heads import Head
+from diablo.planning.labels import find_head
 from diablo.planning.rewards import gather_rewards
 from diablo.planning.rows import Rows, choose_rows
 from diablo.recipes.recipe import Recipe
@@ -29,12 +31,14 @@ class Materials:
         validated: the tasks whose score on validation problems says which step is best; none where the loss says it.
         rows: the rows, by what they are for.
         rewards: what completions are worth that are written in training; None where none are.
+        head: the head that the rows need; None where a language model is trained.
     """
 
     scored: list[ScoredTask]
     validated: list[ScoredTask]
     rows: Rows
     rewards: Rewards | None = None
+    head: Head | None = None
 
 
 def gather(recipe: Recipe) -> Materials:
@@ -46,7 +50,7 @@ def gather(recipe: Recipe) -> Materials:
     scored = _scored(recipe, recipe.scored)
     rows = choose_rows(recipe, [task for task, _ in scored])
     validated = _scored(recipe, rows.validation_problems) if recipe.training.best_by == "score" else []
-    return Materials(scored, validated, rows, gather_rewards(recipe, rows))
+    return Materials(scored, validated, rows, gather_rewards(recipe, rows), find_head(recipe, rows))
 
 
 def _scored(recipe: Recipe, names: Iterable[str]) -> list[ScoredTask]:

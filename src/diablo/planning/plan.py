@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -27,23 +25,26 @@ from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.adapters import check_tensors, shapes_in_file
 from diablo.models.folders import adapter_folder
+from diablo.models.heads import Head, head_modules
 from diablo.models.loading import (
     count_parameters,
     load_config,
     load_generation_config,
+    longest_text,
     meta_model,
     resolve_model,
     stop_token_ids,
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning import preflight
+from diablo.planning.labels import describe_counts
 from diablo.planning.materials import Materials, ScoredTask, gather
 from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
 from diablo.planning.rewards import check_groups, make_sampler
 from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import ScheduleChoice, choose_schedule
 from diablo.planning.speed import check_speed
-from diablo.planning.suited import check_smoothing, check_suited
+from diablo.planning.suited import check_output_layer, check_smoothing, check_suited, choose_head
 from diablo.planning.tokens import TokenCounts, tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
@@ -87,6 +88,8 @@ class Plan:
         device: where it runs.
         dtype: dtype of the frozen weights.
         rewards: what completions are worth that are written in training; None where none are.
+        head: what the model has in place of its output layer; None where it keeps that.
+        has_own_head: whether the model has that head already, and training goes on with its weights.
     """
 
     recipe: Recipe
@@ -116,6 +119,8 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     rewards: Rewards | None = None
+    head: Head | None = None
+    has_own_head: bool = False
 
     @property
     def effective_batch(self) -> int:
@@ -214,12 +219,36 @@ class Plan:
             yield f"objective           {objective.describe()}"
         if objective.name == "grpo":
             yield f"completions         up to {self.recipe.max_new_tokens} tokens"
+        if self.head is not None:
+            modules = ", ".join(head_modules(meta_model(self.config)))
+            whose = "the model's own, gone on with" if self.has_own_head else "new"
+            yield f"head                {whose}: {modules}, trained whole"
+        if self.head is not None and self.head.labels:
+            yield f"labels              {describe_counts(self.labels)}"
         if objective.rows == "judged":
             good = sum(bool(row.desired) for row in self.train)
             yield f"judged              {good:,} good and {len(self.train) - good:,} bad completions"
         dropout = getattr(self.recipe.method, "dropout", 0.0)
         if dropout and (objective.has_reference or objective.name == "grpo"):
             yield f"dropout             off: the adapter was trained with {dropout:g}, and this objective has none"
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many training rows, or their words, have each label, in the order of the labels."""
+        if self.head is None:
+            return {}
+        names, counts = self.head.labels, Counter[int]()
+        for row in self.train:
+            if isinstance(row.target, tuple):
+                counts.update(index for index, value in enumerate(row.target) if value)
+            else:
+                counts.update([row.target] if isinstance(row.target, int) else [tag for tag in row.labels if tag >= 0])
+        return {name: counts[index] for index, name in enumerate(names)}
+
+    @property
+    def cut(self) -> int:
+        """How many rows have lost the end of their text, since they exceed ``training.max_length``."""
+        return sum(row.is_cut for row in (*self.train, *self.held_out))
 
     def data_lines(self) -> Iterator[str]:
         """What rows there are, what they are for and which are left out, in lines of two columns."""
@@ -248,6 +277,8 @@ class Plan:
             yield f"malformed, left out {rows}: {fault.reason}"
         if self.too_long:
             yield f"too long, left out  {name_places(self.too_long)}"
+        if self.cut:
+            yield f"too long, cut       {self.cut:,} rows (data.on_long: truncate)"
         if self.tested:
             yield f"tested rows         {self.tested} left out of training"
         if self.special_text[0]:
@@ -274,6 +305,8 @@ class Plan:
             "eval": [source.record() for source in self.held_out_sources],
             "malformed_rows_skipped": _places(self.faults),
             "long_rows_dropped": _places(self.too_long),
+            "long_rows_cut": self.cut,
+            "labels": self.labels,
             "tested_rows_left_out": self.tested,
             "special_text": {"rows": spelling, "tokens": special_tokens},
             "sequences": len(self.sequences),
@@ -317,7 +350,19 @@ class Plan:
                 for row in self.train[:2]
                 for each in row.sequences
             ],
+            "targets_of_examples": [self.said_of(row) for row in self.train[:2]] if self.head is not None else None,
         }
+
+    def said_of(self, row: EncodedRow) -> str:
+        """What the model is to say of a row, in words; empty where it is to write."""
+        if self.head is None or row.rejected is not None:
+            return ""
+        labels = self.head.labels
+        if isinstance(row.target, tuple):
+            return ", ".join(label for label, value in zip(labels, row.target, strict=True) if value) or "none"
+        if isinstance(row.target, int):
+            return labels[row.target]
+        return f"{row.target:g}" if row.target is not None else " ".join(labels[tag] for tag in row.labels if tag >= 0)
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised."""
@@ -346,6 +391,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     config = load_config(model_name)
     tokenizer, tokens = tokens_of_recipe(recipe, model_name, config)
     config = config_with_rows(config, tokens)
+    head, has_own_head = choose_head(materials.head, config, recipe)
+    if head is not None:
+        head.put_into(config, tokenizer.pad_token_id)
     check_suited(recipe, config, dtype, [recipe.method])
     if isinstance(recipe.method, PeftMethod) and recipe.merge:
         check_merges(recipe.method.type, "merge: found true")
@@ -353,7 +401,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config, tokens)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes_in_file(adapted))
-    _check_head(recipe, adapted)
+    check_output_layer(recipe, adapted)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     check_speed(recipe, config, adapted, device, dtype)
@@ -363,11 +411,13 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         chat=recipe.chat,
         special_text=special_text,
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
+        has_completions=recipe.objective.rows not in ("labelled", "numbered", "tagged"),
     )
     faults = list(rows.faults)
-    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults)
-    held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults)
-    if recipe.objective.rows != "prompts":
+    most = None if head is None else longest_text(tokenizer, config)
+    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults, head, most)
+    held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults, head, most)
+    if head is None and recipe.objective.rows != "prompts":
         preflight.check_supervision(train, "training")
         preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
@@ -415,24 +465,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         device=device,
         dtype=dtype,
         rewards=materials.rewards,
+        head=head,
+        has_own_head=has_own_head,
     )
-
-
-def _check_head(recipe: Recipe, adapted: Any) -> None:
-    """TRL's losses of preferences take the output layer's weight itself, and would pass what is trained of it by."""
-    if recipe.objective.name == "sft":
-        return
-    head = adapted.get_output_embeddings()
-    if isinstance(head, AuxiliaryTrainingWrapper):
-        raise UserError(
-            f"objective: found {recipe.objective.name}, which is not computed with trained rows of an output layer, "
-            "such as those of new_tokens; train them in a supervised run, merge it, and start from the merged model."
-        )
-    if isinstance(head, BaseTunerLayer):
-        raise UserError(
-            f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
-            "computed with an adapted one; leave it out."
-        )
 
 
 def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:

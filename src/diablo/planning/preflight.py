@@ -97,22 +97,26 @@ def check_towers(model: nn.Module, *, chosen: bool) -> None:
         )
 
 
-def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing: bool) -> None:
+def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing: bool, has_head: bool = False) -> None:
     """A step must reach the trainable parameters: one small forward and backward, whose gradients are thrown away.
 
     Args:
         model: the model in training mode, as it will be trained.
         batch: a batch of one row.
         checkpointing: whether gradient checkpointing is on, the usual reason for a failure.
+        has_head: whether the model has a head in place of its output layer, which predicts no tokens.
 
     Raises:
         UserError: no gradient arrives at some trainable parameter.
     """
-    labels = batch["labels"]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
-    # Prompts that were learned are put before the tokens.
-    logits = logits[:, -labels.shape[1] :]
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    labels, options = batch["labels"], {} if has_head else {"use_cache": False}
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **options).logits
+    if has_head:
+        loss = logits.float().square().sum()
+    else:
+        # Prompts that were learned are put before the tokens.
+        logits = logits[:, -labels.shape[1] :]
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     reached = loss.requires_grad
     if reached:
         loss.backward()

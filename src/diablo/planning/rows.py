@@ -10,10 +10,12 @@ from typing import Any
 from diablo.data.documents import encode_document
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
+from diablo.data.labelled import encode_labelled
 from diablo.data.reading.sources import SourceRows, read_sources
 from diablo.data.rows import Row, RowKind
 from diablo.data.splits import cut_validation, distinct, take_turns
 from diablo.errors import UserError
+from diablo.models.heads import Head
 from diablo.recipes.data import Data
 from diablo.recipes.recipe import Recipe
 from diablo.tasks import Problem, Split, Task, get_task, without_tested
@@ -189,7 +191,13 @@ def measured_rows(recipe: Recipe, rows: Rows) -> list[Row]:
 
 
 def encode_rows(
-    recipe: Recipe, encoder: RowEncoder, rows: list[Row], what: str, left_out: list[RowFault]
+    recipe: Recipe,
+    encoder: RowEncoder,
+    rows: list[Row],
+    what: str,
+    left_out: list[RowFault],
+    head: Head | None = None,
+    most: int | None = None,
 ) -> tuple[list[EncodedRow], list[Place]]:
     """The rows as tokens; a document in as many pieces as it takes.
 
@@ -199,6 +207,8 @@ def encode_rows(
         rows: the rows.
         what: what they are, for messages.
         left_out: those that cannot be encoded and are left out are added to this.
+        head: the head that labels them, where they are labelled.
+        most: the most tokens that the model can read; None where it is not known.
 
     Returns:
         The rows as tokens, and where those stand that are too long and are left out.
@@ -206,13 +216,18 @@ def encode_rows(
     Raises:
         UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
     """
-    limit = recipe.training.max_length - recipe.max_new_tokens
+    whole = min(recipe.training.max_length, most or recipe.training.max_length)
+    limit = whole - recipe.max_new_tokens
+    cut_at = limit if recipe.data.on_long == "truncate" else None
     encode = encoder.encode_all if recipe.objective.rows != "prompts" else lambda row: [encoder.encode_prompt(row)]
     encoded: list[EncodedRow] = []
     faults: list[RowFault] = []
     for row in rows:
         if row.text:
             encoded += encode_document(row, encoder.texts, limit)
+            continue
+        if head is not None and row.label is not None:
+            encoded.append(encode_labelled(row, encoder.texts, head.labels, cut_at, several=head.several))
             continue
         try:
             encoded += [replace(own, source=row.source) for own in encode(row)]
@@ -230,9 +245,12 @@ def encode_rows(
     if too_long and (recipe.data.on_long == "error" or not kept):
         longest = max(row.length for row in encoded)
         room = f", of which objective.max_new_tokens leaves {limit} to prompts" if recipe.max_new_tokens else ""
+        cut = ", or truncate to cut them" if head is not None and encoded[0].rejected is None else ""
+        is_models = whole < recipe.training.max_length
+        reads, mend = (f", and the model reads {limit} tokens", "Set") if is_models else (room, "Raise it, or set")
         raise UserError(
-            f"training.max_length: found {recipe.training.max_length}{room}; {len(too_long)} of {len(rows)} rows are "
-            f"longer (up to {longest} "
-            f"tokens; the first is {name_places(too_long[:1])}). Raise it, or set data.on_long=drop to leave some out."
+            f"training.max_length: found {recipe.training.max_length}{reads}; {len(too_long)} of {len(rows)} rows are "
+            f"longer (up to {longest} tokens; the first is {name_places(too_long[:1])}). {mend} data.on_long=drop"
+            f" to leave some out{cut}."
         )
     return kept, too_long

@@ -22,6 +22,7 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
+from diablo.models.heads import Head
 from diablo.models.loading import (
     count_parameters,
     load_config,
@@ -33,6 +34,7 @@ from diablo.planning.suited import check_suited
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
+from diablo.recipes.objectives import LabelObjective
 from diablo.recipes.recipe import Recipe
 from diablo.tuner import DiabloLayer
 
@@ -235,7 +237,11 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
     name = resolve_model(recipe.model)
     config = load_config(name)
     tokens = tokens_of_recipe(recipe, name, config)[1] if recipe.new_tokens or recipe.adapter else None
-    config = config_with_rows(config, tokens)
+    config, kind = config_with_rows(config, tokens), recipe.objective.head
+    if kind is not None:
+        # The rows are not read for this. A head of more labels is hardly larger.
+        labels = recipe.objective.labels or ["0", "1"] if isinstance(recipe.objective, LabelObjective) else []
+        Head(kind, tuple(labels)).put_into(config, pad_token_id=0)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
@@ -398,7 +404,10 @@ def _strided(values: Any) -> list[torch.Tensor]:
 
 def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if Head.of(model.config) is not None:
+        return model(**given).logits.float().square().sum()
+    return model(**given, labels=ids, use_cache=False).loss
 
 
 class _Flash(torch.autograd.Function):

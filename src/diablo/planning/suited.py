@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
 from diablo.errors import UserError
+from diablo.models.heads import Head
 from diablo.models.loading import stored_quantization
 from diablo.recipes.methods import AnyMethod, PeftMethod
 from diablo.recipes.new_tokens import check_trains_tokens
+from diablo.recipes.objectives import LabelObjective
 from diablo.recipes.peft_methods import check_packs, check_precision
 from diablo.recipes.recipe import Recipe
 
@@ -37,6 +43,52 @@ def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, m
         raise UserError(
             f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
             "method, or a model that is not quantized."
+        )
+
+
+def choose_head(needed: Head | None, config: PretrainedConfig, recipe: Recipe) -> tuple[Head | None, bool]:
+    """The head that is trained, and whether the model has it already. Of the same labels, the model's order is taken.
+
+    Args:
+        needed: the head that the rows need; None where a language model is trained.
+        config: the model's config, as it is stored.
+        recipe: the recipe.
+
+    Raises:
+        UserError: a language model is to be trained, and the model has a head that writes nothing.
+    """
+    own = Head.of(config)
+    if needed is None:
+        if own is not None:
+            raise UserError(
+                f"model: {recipe.model!r} has a head that labels or scores texts and none that writes; set objective "
+                f"to {own.kind}, or give a language model."
+            )
+        return None, False
+    is_chosen = isinstance(recipe.objective, LabelObjective) and recipe.objective.labels is not None
+    if own is not None and sorted(own.labels) == sorted(needed.labels) and not is_chosen and recipe.adapter is None:
+        needed = replace(needed, labels=own.labels)
+    return needed, needed.is_as(own)
+
+
+def check_output_layer(recipe: Recipe, adapted: Any) -> None:
+    """Check that nothing of the output layer is trained where TRL's losses take its weight itself, and pass that by.
+
+    Raises:
+        UserError: it is.
+    """
+    if recipe.objective.name == "sft" or recipe.objective.head is not None:
+        return
+    head = adapted.get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        raise UserError(
+            f"objective: found {recipe.objective.name}, which is not computed with trained rows of an output layer, "
+            "such as those of new_tokens; train them in a supervised run, merge it, and start from the merged model."
+        )
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
+            "computed with an adapted one; leave it out."
         )
 
 

@@ -25,6 +25,7 @@ Kind = Literal["adapter", "merged", "model"]
 _WHAT = {"adapter": "adapter", "merged": "model, merged from an adapter", "model": "model, trained in full"}
 # Not a setting of what was trained, or something about this machine. An adapter that was gone on from is in the intro.
 _UNTOLD = ("output", "push_to_hub", "tracking", "merge", "adapter")
+_OF_WORDS = ("token_classification",)
 _PATHS = ("path", "folder", "train", "eval", "general", "model", "base")
 
 
@@ -83,7 +84,7 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         base_model=base,
         base_model_relation=("adapter" if kind == "adapter" else "finetune") if base else None,
         library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_pipeline_of(record),
         tags=[recipe["method"].get("type", recipe["method"]["name"]).lower(), "diablo-peft"],
         datasets=list(dict.fromkeys(datasets)) or None,
         eval_results=results or None,
@@ -91,6 +92,12 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         **license_of(recipe["model"]),
     )
     return data.to_dict()
+
+
+def _pipeline_of(record: Mapping[str, Any]) -> str:
+    """What the hub calls the task of a run's model."""
+    kind = (record["training"].get("head") or {}).get("kind")
+    return "text-generation" if kind is None else "token-classification" if kind in _OF_WORDS else "text-classification"
 
 
 def license_of(model: str) -> dict[str, Any]:
@@ -216,12 +223,14 @@ def _data(record: Mapping[str, Any]) -> str:
         "in the test split as well": data["tested_rows_left_out"],
     }
     told = [f"{count:,} {why}" for why, count in left_out.items() if count]
-    text = (
-        f"{data['rows']:,} rows with {data['tokens']:,} tokens, {data['supervised_tokens']:,} of which carry loss; "
-        f"{data['held_out_rows']:,} rows held out."
-    )
+    carrying = "" if record["training"]["head"] else f", {data['supervised_tokens']:,} of which carry loss"
+    text = f"{data['rows']:,} rows with {data['tokens']:,} tokens{carrying}; {data['held_out_rows']:,} rows held out."
     if told:
         text += f" Left out: {', '.join(told)}."
+    if data.get("long_rows_cut"):
+        text += f" The end of {data['long_rows_cut']:,} was cut off."
+    if data.get("labels"):
+        text += f"\n\nLabels: {', '.join(f'{label} ({count:,})' for label, count in data['labels'].items())}."
     return "\n".join(["## Data", "", *lines, "", text])
 
 
@@ -273,7 +282,9 @@ def _tokens(record: Mapping[str, Any], kind: Kind) -> list[str]:
 
 
 def _use(record: Mapping[str, Any], kind: Kind) -> str:
-    recipe = record["recipe"]
+    recipe, head = record["recipe"], record["training"]["head"]
+    if head:
+        return _use_of_head(recipe, head, kind)
     chat = " --chat" if recipe["chat"] else ""
     form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
     lines = ["## Use", "", f"It was trained on prompts that are given {form}.", "", *_tokens(record, kind)]
@@ -291,6 +302,33 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _use_of_head(recipe: Mapping[str, Any], head: Mapping[str, Any], kind: Kind) -> str:
+    form = "TokenClassification" if head["kind"] in _OF_WORDS else "SequenceClassification"
+    what = {"reward": "scores a prompt with its completion", "regression": "gives a text a number"}
+    text = what.get(head["kind"], "labels the words of a text" if form.startswith("Token") else "labels a text")
+    asked = '{"prompt": "...", "completion": "..."}' if head["kind"] == "reward" else "..."
+    lines = ["## Use", "", f"It {text}.", ""]
+    if kind == "adapter":
+        quoted = f"'{asked}'" if head["kind"] == "reward" else f'"{asked}"'
+        lines += [
+            "```console",
+            "$ pip install 'diablo-peft[cli]'",
+            f"$ diablo classify . {quoted}    # in the folder of these files",
+            "$ diablo merge . merged    # a plain transformers model",
+            "```",
+        ]
+    else:
+        lines += [
+            "```python",
+            f"from transformers import AutoModelFor{form}, AutoTokenizer",
+            "",
+            f'model = AutoModelFor{form}.from_pretrained("{HERE}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
             "```",
         ]

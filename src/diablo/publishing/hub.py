@@ -270,7 +270,7 @@ def _card(folder: Path, kind: Kind, base: str | None) -> Card:
             read_adapter_config(folder)
             method = str(read_settings(folder)["peft_type"])
             with tempfile.TemporaryDirectory() as scratch:
-                write_adapter_facts(Path(scratch), method, base, {})
+                write_adapter_facts(Path(scratch), method, base, {}, read_settings(folder).get("task_type"))
                 card = Card.read(Path(scratch))
         elif not card.text:
             data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["diablo-peft"]}

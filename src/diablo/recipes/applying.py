@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diablo.errors import UserError
+from diablo.models.heads import head_modules, task_type
 from diablo.models.loading import count_parameters
 from diablo.models.vocabulary import TrainedTokens
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
@@ -56,13 +57,19 @@ def peft_config(method: DiabloMethod | LoraMethod | MissMethod | PeftMethod, mod
         UserError: the config of a type that PEFT knows refuses its keys.
         ValueError: no targets are given, and no default is known.
     """
+    task = task_type(model.config)
+    # PEFT itself adds two names.
+    head = [name for name in head_modules(model) if name not in _OF_PEFT] if task != "CAUSAL_LM" else []
     if isinstance(method, PeftMethod):
         options = method.options
         if takes_default_targets(method.type) and not (method.target_modules or options.get("target_parameters")):
             options["target_modules"] = _default_targets(model)
-        return build_config(method.type, options)
+        if head:
+            options["modules_to_save"] = [*dict.fromkeys([*(options.get("modules_to_save") or []), *head])]
+        return build_config(method.type, options, task)
     common: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
+        "modules_to_save": head or None,
         "target_modules": _default_targets(model) if method.target_modules is None else method.target_modules,
         "exclude_modules": method.exclude_modules,
         "layers_to_transform": method.layers_to_transform,
@@ -87,6 +94,10 @@ def peft_config(method: DiabloMethod | LoraMethod | MissMethod | PeftMethod, mod
         use_dora=method.name == "dora",
         **common,
     )
+
+
+_OF_PEFT = ("classifier", "score")
+"""Modules that PEFT trains whole where a model labels texts or words."""
 
 
 def apply_method(model: Any, method: AnyMethod, tokens: TrainedTokens | None = None) -> Any:
@@ -129,13 +140,24 @@ def apply_method(model: Any, method: AnyMethod, tokens: TrainedTokens | None = N
         # A recipe has another word for it.
         words = str(error).replace("trainable_token_indices has", "new_tokens trains rows of")
         raise UserError(f"method: {words}") from None
+    if task_type(model.config) != "CAUSAL_LM":
+        # What is adapted is made fp32 by PEFT; modules that are trained whole are not.
+        for parameter in adapted.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
     if not any(parameter.requires_grad and parameter.numel() for parameter in adapted.parameters()):
         raise UserError("method: with these settings nothing would be trained; raise the size of what it trains.")
     return adapted
 
 
 def _default_targets(model: Any) -> list[str] | str:
-    targets = default_target_modules(model, getattr(model.config, "model_type", None))
+    try:
+        targets = default_target_modules(model, getattr(model.config, "model_type", None))
+    except ValueError:
+        if task_type(model.config) == "CAUSAL_LM":
+            raise
+        # Encoders have names of their own: all linear layers below the head.
+        targets = {*linear_kinds(getattr(model, model.base_model_prefix))}
     return sorted(targets) if isinstance(targets, set) else targets
 
 
@@ -193,7 +215,7 @@ def kinds_by_layer(method: PeftMethod, model: Any) -> tuple[Any, list[TargetKind
     config = peft_config(method, model)
     shared = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     given: dict[str, Any] = {name: getattr(config, name, None) for name in shared}
-    stand_in = get_peft_model(model, LoraConfig(r=1, task_type="CAUSAL_LM", **given))
+    stand_in = get_peft_model(model, LoraConfig(r=1, task_type=task_type(model.config), **given))
     kinds = []
     for kind in target_kinds(stand_in):
         if kind.shape is None:

@@ -123,8 +123,10 @@ class Data(Section):
     on_malformed: Literal["error", "skip"] = Field(
         "error", description="error or skip: what is done about malformed rows"
     )
-    on_long: Literal["error", "drop"] = Field(
-        "drop", description="error or drop: what is done about rows over training.max_length"
+    on_long: Literal["error", "drop", "truncate"] = Field(
+        "drop",
+        description="error, drop or, where texts or words are labelled, truncate: what is done about rows over "
+        "training.max_length",
     )
     special_text: SpecialTextMode = Field(
         "keep", description="keep or plain: whether text that spells a special token becomes that token or stays text"

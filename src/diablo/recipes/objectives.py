@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from diablo.data.rows import RowKind
 from diablo.errors import UserError
+from diablo.models.heads import HeadKind
 from diablo.recipes.section import Section, explained
 from diablo.scoring.rewards import BY_TASK, NAMES, check_reward_name
 
@@ -20,6 +21,10 @@ class NamedObjective(Section):
     rows: ClassVar[RowKind] = "completions"
     loss_unit: ClassVar[str] = "nats per token"
     """What the loss is counted in."""
+    head: ClassVar[HeadKind | None] = None
+    """What the model has in place of its output layer; None where it keeps that."""
+    score: ClassVar[str | None] = None
+    """The figure of held-out rows that says how good the model is, by its name; None where the loss alone does."""
 
     @property
     def has_reference(self) -> bool:
@@ -28,7 +33,7 @@ class NamedObjective(Section):
 
     def describe(self) -> str:
         """The objective and its settings, in a line."""
-        told = {key: value for key, value in self.model_dump().items() if key != "name" and value is not None}
+        told = {key: value for key, value in self.model_dump().items() if key not in ("name", "labels") and value}
         listed = [
             f"{key.replace('_', ' ')} {' and '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in told.items()
@@ -141,6 +146,81 @@ class JudgedObjective(NamedObjective):
     def has_reference(self) -> bool:
         """Whether the loss compares the model with what it was before training."""
         return True
+
+
+def _label_names(value: Any) -> Any:
+    """Labels as text: YAML has 0 as a number, and true and no as truth values."""
+    if isinstance(value, list) and all(isinstance(each, (str, int)) and str(each).strip() for each in value):
+        return [str(each).lower() if isinstance(each, bool) else str(each).strip() for each in value]
+    return value
+
+
+Labels = Annotated[
+    list[str], BeforeValidator(_label_names, json_schema_input_type=list[str | int | bool]), Field(min_length=2)
+]
+
+
+class LabelObjective(NamedObjective):
+    """What the objectives with labels have in common."""
+
+    labels: Labels | None = Field(
+        None, description="a list of two labels or more, in their order; those of the rows, sorted, if not given"
+    )
+
+    @model_validator(mode="after")
+    @explained()
+    def _distinct(self) -> LabelObjective:
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise UserError(f"objective.labels: found {', '.join(self.labels)}; name each label once.")
+        return self
+
+
+class ClassificationObjective(LabelObjective):
+    """Classification: a text, or a pair of texts, gets a label."""
+
+    name: Literal["classification"] = Field(description="classification: a text gets a label")
+    multi_label: bool = Field(False, description="true or false: a text may have several labels, or none")
+
+    rows: ClassVar[RowKind] = "labelled"
+    loss_unit: ClassVar[str] = "nats per row"
+    head: ClassVar[HeadKind | None] = "classification"
+    score: ClassVar[str | None] = "accuracy"
+
+
+class RegressionObjective(NamedObjective):
+    """Regression: a text, or a pair of texts, gets a number; the loss is the squared error."""
+
+    name: Literal["regression"] = Field(description="regression: a text gets a number")
+
+    rows: ClassVar[RowKind] = "numbered"
+    loss_unit: ClassVar[str] = "squared error per row"
+    head: ClassVar[HeadKind | None] = "regression"
+    score: ClassVar[str | None] = "pearson"
+
+
+class RewardObjective(NamedObjective):
+    """A reward model: of two completions, the better one gets a higher score than the worse one."""
+
+    name: Literal["reward"] = Field(description="reward: of two completions the better one gets a higher score")
+    center_rewards_coefficient: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="a number above 0: how strongly scores are held around 0"
+    )
+
+    rows: ClassVar[RowKind] = "pairs"
+    loss_unit: ClassVar[str] = "per pair"
+    head: ClassVar[HeadKind | None] = "reward"
+    score: ClassVar[str | None] = "accuracy"
+
+
+class TokenObjective(LabelObjective):
+    """Token classification: each word of a text gets a label, as in the recognition of names."""
+
+    name: Literal["token_classification"] = Field(description="token_classification: each word of a text gets a label")
+
+    rows: ClassVar[RowKind] = "tagged"
+    loss_unit: ClassVar[str] = "nats per word"
+    head: ClassVar[HeadKind | None] = "token_classification"
+    score: ClassVar[str | None] = "accuracy"
 
 
 class RewardChoice(Section):
@@ -273,6 +353,10 @@ OBJECTIVES: dict[str, type[NamedObjective]] = {
     "orpo": OddsRatioObjective,
     "kto": JudgedObjective,
     "grpo": GroupObjective,
+    "classification": ClassificationObjective,
+    "regression": RegressionObjective,
+    "reward": RewardObjective,
+    "token_classification": TokenObjective,
 }
 
 
@@ -280,12 +364,20 @@ def _objective_by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-AnyObjective = SupervisedObjective | PairObjective | OddsRatioObjective | JudgedObjective | GroupObjective
+AnyObjective = (
+    SupervisedObjective
+    | PairObjective
+    | OddsRatioObjective
+    | JudgedObjective
+    | GroupObjective
+    | ClassificationObjective
+    | RegressionObjective
+    | RewardObjective
+    | TokenObjective
+)
+_Name = Annotated[str, WithJsonSchema({"enum": list(OBJECTIVES)})]
 Objective = Annotated[
     AnyObjective,
     Field(discriminator="name"),
-    BeforeValidator(
-        _objective_by_name,
-        json_schema_input_type=Literal["sft", "dpo", "orpo", "kto", "grpo"] | AnyObjective,
-    ),
+    BeforeValidator(_objective_by_name, json_schema_input_type=_Name | AnyObjective),
 ]

@@ -67,12 +67,13 @@ def peft_type(name: str) -> str:
     return kind
 
 
-def build_config(kind: str, options: Mapping[str, Any]) -> PeftConfig:
-    """PEFT's config of a type for a causal language model, from the keys of a recipe.
+def build_config(kind: str, options: Mapping[str, Any], task_type: str = "CAUSAL_LM") -> PeftConfig:
+    """PEFT's config of a type, from the keys of a recipe.
 
     Args:
         kind: what :func:`peft_type` returned.
         options: values by the names of the config's fields, as YAML has them.
+        task_type: what PEFT calls the task of the model.
 
     Raises:
         UserError: a line for each key that the config does not have, for each value of another type, and for each key
@@ -105,7 +106,7 @@ def build_config(kind: str, options: Mapping[str, Any]) -> PeftConfig:
     if faults:
         raise UserError("\n".join(faults))
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM", **values)
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type=task_type, **values)
     except Exception as error:  # what the configs raise is open-ended
         raise UserError(f"method: {first_line(error)}") from None
 
@@ -188,6 +189,19 @@ def check_merges(kind: str, what: str) -> None:
         reason = "what it trains is no part of a weight"
     if reason is not None:
         raise UserError(f"{what}: {kind} cannot be merged into the model: {reason}. Keep the adapter beside the model.")
+
+
+def check_head(kind: str, objective: str) -> None:
+    """Check that a type can be trained beside a new head.
+
+    Raises:
+        ValueError: it cannot; with the message for the user.
+    """
+    if _is_prompt(kind) or "modules_to_save" not in config_keys(kind):
+        raise ValueError(
+            f"method.type: found {kind}, which trains no module whole, and objective {objective} needs a head that is; "
+            "take another type."
+        )
 
 
 def check_packs(kind: str) -> None:

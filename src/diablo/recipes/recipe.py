@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from diablo.errors import UserError, shortened
 from diablo.models.names import check_name
 from diablo.recipes.data import Data
-from diablo.recipes.methods import METHODS, DiabloMethod, Method
+from diablo.recipes.methods import METHODS, DiabloMethod, Method, PeftMethod
 from diablo.recipes.new_tokens import NewTokens, check_new_tokens, check_trains_tokens
 from diablo.recipes.objectives import OBJECTIVES, Objective, SupervisedObjective
 from diablo.recipes.publishing import OptionalPush
@@ -174,10 +174,10 @@ class Recipe(Section):
         if not self.task and self.data.train is None:
             raise ValueError("task: nothing to train on; give task (such as mawps) or data.train (a file).")
         if self.task and self.objective.rows not in ("completions", "prompts"):
+            makes = "" if self.objective.head else " diablo pairs makes some from a model's own answers."
             raise ValueError(
                 f"task: found {', '.join(self.task)}, whose rows have one completion each, and objective "
-                f"{self.objective.name} needs others; give them with data.train. diablo pairs makes some from a "
-                "model's own answers."
+                f"{self.objective.name} needs others; give them with data.train.{makes}"
             )
         if self.task and (self.data.train or self.data.eval or self.data.columns):
             name = ", ".join(self.task)
@@ -218,6 +218,35 @@ class Recipe(Section):
                 "training.batch_size: found 1, and kto compares the rows of a batch; take 2 or more, or "
                 "objective.loss: apo_zero_unpaired."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> Recipe:
+        name, is_labelled = self.objective.name, self.objective.rows in ("labelled", "numbered", "tagged")
+        if self.data.on_long == "truncate" and not is_labelled:
+            raise ValueError(
+                f"data.on_long: found truncate, and with objective {name} the end of a row is what is learned; set "
+                "drop or error."
+            )
+        if self.objective.head is None:
+            return self
+        generating = {
+            "new_tokens": self.new_tokens,
+            "evaluation.tasks": self.evaluation.tasks,
+            "evaluation.general": self.evaluation.general,
+            "speed.liger": self.speed.liger,
+            "speed.activation_offloading": self.speed.activation_offloading,
+            "chat": self.chat and is_labelled,
+        }
+        if given := [key for key, value in generating.items() if value]:
+            raise ValueError(
+                f"{given[0]}: found {shortened(generating[given[0]])}, which objective {name} has no use for; leave it "
+                "out."
+            )
+        if isinstance(self.method, PeftMethod):
+            from diablo.recipes.peft_methods import check_head
+
+            check_head(self.method.type, name)
         return self
 
     @model_validator(mode="after")
@@ -270,7 +299,8 @@ class Recipe(Section):
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         self.training.check()
-        if self.training.best_by == "score" and not (self.task and self.data.held_out == "validation"):
+        has_score = self.objective.score is not None or (self.task and self.data.held_out == "validation")
+        if self.training.best_by == "score" and not has_score:
             raise ValueError(
                 "training.best_by: found score, which is that of a task on rows that are kept out of training; give a "
                 "task, data.validation_rows and data.held_out: validation, or leave it out."

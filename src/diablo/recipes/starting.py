@@ -7,6 +7,7 @@ from typing import Any
 
 from diablo.errors import UserError
 from diablo.models.folders import ADAPTER_CONFIG, adapter_folder, is_adapter, read_settings
+from diablo.models.heads import HEADS
 from diablo.recipes.methods import DiabloMethod
 from diablo.records.results import recipe_of_run
 
@@ -88,6 +89,10 @@ def method_of(adapter: str | Path) -> dict[str, Any]:
     settings = read_settings(adapter_folder(adapter))
     kind = settings.get("peft_type")
     given = {key: value for key, value in settings.items() if key not in _NOT_OF_THE_METHOD and value not in (None, {})}
+    if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        # The head is trained whole in any case.
+        others = [name for name in given.pop("modules_to_save", []) if name not in HEADS]
+        given |= {"modules_to_save": others} if others else {}
     if kind == "DIABLO":
         named = {"dropout" if key == "diablo_dropout" else key: value for key, value in given.items()}
         named = {key: value for key, value in named.items() if _AS_DEFAULT.get(key) != value}

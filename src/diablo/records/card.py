@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 CARD = "README.md"
+_FORMS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
 HERE = "this folder"
 """What a card calls the folder that it lies in, until it is published under an id."""
 
@@ -154,7 +155,9 @@ def called(name: str | None) -> str:
     return hub_id(name) or f"a folder called {Path(name).name}"
 
 
-def write_adapter_facts(folder: Path, method: str, base_model: str | None, rows: Mapping[str, str]) -> None:
+def write_adapter_facts(
+    folder: Path, method: str, base_model: str | None, rows: Mapping[str, str], task_type: str | None = None
+) -> None:
     """Put an adapter's facts into the model card of its folder.
 
     PEFT's template is replaced. What somebody has written stays; where it stands in the part of these facts, the card
@@ -165,6 +168,7 @@ def write_adapter_facts(folder: Path, method: str, base_model: str | None, rows:
         method: PEFT's name of the method.
         base_model: folder or hub id of the base model; None if it is not known. A folder's path is not written.
         rows: further facts, by name.
+        task_type: what PEFT calls the task of the model; a language model's where None.
     """
     data = {
         "base_model": hub_id(base_model),
@@ -180,9 +184,7 @@ def write_adapter_facts(folder: Path, method: str, base_model: str | None, rows:
 {table}
 
 ```python
-{import_line}from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")
+{import_line}{_loading(task_type)}
 ```"""
     try:
         card = Card.read(folder)
@@ -191,6 +193,22 @@ model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")
         warnings.warn(f"{folder / CARD} is left as it is: {error}. Delete it to have a new one.", stacklevel=2)
         return
     (folder / CARD).write_text(card.content(), encoding="utf-8")
+
+
+def _loading(task_type: str | None) -> str:
+    """How an adapter is loaded, in Python; what its head says stands in a config beside it."""
+    form = _FORMS.get(task_type or "")
+    if form is None:
+        return f"""from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
+    return f"""from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelFor{form}
+
+base = PeftConfig.from_pretrained("{HERE}").base_model_name_or_path
+config = AutoConfig.from_pretrained("{HERE}")  # what the labels are, and the padding token
+model = AutoModelFor{form}.from_pretrained(base, config=config)
+model = PeftModel.from_pretrained(model, "{HERE}")"""
 
 
 def _seal(text: str) -> str:

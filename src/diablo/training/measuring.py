@@ -32,7 +32,7 @@ class Losses:
         held_out: of held-out rows.
         figures: what else is measured on held-out rows, by step, by its name.
         scores: the score on validation problems, by step, where that says which step is best: the mean over the tasks
-            of their headline figures, from 0 to 1.
+            of their headline figures, from 0 to 1; or the score of an objective that has one on held-out rows.
         general: of general text.
         rewards: mean rewards of completions that were trained on.
     """
@@ -171,10 +171,12 @@ class HeldOutLoss(TrainerCallback):
             return
         if self.plan.held_out:
             losses.take_held_out(step, self.figures())
+        if training.best_by == "score" and (score_of := self.plan.recipe.objective.score) is not None:
+            losses.scores.append((step, losses.figures[score_of][-1][1]))
         losses.measure_score(model, self.plan, step)
         if losses.knows(step):
             others = {f"held_out_{name}": values[-1][1] for name, values in losses.figures.items()}
-            score = {"validation_score": losses.scores[-1][1]} if losses.scores else {}
+            score = {"validation_score": losses.scores[-1][1]} if self.plan.validated else {}
             loss = {"held_out_loss": losses.held_out[-1][1]} if losses.held_out else {}
             self.report({**loss, **others, **score})
         if training.depends_on_held_out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,8 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     start, recipe = time.perf_counter(), plan.recipe
     # Full fine-tuning needs fp32 weights, or small updates are lost to rounding; autocast lowers the products.
     dtype = torch.float32 if isinstance(recipe.method, FullMethod) else plan.dtype
-    model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization)
+    config = None if plan.head is None else plan.config
+    model = load_model(plan.model_name, dtype, recipe.attention, recipe.quantization, config=config, seed=recipe.seed)
     if recipe.speed.liger:
         apply_liger(model)
     model = apply_method(give_rows(model, plan.trained_tokens), recipe.method, plan.trained_tokens)
@@ -234,7 +235,8 @@ def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
         batch = collate(
             [plan.features_of(index) for index in first] if packed else [row.features for row in rows], pad_token_id
         )
-        preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
+        if plan.head is None:
+            preflight.check_stop_tokens(rows, batch, plan.encoder.stop_token_ids)
     else:
         # A prompt in the place of the completions, which are not there yet.
         rows = [replace(row, labels=row.input_ids) for row in rows]
@@ -247,7 +249,7 @@ def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
     moved = {name: values.to(model.device) for name, values in probe.items()}
     lowered = torch.autocast(model.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
     with lowered, _attention_of(model.device, model):
-        preflight.check_gradients(model, moved, checkpointing=options is not None)
+        preflight.check_gradients(model, moved, checkpointing=options is not None, has_head=plan.head is not None)
         if packed:
             twice = collate([join([shortest, shortest])], pad_token_id)
             preflight.check_packing(model, {name: values.to(model.device) for name, values in twice.items()})
@@ -364,6 +366,7 @@ def _record(
             "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
             "loss_unit": plan.recipe.objective.loss_unit,
+            "head": plan.head and {**asdict(plan.head), "was_new": not plan.has_own_head},
             "held_out_figures": losses.figures,
             "validation_score": losses.scores,
             "peak_memory_bytes": training_peak,

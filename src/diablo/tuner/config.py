@@ -181,7 +181,7 @@ class DiabloConfig(PeftConfig):
             **({"tokens with trained rows": ", ".join(map(str, tokens))} if tokens else {}),
             "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
         }
-        write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows)
+        write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows, self.task_type)
 
     @property
     def ids_of_tokens(self) -> set[int]:

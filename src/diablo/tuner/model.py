@@ -11,7 +11,8 @@ import peft
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, replicate_layers
-from peft.utils.other import TrainableTokensWrapper, _get_submodules
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import _get_submodules
 from torch import nn
 
 from diablo.layout import BlockLayout
@@ -226,13 +227,13 @@ class DiabloModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        is_ours = isinstance(child, (DiabloLayer, TrainableTokensWrapper))
-        if is_ours or recomputed(child) or offloading_hook(child) is not None:
+        is_whole = isinstance(child, AuxiliaryTrainingWrapper)
+        if isinstance(child, DiabloLayer) or is_whole or recomputed(child) or offloading_hook(child) is not None:
             # PEFT's own method does three things that fail here. It hands on the attribute `weight` of an unloaded
-            # layer, which experts and some quantized layers do not have, and which is no parameter where rows of tokens
-            # are trained. It reads the weight of a new layer, and some
-            # norms then compute it from another state. And it moves the blocks to the device of the weight, and an
-            # offloaded weight has none.
+            # layer, which experts, some quantized layers and heads of several layers do not have, and which is no
+            # parameter where rows of tokens are trained. It reads the weight of a new layer, and some norms then
+            # compute it from another state. And it moves the blocks to the device of the weight, and an offloaded
+            # weight has none.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from diablo.data.faults import NoRowError
-from diablo.data.reading import completions, preferences, prompts
+from diablo.data.reading import completions, labels, preferences, prompts
 from diablo.data.reading.values import MissingColumnError
 from diablo.data.rows import Row, RowKind, kind_of
 
 _MOST_COLUMNS_NAMED = 6
 # What others call some columns, the usual names first.
 _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "source", "context", "user")
+_TEXTS = ("text", "sentence", "review", "content", "document", "body", "message", "comment", "question", "prompt")
 _COMPLETIONS = ("completion", "output", "answer", "response", "solution", "target", "assistant", "reply")
 _OTHER_NAMES: dict[RowKind, dict[str, tuple[str, ...]]] = {
     "completions": {"prompt": _PROMPTS, "completion": _COMPLETIONS},
@@ -28,6 +29,9 @@ _OTHER_NAMES: dict[RowKind, dict[str, tuple[str, ...]]] = {
         "label": ("label", "desirable", "is_good", "good", "thumbs_up", "liked", "correct", "judgement"),
     },
     "prompts": {"prompt": _PROMPTS},
+    "labelled": {"text": _TEXTS, "label": ("label", "labels", "class", "category", "sentiment", "intent", "topic")},
+    "numbered": {"text": _TEXTS, "label": ("label", "score", "rating", "value", "target", "stars")},
+    "tagged": {"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags", "tags", "pos_tags", "chunk_tags")},
 }
 
 
@@ -61,6 +65,12 @@ FORMATS: dict[RowKind, dict[str, Format]] = {
         "judged": Format(("prompt", "completion", "label"), ("tools",), preferences.from_judgement),
     },
     "prompts": {"prompts": Format(("prompt",), ("tools",), prompts.from_prompt_alone)},
+    "labelled": {"labelled": Format(("text", "label"), ("text_pair",), labels.from_labelled)},
+    "numbered": {"numbered": Format(("text", "label"), ("text_pair",), labels.from_numbered)},
+    "tagged": {
+        "tagged": Format(("tokens", "labels"), (), labels.from_tagged),
+        "CoNLL": Format(("tokens", "ner_tags"), (), labels.from_tagged),
+    },
 }
 """The formats by name, for each kind of rows. A record that could have several has the first of them."""
 
@@ -69,9 +79,25 @@ _NEEDED: dict[RowKind, str] = {
     "pairs": "prompt, chosen and rejected",
     "judged": "prompt, completion and label",
     "prompts": "prompt",
+    "labelled": "text and label",
+    "numbered": "text and label, a number",
+    "tagged": "tokens and labels, or tokens and ner_tags",
 }
-_TOLD_BY: dict[RowKind, tuple[str, ...]] = {"completions": (), "pairs": (), "judged": ("label",)}
-_OBJECTIVES: dict[RowKind, str] = {"completions": "sft", "pairs": "dpo", "judged": "kto", "prompts": "grpo"}
+# The kinds that have columns of their own, by which a record tells that it is one of them.
+_TOLD_BY: dict[RowKind, tuple[str, ...]] = {
+    "tagged": (),
+    "judged": ("label",),
+    "pairs": (),
+    "labelled": (),
+    "completions": (),
+}
+_OBJECTIVES: dict[RowKind, str] = {
+    "completions": "sft",
+    "pairs": "dpo",
+    "judged": "kto",
+    "labelled": "classification",
+    "tagged": "token_classification",
+}
 
 
 def format_of(columns: Mapping[str, Any], kind: RowKind = "completions") -> str | None:
@@ -115,10 +141,10 @@ def to_row(number: int, record: Any, kind: RowKind = "completions") -> tuple[Row
 def _other_kind(record: Mapping[str, Any], kind: RowKind) -> str:
     """Which objective a record is for that has all columns of another kind of rows, in words; empty where it has none.
 
-    Judged rows and pairs have columns that no other kind has, so that these are the more telling ones.
+    Those that have columns which no other kind has come first, since these are the more telling ones.
     """
-    for other in ("judged", "pairs", "completions"):
-        complete = any({*each.required, *_TOLD_BY[other]} <= record.keys() for each in FORMATS[other].values())
+    for other, told_by in _TOLD_BY.items():
+        complete = any({*each.required, *told_by} <= record.keys() for each in FORMATS[other].values())
         if other != kind and complete:
             return f"; it has what objective: {_OBJECTIVES[other]} needs"
     return ""

@@ -85,6 +85,19 @@ def _check_distinct(better: Any, worse: Any) -> None:
         raise NoRowError("chosen and rejected are the same", "leave the row out: there is nothing to prefer in it")
 
 
+def to_score(number: int, record: Any) -> Row:
+    """A completion that is to be scored: a text, or an object with ``prompt`` and ``completion``, or with ``messages``.
+
+    Raises:
+        NoRowError: it is none of them.
+    """
+    if isinstance(record, str):
+        return Row(number, completion=record)
+    if not isinstance(record, dict) or not {"messages", "completion"} & record.keys():
+        raise NoRowError("no completion to score", "give a text, prompt and completion, or messages")
+    return (from_prompt if record.get("messages") is None else from_messages)(number, record)
+
+
 def from_judgement(number: int, record: Mapping[str, Any]) -> Row:
     """A completion and whether it is good: ``label`` beside ``prompt`` and ``completion``, or beside ``messages``."""
     if "label" not in record:

@@ -22,6 +22,7 @@ from diablo.training.trackers import Trackers
 from diablo.training.tracking import LastLoss, TrainLog
 from diablo.training.trainers.base import RunTrainer
 from diablo.training.trainers.groups import GroupTrainer
+from diablo.training.trainers.heads import LabelTrainer, RewardModelTrainer
 from diablo.training.trainers.preferences import JudgedTrainer, OddsRatioTrainer, PairTrainer
 from diablo.training.trainers.supervised import CompletionTrainer, adapted_head_allowed
 
@@ -31,6 +32,10 @@ _TRAINERS: dict[str, Any] = {
     "orpo": OddsRatioTrainer,
     "kto": JudgedTrainer,
     "grpo": GroupTrainer,
+    "classification": LabelTrainer,
+    "regression": LabelTrainer,
+    "reward": RewardModelTrainer,
+    "token_classification": LabelTrainer,
 }
 
 
@@ -58,6 +63,8 @@ def make_trainer(
     """
     training, kind = plan.recipe.training, _TRAINERS[plan.recipe.objective.name]
     on_cpu = plan.device.type == "cpu"
+    # It is TRL's; a recipe of a head has none.
+    offloading = {} if plan.head is not None else {"activation_offloading": plan.recipe.speed.activation_offloading}
     config = kind.config_class(
         output_dir=str(plan.recipe.output / "checkpoints"),
         learning_rate=training.learning_rate,
@@ -96,6 +103,7 @@ def make_trainer(
         # Not all of TRL's trainers have it.
         **({"activation_offloading": True} if plan.recipe.speed.activation_offloading else {}),
         **kind.settings(plan),
+        **offloading,
     )
     config.recipe = plan.recipe.model_dump(mode="json")
     # It is what trackers are told. When they are made, the arguments take transformers' own names alone.

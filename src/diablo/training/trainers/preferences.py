@@ -201,7 +201,7 @@ class PreferenceTrainer(RunTrainer):
         loss = self._mean_loss(model, inputs) / self.current_gradient_accumulation_steps
 
         def again() -> object:
-            return bare(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            return bare(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
         return self.finite.check(bare, loss, self.state.global_step + 1, numbers, again)
 
@@ -210,7 +210,8 @@ class PreferenceTrainer(RunTrainer):
         return loss
 
 
-def _sequence(row: EncodedRow, prefix: str = "") -> dict[str, Any]:
+def sequence_of(row: EncodedRow, prefix: str = "") -> dict[str, Any]:
+    """The columns of a sequence, whose names begin with a prefix."""
     return {f"{prefix}input_ids": row.input_ids, f"{prefix}labels": row.labels}
 
 
@@ -237,7 +238,7 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
         """Both completions of each row, each behind the prompt."""
         pairs = [(row, row.rejected) for row in rows if row.rejected is not None]
         return [
-            {**_sequence(chosen), **_sequence(rejected, "rejected_"), "numbers": [number_of(chosen)]}
+            {**sequence_of(chosen), **sequence_of(rejected, "rejected_"), "numbers": [number_of(chosen)]}
             for chosen, rejected in pairs
         ]
 
@@ -331,8 +332,8 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
             )
             columns.append(
                 {
-                    **_sequence(row),
-                    **_sequence(elsewhere, "KL_"),
+                    **sequence_of(row),
+                    **sequence_of(elsewhere, "KL_"),
                     "label": bool(row.desired),
                     "numbers": [number_of(row)],
                 }

@@ -1,0 +1,206 @@
+"""Heads: what a model has in place of its output layer, where it labels or scores a text and does not write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from diablo.errors import UserError
+
+HeadKind = Literal["classification", "regression", "reward", "token_classification"]
+
+_SEQUENCE, _TOKEN = "ForSequenceClassification", "ForTokenClassification"
+_TASK_TYPES = {_SEQUENCE: "SEQ_CLS", _TOKEN: "TOKEN_CLS"}
+_PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
+_SEVERAL = "multi_label_classification"
+HEADS = ("score", "classifier", "pooler", "head", "pre_classifier", "classification_head", "dense", "summary")
+"""Names of modules that are a head, or a part of one, in models of transformers."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model.
+
+    Attributes:
+        kind: what it says of a text: a label, a number, a score, or a label for each word.
+        labels: the labels in their order; none where it says a number.
+        several: whether a text may have several labels, or none.
+    """
+
+    kind: HeadKind
+    labels: tuple[str, ...] = ()
+    several: bool = False
+
+    @property
+    def size(self) -> int:
+        """The numbers that it gives for a text, or for each of its tokens."""
+        return len(self.labels) or 1
+
+    @classmethod
+    def of(cls, config: Any) -> Head | None:
+        """The head that a model's config names; None where it is that of a language model, or of another kind."""
+        form = _form(getattr(config, "architectures", None))
+        if form is None:
+            return None
+        names: dict[int, str] = {int(index): str(name) for index, name in config.id2label.items()}
+        labels = tuple(names[index] for index in sorted(names))
+        problem = getattr(config, "problem_type", None)
+        if form == _TOKEN:
+            return cls("token_classification", labels)
+        if problem == "regression" or len(labels) == 1:
+            return cls("regression" if problem == "regression" else "reward")
+        return cls("classification", labels, problem == _SEVERAL)
+
+    def is_as(self, other: Head | None) -> bool:
+        """Whether another head says the same, so that its weights can be gone on with."""
+        if other is None or (self.kind == "token_classification") != (other.kind == "token_classification"):
+            return False
+        return self.several == other.several and self.labels == other.labels
+
+    def put_into(self, config: Any, pad_token_id: int | None) -> None:
+        """Write the head into the config of a model that is to have it.
+
+        Args:
+            config: the config; it is changed.
+            pad_token_id: the padding token, by which a decoder finds the last token of a text.
+
+        Raises:
+            UserError: models of this type have no such head.
+        """
+        from transformers.models.auto import modeling_auto
+
+        form = _TOKEN if self.kind == "token_classification" else _SEQUENCE
+        table: Any = (
+            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+            if form == _TOKEN
+            else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        )
+        if config.model_type not in table:
+            what = "words" if form == _TOKEN else "texts"
+            raise UserError(
+                f"model: transformers has no {config.model_type!r} model that labels {what}, which objective "
+                f"{self.kind} needs; give another model."
+            )
+        config.architectures = [table[config.model_type]]
+        labels = self.labels or ("LABEL_0",)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        config.problem_type = _SEVERAL if self.several else _PROBLEMS.get(self.kind)
+        config.get_text_config().pad_token_id = pad_token_id
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model of a config: the one place where its head decides this."""
+    import transformers
+
+    form = _form(config.architectures)
+    return getattr(transformers, f"AutoModel{form}" if form else "AutoModelForCausalLM")
+
+
+def task_type(config: Any) -> str:
+    """What PEFT calls the task of a config's model, by which it finds the head and trains it."""
+    return _TASK_TYPES.get(_form(getattr(config, "architectures", None)) or "", "CAUSAL_LM")
+
+
+def head_modules(model: Any) -> list[str]:
+    """The modules of a model with a head that are trained whole, by the last part of their names.
+
+    They are all modules outside the body, and the body's pooler, which most checkpoints have no weights of.
+    """
+    body = getattr(model, model.base_model_prefix, None)
+    outside = [
+        name for name, part in model.named_children() if part is not body and any(True for _ in part.parameters())
+    ]
+    has_pooler = body is not None and getattr(body, "pooler", None) is not None
+    return [*outside, *(["pooler"] if has_pooler else [])]
+
+
+def head_paths(model: Any) -> list[str]:
+    """The same modules by their whole names in the model."""
+    prefix = model.base_model_prefix
+    return [f"{prefix}.{name}" if name == "pooler" else name for name in head_modules(model)]
+
+
+def head_size(model: Any) -> int:
+    """How many parameters the modules of a head have that are trained whole."""
+    return sum(parameter.numel() for path in head_paths(model) for parameter in model.get_submodule(path).parameters())
+
+
+def initialize(model: Any, names: Collection[str], seed: int) -> None:
+    """Give parameters of a head their first values, which depend on the seed alone.
+
+    Matrices are normally distributed, as widely as the config says; biases are 0 and norms 1.
+
+    Args:
+        model: the model, with its weights.
+        names: the names of the parameters.
+        seed: the run's seed.
+    """
+    import torch
+
+    deviation = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in sorted(names):
+            parameter = parameters[name]
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def output_parameters(model: Any, head: Head) -> list[str]:
+    """The names of the parameters that give the numbers of a head, a row for each label."""
+    body = f"{model.base_model_prefix}."
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not name.startswith(body) and parameter.shape[0] == head.size
+    ]
+
+
+def has_head(path: str | Path) -> bool:
+    """Whether a folder holds a model, an adapter or a run that labels or scores texts. No library is imported."""
+    for folder in (Path(path), Path(path) / "adapter", Path(path) / "model"):
+        if _read(folder / "adapter_config.json").get("task_type") in _TASK_TYPES.values():
+            return True
+        if _form(_read(folder / "config.json").get("architectures")) is not None:
+            return True
+    return False
+
+
+def check_writes(path: str | Path, verb: str) -> None:
+    """Check that a model writes text.
+
+    Raises:
+        UserError: it labels or scores texts.
+    """
+    if has_head(path):
+        raise UserError(
+            f"model: {str(path)!r} labels or scores texts and writes none, so that diablo {verb} has no use for it; "
+            f"ask it with: diablo classify {path} TEXT"
+        )
+
+
+def labels_of(adapter: Path) -> tuple[str, ...]:
+    """The labels of an adapter with a head, as its folder's config names them; none where it does not."""
+    names = _read(adapter / "config.json").get("id2label") or {}
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _form(architectures: Sequence[str] | None) -> str | None:
+    """The kind of head that the name of a model's class ends with; None for all others."""
+    name = (architectures or [""])[0]
+    return next((form for form in _TASK_TYPES if name.endswith(form)), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
