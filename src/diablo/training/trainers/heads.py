@@ -135,6 +135,12 @@ class RewardModelTrainer(HeadTrainer, PreferenceTrainer, RewardTrainer):
         """Makes batches, and counts their tokens."""
         return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("", "rejected_")], ())
 
+    @staticmethod
+    def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+        """The share of pairs whose better completion has the higher score, and by how much it is higher."""
+        pairs = len(batch["input_ids"]) // 2
+        return [(name, metrics[name], pairs) for name in ("accuracy", "margin")]
+
     def _mean_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return super()._mean_loss(model, given)

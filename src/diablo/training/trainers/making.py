@@ -63,8 +63,6 @@ def make_trainer(
     """
     training, kind = plan.recipe.training, _TRAINERS[plan.recipe.objective.name]
     on_cpu = plan.device.type == "cpu"
-    # It is TRL's; a recipe of a head has none.
-    offloading = {} if plan.head is not None else {"activation_offloading": plan.recipe.speed.activation_offloading}
     config = kind.config_class(
         output_dir=str(plan.recipe.output / "checkpoints"),
         learning_rate=training.learning_rate,
@@ -103,7 +101,6 @@ def make_trainer(
         # Not all of TRL's trainers have it.
         **({"activation_offloading": True} if plan.recipe.speed.activation_offloading else {}),
         **kind.settings(plan),
-        **offloading,
     )
     config.recipe = plan.recipe.model_dump(mode="json")
     # It is what trackers are told. When they are made, the arguments take transformers' own names alone.
