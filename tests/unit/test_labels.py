@@ -17,7 +17,7 @@ from diablo.data.reading.formats import to_row
 from diablo.data.rows import Row
 from diablo.data.special_text import TextTokenizer
 from diablo.errors import UserError
-from diablo.models.heads import Head
+from diablo.models.heads import Head, has_head, labels_of
 from diablo.scoring.labels import macro_f1, pearson, summed_label_loss
 
 
@@ -150,3 +150,16 @@ def test_a_model_without_such_a_head_is_refused() -> None:
     config.model_type = "mamba"
     with pytest.raises(UserError, match="no 'mamba' model that labels words"):
         Head("token_classification", ("O", "P")).put_into(config, 0)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", '{"architectures": 3}', '{"architectures": [7]}', "\xff"])
+def test_a_config_that_is_damaged_is_of_no_head(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert not has_head(tmp_path)
+    assert labels_of(tmp_path) == ()
+
+
+@pytest.mark.parametrize("names", ["3", "[]", '{"a": "b"}', "null"])
+def test_labels_that_are_damaged_are_none(tmp_path, names):
+    (tmp_path / "config.json").write_text(f'{{"id2label": {names}}}')
+    assert labels_of(tmp_path) == ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -188,19 +188,22 @@ def check_writes(path: str | Path, verb: str) -> None:
 
 def labels_of(adapter: Path) -> tuple[str, ...]:
     """The labels of an adapter with a head, as its folder's config names them; none where it does not."""
-    names = _read(adapter / "config.json").get("id2label") or {}
-    return tuple(names[key] for key in sorted(names, key=int))
+    names = _read(adapter / "config.json").get("id2label")
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        return ()
+    return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
-def _form(architectures: Sequence[str] | None) -> str | None:
-    """The kind of head that the name of a model's class ends with; None for all others."""
-    name = (architectures or [""])[0]
+def _form(architectures: Any) -> str | None:
+    """The kind of head that the name of a model's class ends with; None for all others, and for what is no list."""
+    named = isinstance(architectures, (list, tuple)) and architectures
+    name = str(architectures[0]) if named else ""
     return next((form for form in _TASK_TYPES if name.endswith(form)), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
