@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness import print_table
-from diablo.models.adapters import load_for_generation
+from diablo.models.ready import load_for_generation
 from diablo.planning.materials import gather
 from diablo.recipes.reading import load_recipe
 from diablo.records.results import write_record

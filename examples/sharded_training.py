@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.distributed import DistributedConfig
 
 from diablo.data.batching import collate
-from diablo.planning.plan import Plan, make_plan
+from diablo.planning.making import make_plan
+from diablo.planning.plan import Plan
 from diablo.recipes.applying import apply_method
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.losses import summed_completion_loss

@@ -16,7 +16,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from diablo.data.batching import collate
 from diablo.models.loading import load_model
-from diablo.planning.plan import Plan, make_plan
+from diablo.planning.making import make_plan
+from diablo.planning.plan import Plan
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import AnyMethod
 from diablo.recipes.recipe import Recipe

@@ -42,8 +42,8 @@ def classify(
     if not given:
         raise UserError("TEXT: found none; give texts, --file, or lines on standard input.")
     quiet()
-    from diablo.models.adapters import load_for_labels
     from diablo.models.loading import longest_text
+    from diablo.models.ready import load_for_labels
     from diablo.records.results import recipe_of_run
     from diablo.scoring.labels import ask, say
 

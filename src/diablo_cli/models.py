@@ -241,7 +241,7 @@ def generate(
     import transformers
 
     from diablo.data.rows import Row
-    from diablo.models.adapters import load_for_generation
+    from diablo.models.ready import load_for_generation
     from diablo.scoring.generation import generate as complete
 
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
@@ -274,7 +274,7 @@ def chat(
     check_model(base, "--base")
     quiet()
     from diablo.data import RowEncoder
-    from diablo.models.adapters import load_for_generation
+    from diablo.models.ready import load_for_generation
     from diablo.records.results import recipe_of_run
     from diablo_cli.chat import Chat, read_line
 

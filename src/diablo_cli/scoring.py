@@ -105,7 +105,7 @@ def evaluate(
         scored = [(each, decoding_for(each, **sampling)) for each in tasks]
         for each in tasks:
             each.problems("test")
-    from diablo.models.adapters import load_for_generation
+    from diablo.models.ready import load_for_generation
     from diablo.scoring.several_tasks import score_tasks, write_answers
     from diablo_cli.reporting import print_examples
 
@@ -196,7 +196,7 @@ def pairs(
     problems = training_problems(chosen, recipes_behind(model))
     problems = {name: of_task[:limit] for name, of_task in problems.items()}
     # A fault in the data shows before the model is loaded.
-    from diablo.models.adapters import load_for_generation
+    from diablo.models.ready import load_for_generation
     from diablo.scoring.own_answers import write_own_answers
     from diablo_cli.reporting import print_rows_made
 
@@ -255,7 +255,7 @@ def _evaluate_by_harness(
     settings: dict[str, Any],
     path: Path | None,
 ) -> None:
-    from diablo.models.adapters import load_for_generation
+    from diablo.models.ready import load_for_generation
     from diablo.records.results import write_json
     from diablo.scoring.harness import harness_record, load_harness_tasks, run_harness
     from diablo_cli.reporting import harness_table

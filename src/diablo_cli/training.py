@@ -44,7 +44,7 @@ def train(
 
         materials = gather(settings)
         # What can be refused without torch has been.
-        from diablo.planning.plan import make_plan
+        from diablo.planning.making import make_plan
         from diablo.publishing.hub import check_upload
         from diablo_cli.reporting import print_plan
 

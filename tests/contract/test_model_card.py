@@ -9,7 +9,7 @@ from tiny_models import llama
 from transformers import LlamaForCausalLM
 
 from diablo import DiabloConfig
-from diablo.models.adapters import save_adapter
+from diablo.models.saving import save_adapter
 
 SETTINGS = {"num_blocks": 4, "target_modules": ["q_proj", "v_proj"]}
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo.data import Row
 from diablo.models import checkpointing
-from diablo.models.adapters import load_for_generation
+from diablo.models.ready import load_for_generation
 
 SHORT = [
     "data.limit=48",

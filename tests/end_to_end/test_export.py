@@ -15,8 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from diablo import DiabloConfig
-from diablo.models.adapters import save_adapter
 from diablo.models.builtin import builtin_model
+from diablo.models.saving import save_adapter
 from diablo.publishing.gguf import SCRIPT, VARIABLE
 
 # It writes a file that says what it was given. That a model is converted rightly, llama.cpp's own shows below.

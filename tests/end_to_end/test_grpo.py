@@ -19,7 +19,7 @@ from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.data.batching import GroupSampler
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.trainers.groups import GroupTrainer

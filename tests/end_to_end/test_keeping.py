@@ -19,7 +19,7 @@ from diablo.errors import UserError
 from diablo.models.adapters import load_adapter
 from diablo.models.compiling import compiled_layers
 from diablo.models.loading import load_model
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.generation import held_out_loss
 from diablo.training import train

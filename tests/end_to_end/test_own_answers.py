@@ -12,7 +12,7 @@ import yaml
 from tiny import CHAT_TEMPLATE
 
 from diablo.data.reading.formats import to_row
-from diablo.models.adapters import load_for_generation
+from diablo.models.ready import load_for_generation
 from diablo.planning.materials import gather
 from diablo.recipes.reading import load_recipe
 from diablo.tasks import TASKS, get_task

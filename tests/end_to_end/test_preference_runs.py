@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from diablo.data.batching import collate
 from diablo.models.loading import load_model
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.losses import summed_completion_loss
 

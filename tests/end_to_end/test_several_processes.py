@@ -18,7 +18,7 @@ from launching import ROOT, run_python
 from safetensors.torch import load_file
 
 from diablo.errors import UserError
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.engines import check_shardable

@@ -14,8 +14,8 @@ from test_several_processes import launch
 from torch._dynamo.utils import counters
 
 from diablo.errors import UserError
-from diablo.models.adapters import load_for_generation
-from diablo.planning.plan import make_plan
+from diablo.models.ready import load_for_generation
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.engines import check_shardable

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from diablo import DiabloConfig
 from diablo.errors import UserError
 from diablo.merging import merge_adapter
-from diablo.models.adapters import load_adapter, save_adapter, write_as_lora
+from diablo.models.adapters import load_adapter, write_as_lora
 from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, base_model_of, is_adapter
+from diablo.models.saving import save_adapter
 
 PROBE = torch.arange(40).unsqueeze(0)
 

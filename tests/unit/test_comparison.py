@@ -22,7 +22,7 @@ from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row
 from diablo.data.splits import cut_validation, take_turns
 from diablo.errors import UserError
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.recipe import Recipe

@@ -10,7 +10,8 @@ from peft import LoraConfig, MissConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo import BlockLayout, DiabloConfig
-from diablo.models.adapters import load_adapter, save_adapter, save_start
+from diablo.models.adapters import load_adapter
+from diablo.models.saving import save_adapter, save_start
 from diablo.recipes.applying import apply_method, closest_size, nearest_size
 from diablo.recipes.methods import LoraMethod
 

@@ -13,7 +13,7 @@ from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
 from diablo.models.loading import meta_model
 from diablo.models.vocabulary import TrainedTokens, add_tokens, config_with_rows
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.planning.suited import check_suited
 from diablo.planning.tokens import TokenCounts
 from diablo.recipes.methods import LoraMethod, MissMethod

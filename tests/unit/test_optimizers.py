@@ -15,8 +15,8 @@ from transformers import Qwen3MoeConfig, SchedulerType, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from diablo.errors import UserError
+from diablo.planning.making import make_plan
 from diablo.planning.optimizers import choose_optimizer
-from diablo.planning.plan import make_plan
 from diablo.planning.schedules import choose_schedule
 from diablo.recipes.reading import load_recipe
 from diablo.recipes.training import (

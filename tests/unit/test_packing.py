@@ -31,7 +31,7 @@ from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.packing import flatten, join, pack
 from diablo.errors import UserError
 from diablo.planning import preflight
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.recipes.reading import check_settings
 from diablo.scoring.losses import summed_completion_loss
 

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED
 from diablo.errors import UserError
-from diablo.models.adapters import load_adapter, save_adapter
+from diablo.models.adapters import load_adapter
 from diablo.models.loading import count_parameters
+from diablo.models.saving import save_adapter
 from diablo.planning import preflight
-from diablo.planning.plan import adapt_on_meta
+from diablo.planning.making import adapt_on_meta
 from diablo.planning.suited import check_suited
 from diablo.recipes import peft_methods
 from diablo.recipes.applying import apply_method, target_kinds

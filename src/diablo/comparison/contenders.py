@@ -17,8 +17,8 @@ from diablo.devices import choose_device
 from diablo.errors import UserError, did_you_mean
 from diablo.models.heads import head_size, task_type
 from diablo.models.loading import meta_model
+from diablo.planning.making import adapt_on_meta
 from diablo.planning.optimizers import choose_optimizer
-from diablo.planning.plan import adapt_on_meta
 from diablo.recipes.applying import Shapes, closest_size, nearest_size, peft_config
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
 from diablo.recipes.peft_methods import config_keys, peft_type, size_keys, takes_default_targets

@@ -171,7 +171,7 @@ def plan_comparison(
     # They import torch and PEFT, and nothing that is refused above is to wait for that.
     from diablo.comparison.contenders import contender_of, optimizers_of, read_type
     from diablo.models.loading import meta_model
-    from diablo.planning.plan import make_plan
+    from diablo.planning.making import make_plan
     from diablo.planning.suited import check_suited
     from diablo.recipes.applying import shapes_of
 

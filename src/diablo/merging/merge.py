@@ -20,19 +20,13 @@ from diablo.data.general_text import BUILTIN_TEXT, encode_general_text
 from diablo.errors import UserError
 from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_shards
 from diablo.merging.untying import untie
-from diablo.models.adapters import (
-    attach_adapter,
-    load_adapter,
-    load_base,
-    read_adapter_config,
-    stored_dtype,
-)
+from diablo.models.adapters import attach_adapter, load_adapter, load_base, read_adapter_config, stored_dtype
 from diablo.models.folders import base_model_of, new_folder
 from diablo.models.heads import Head, has_head
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
-from diablo.planning.plan import make_plan
+from diablo.planning.making import make_plan
 from diablo.quantization import Scheme
 from diablo.quantization.dense import dequantized_model
 from diablo.quantization.model import quantize_model

@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 from diablo.errors import UserError, first_line
 from diablo.layout import Layout
 from diablo.merging.untying import copies_for, ties_of, untied_config
-from diablo.models.adapters import check_tensors, read_adapter_config, shapes_in_file
+from diablo.models.adapters import check_tensors, read_adapter_config
 from diablo.models.folders import ADAPTER_WEIGHTS
 from diablo.models.loading import meta_model
+from diablo.models.saving import shapes_in_file
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.models.vocabulary import TrainedTokens, config_with_rows, with_rows
 from diablo.ops.weight import write_to_diagonal

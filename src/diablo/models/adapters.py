@@ -1,161 +1,42 @@
-"""Adapters on disk: saving, loading, in which a tensor that does not fit is an error, and conversion."""
+"""Adapters from disk: read, checked and put on a base, where a tensor that does not fit is an error; and conversion."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
-    LoraConfig,
-    MissConfig,
     PeftConfig,
     PeftModel,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from diablo.data import RowEncoder
-from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError, first_line
 from diablo.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    adapter_folder,
     base_model_of,
-    is_adapter,
     new_folder,
-    put_in_place,
     read_settings,
 )
-from diablo.models.heads import Head, check_writes, has_head
+from diablo.models.heads import Head
 from diablo.models.loading import (
-    count_parameters,
-    is_placed,
     load_config,
     load_model,
     load_tokenizer,
     resolve_model,
-    stop_token_ids,
 )
-from diablo.models.stored_weights import write_stop_tokens
+from diablo.models.saving import shapes_in_file, tensors_in_file
 from diablo.models.vocabulary import TrainedTokens, give_rows, tokens_of_adapter
 from diablo.records.card import write_adapter_facts
-from diablo.records.results import recipe_of_run
-from diablo.tuner import DiabloConfig, LoraConversion, convert_to_lora
+from diablo.tuner import LoraConversion, convert_to_lora
 from diablo.tuner.base_digest import digest_on_model, is_same_base
 from diablo.tuner.conversion import check_convertible
-
-
-def save_start(model: Any, folder: Path) -> Path | None:
-    """Save what an adapter starts from, where its saved form depends on that, as PiSSA's does.
-
-    Args:
-        model: the model, before its first step.
-        folder: where to write.
-
-    Returns:
-        The folder, for :func:`save_adapter`; None where the method needs none.
-    """
-    if not (isinstance(model, PeftModel) and _is_pissa(model)):
-        return None
-    model.save_pretrained(str(folder), **_rows_alone(model))
-    return folder
-
-
-def trains_tokens(model: Any) -> bool:
-    """Whether a model has an adapter that trains rows of tokens by themselves."""
-    return isinstance(model, PeftModel) and bool(getattr(model.active_peft_config, "trainable_token_indices", None))
-
-
-def _rows_alone(model: PeftModel) -> dict[str, Any]:
-    """What tells PEFT not to save a whole embedding that was resized for new tokens, whose rows it has anyway."""
-    return {"save_embedding_layers": False} if trains_tokens(model) else {}
-
-
-@contextmanager
-def saving_rows_alone(model: Any) -> Iterator[None]:
-    """Within this context ``save_pretrained`` saves of an embedding the trained rows alone, whoever calls it."""
-    if not trains_tokens(model):
-        yield
-        return
-    model.save_pretrained = functools.partial(model.save_pretrained, **_rows_alone(model))
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-
-
-def tensors_in_file(model: PeftModel, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter by the names that they have in its file.
-
-    Args:
-        model: the adapted model.
-        tensors: the tensors to choose from, by the names of the model's parameters; the model's own where None.
-    """
-    return get_peft_model_state_dict(model, state_dict=tensors, **_rows_alone(model))
-
-
-def shapes_in_file(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The shapes of :func:`tensors_in_file`."""
-    return {key: tuple(value.shape) for key, value in tensors_in_file(model).items()}
-
-
-def save_adapter(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    start: Path | None = None,
-    trained: Mapping[str, torch.Tensor] | None = None,
-    stops: Collection[int] = (),
-) -> None:
-    """Save an adapter with its model card, or the whole model after full fine-tuning.
-
-    PiSSA has taken its start out of the frozen weights. PEFT saves the difference to that start as plain LoRA of twice
-    the rank, so that the adapter fits the base model as it is published. The files are written to a folder beside and
-    renamed, so that ``folder`` is never half written.
-
-    Args:
-        model: the trained model.
-        tokenizer: saved with a whole model, and with an adapter that trains rows of tokens.
-        folder: where to write.
-        start: what :func:`save_start` returned.
-        trained: the trained parameters by name, where the model has them in parts; the model's own where None.
-        stops: tokens that stop generation, beside those that the model names; saved with a whole model.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        target = Path(scratch) / "saved"
-        with_head = Head.of(model.config) is not None
-        if isinstance(model, PeftModel):
-            model.save_pretrained(
-                str(target),
-                state_dict=trained,
-                path_initial_model_for_weight_conversion=str(start) if start else None,
-                **_rows_alone(model),
-            )
-            if trains_tokens(model):
-                tokenizer.save_pretrained(target)
-            if not isinstance(model.active_peft_config, DiabloConfig):
-                _describe(model, target)
-            if with_head:
-                # What the head says is in no adapter's own config.
-                model.config.save_pretrained(target)
-        else:
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-            if not with_head:
-                write_stop_tokens(target, stops)
-        put_in_place(target, folder)
 
 
 def read_trained(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
@@ -326,80 +207,6 @@ def check_tensors(adapter: Path, name: str, expected: Mapping[str, tuple[int, ..
         )
 
 
-def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:
-    """A model, or an adapter on its base, ready to generate, with a run's own settings where it is one's.
-
-    Args:
-        model: a run's folder, an adapter's folder, or any model.
-        base: the adapter's base model, where it is not the one that the adapter names.
-        chat: whether prompts go through the chat template; as the run did where None.
-
-    Returns:
-        The model on its device, and the encoder of its prompts.
-
-    Raises:
-        UserError: something cannot be loaded.
-    """
-    check_writes(model, "generate, chat or evaluate")
-    loaded, tokenizer = _load_as_trained(model, base)
-    trained_as = recipe_of_run(model)
-    chat = trained_as.get("chat", False) if chat is None else chat
-    special_text = trained_as.get("data", {}).get("special_text", "keep")
-    stops = stop_token_ids(loaded.config, loaded.generation_config)
-    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
-
-
-def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Head]:
-    """A model with a head, or an adapter with one on its base, ready to label texts.
-
-    Args:
-        model: a run's folder, an adapter's folder, or any model.
-        base: the adapter's base model, where it is not the one that the adapter names.
-
-    Returns:
-        The model on its device, the encoder of its texts, and the head.
-
-    Raises:
-        UserError: something cannot be loaded, or the model has no head.
-    """
-    trained_as = recipe_of_run(model)
-    if not (Path(model).is_dir() and has_head(model)) and Head.of(load_config(resolve_model(model))) is None:
-        raise UserError(
-            f"model: {model!r} writes text and has no head that labels or scores it; ask it with diablo generate, or "
-            "give a run of objective classification, regression, reward or token_classification."
-        )
-    loaded, tokenizer = _load_as_trained(model, base)
-    special_text = trained_as.get("data", {}).get("special_text", "keep")
-    head = Head.of(loaded.config)
-    assert head is not None  # checked above
-    is_reward = trained_as.get("objective", {}).get("name") == "reward"
-    chat = trained_as.get("chat", False)
-    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, has_completions=is_reward), head
-
-
-def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
-    """A model on its device and its tokenizer, with a run's own settings where it is one's."""
-    trained_as = recipe_of_run(model)
-    device = choose_device()
-    precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
-    if device.type == "cpu":
-        # A run of a GPU is read on a laptop, too, which has neither its kernels nor a use for its fp16.
-        precision = "auto" if precision == "fp16" else precision
-        attention = attention if attention in ("eager", "sdpa") else "auto"
-    dtype, quantization = choose_dtype(precision, device), trained_as.get("quantization")
-    if is_adapter(model):
-        loaded, tokenizer = load_adapter(
-            adapter_folder(model), base=base, dtype=dtype, attention=attention, quantization=quantization
-        )
-    else:
-        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
-        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
-    loaded = loaded if is_placed(loaded) else loaded.to(device)
-    if (chat_template := trained_as.get("chat_template")) is not None:
-        tokenizer.chat_template = chat_template
-    return loaded, tokenizer
-
-
 def write_as_lora(adapter: Path, folder: Path, rank: int | float, *, base: str | None = None) -> LoraConversion:
     """Write an adapter as a LoRA adapter, for engines that serve LoRA alone.
 
@@ -460,33 +267,3 @@ def _some(keys: Any, most: int = 3) -> str:
     names = [key if key.isprintable() and key else repr(key) for key in sorted(keys)]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) + more) or "none"
-
-
-def _is_pissa(model: PeftModel) -> bool:
-    return str(getattr(model.active_peft_config, "init_lora_weights", "")).startswith("pissa")
-
-
-def _describe(model: PeftModel, folder: Path) -> None:
-    """Write the card of an adapter of a method that does not write its own."""
-    config: Any = model.active_peft_config
-    trainable, total = count_parameters(model)
-    rows = {}
-    if isinstance(config, (LoraConfig, MissConfig)):
-        rows["rank"] = f"{config.r}, written as LoRA of {2 * config.r}" if _is_pissa(model) else str(config.r)
-    elif settings := _settings(config):
-        rows["settings"] = settings
-    targets = getattr(config, "target_modules", None)
-    if targets:
-        rows["target modules"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    rows["trained parameters"] = f"{trainable:,} of {total:,} ({trainable / total:.2%})"
-    write_adapter_facts(folder, str(config.peft_type.value), config.base_model_name_or_path, rows, config.task_type)
-
-
-def _settings(config: PeftConfig) -> str:
-    """The settings of a method: its numbers and choices, without what says where it is applied."""
-    known = {each.name for each in dataclasses.fields(PeftConfig)} | {"target_modules", "layers_to_transform"}
-    return ", ".join(
-        f"{name}: {getattr(value, 'value', value)}"
-        for name, value in vars(config).items()
-        if name not in known and isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    )

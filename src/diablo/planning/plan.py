@@ -1,54 +1,33 @@
-"""What a recipe will do, worked out from the config, the tokenizer and the data, before any weight is loaded."""
+"""What a recipe will do, as far as it is known before any weight is loaded: figures, and words for them."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
 from diablo.data.batching import GroupSampler, LengthGroupedSampler
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.faults import Place, Placed, RowFault, by_reason, name_places
-from diablo.data.general_text import encode_general_text
-from diablo.data.packing import join, pack
+from diablo.data.packing import join
 from diablo.data.reading.sources import SourceRows
 from diablo.data.special_text import describe_special_text
-from diablo.devices import choose_device, choose_dtype
-from diablo.errors import UserError
-from diablo.models.adapters import check_tensors, shapes_in_file
-from diablo.models.folders import adapter_folder
 from diablo.models.heads import Head, head_modules
 from diablo.models.loading import (
-    count_parameters,
-    load_config,
-    load_generation_config,
-    longest_text,
     meta_model,
-    resolve_model,
-    stop_token_ids,
 )
-from diablo.models.vocabulary import TrainedTokens, config_with_rows
-from diablo.planning import preflight
+from diablo.models.vocabulary import TrainedTokens
 from diablo.planning.labels import describe_counts
-from diablo.planning.materials import Materials, ScoredTask, gather
-from diablo.planning.optimizers import OptimizerChoice, choose_optimizer, group_members
-from diablo.planning.rewards import check_groups, make_sampler
-from diablo.planning.rows import encode_rows, measured_rows
-from diablo.planning.schedules import ScheduleChoice, choose_schedule
-from diablo.planning.speed import check_speed
-from diablo.planning.suited import check_output_layer, check_smoothing, check_suited, choose_head
-from diablo.planning.tokens import TokenCounts, tokens_of_recipe
-from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
-from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
-from diablo.recipes.peft_methods import check_merges
+from diablo.planning.materials import ScoredTask
+from diablo.planning.optimizers import OptimizerChoice
+from diablo.planning.schedules import ScheduleChoice
+from diablo.planning.tokens import TokenCounts
+from diablo.recipes.applying import TargetKind
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
 from diablo.scoring.rewards import Rewards
@@ -368,135 +347,6 @@ class Plan:
         """Each token of a row as text, and whether it is supervised."""
         decode = self.encoder.tokenizer.decode
         return [(decode([token]), label != IGNORED) for token, label in zip(row.input_ids, row.labels, strict=True)]
-
-
-def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: int | None = None) -> Plan:
-    """Resolve and check a recipe. Config, tokenizer and data are read; the model is built on the meta device.
-
-    Args:
-        recipe: the recipe.
-        materials: what :func:`diablo.planning.materials.gather` has read for it; read here where None.
-        replicas: processes of which each takes ``batch_size`` rows of its own; all that were launched where None.
-
-    Raises:
-        UserError: something does not fit; the message names the key of the recipe.
-    """
-    materials = materials or gather(recipe)
-    rows = materials.rows
-    device = choose_device()
-    dtype = choose_dtype(recipe.precision, device)
-    preflight.check_trackers(recipe.tracking.report_to)
-    optimizer = choose_optimizer(recipe.training, device)
-    model_name = resolve_model(recipe.model)
-    config = load_config(model_name)
-    tokenizer, tokens = tokens_of_recipe(recipe, model_name, config)
-    config = config_with_rows(config, tokens)
-    head, has_own_head = choose_head(materials.head, config, recipe)
-    if head is not None:
-        head.put_into(config, tokenizer.pad_token_id)
-    check_suited(recipe, config, dtype, [recipe.method])
-    if isinstance(recipe.method, PeftMethod) and recipe.merge:
-        check_merges(recipe.method.type, "merge: found true")
-    check_smoothing(recipe, config)
-    adapted, targets, parameters = _adapted_on_meta(recipe.method, config, tokens)
-    if recipe.adapter is not None and isinstance(adapted, PeftModel):
-        check_tensors(adapter_folder(recipe.adapter), model_name, shapes_in_file(adapted))
-    check_output_layer(recipe, adapted)
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    group_members(trained, recipe.training.optimizer.groups)
-    check_speed(recipe, config, adapted, device, dtype)
-    special_text = recipe.data.special_text
-    encoder = RowEncoder(
-        tokenizer,
-        chat=recipe.chat,
-        special_text=special_text,
-        stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
-        has_completions=recipe.objective.rows not in ("labelled", "numbered", "tagged"),
-    )
-    faults = list(rows.faults)
-    most = None if head is None else longest_text(tokenizer, config)
-    train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults, head, most)
-    held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults, head, most)
-    if head is None and recipe.objective.rows != "prompts":
-        preflight.check_supervision(train, "training")
-        preflight.check_supervision(held_out, "held-out")
-    training, general = recipe.training, recipe.evaluation.general
-    if replicas is None:
-        replicas = int(os.environ.get("WORLD_SIZE", "1"))
-    if training.on_nonfinite == "skip" and replicas > 1:
-        raise UserError(
-            f"training.on_nonfinite: found skip with {replicas} processes, which would leave out different steps; set "
-            "stop, or train in one process."
-        )
-    if recipe.objective.rows == "prompts":
-        check_groups(recipe, replicas)
-    batch = training.batch_size * training.gradient_accumulation * replicas
-    lengths = [row.length for row in train]
-    sequences = (
-        pack(lengths, training.max_length, recipe.seed) if training.packing else [[i] for i in range(len(train))]
-    )
-    sampler = make_sampler(recipe, [sum(lengths[index] for index in rows) for rows in sequences], batch)
-    steps = training.max_steps or math.ceil(training.epochs * sampler.steps)
-    return Plan(
-        recipe=recipe,
-        model_name=model_name,
-        config=config,
-        encoder=encoder,
-        trained_tokens=tokens,
-        scored=materials.scored,
-        validated=materials.validated,
-        validation_problems=rows.validation_problems,
-        sources=rows.sources,
-        held_out_sources=rows.held_out_sources,
-        train=train,
-        held_out=held_out,
-        faults=faults,
-        too_long=too_long,
-        tested=rows.tested,
-        validation=rows.validation,
-        general=encode_general_text(general, encoder.tokenizer, training.max_length, special_text) if general else [],
-        targets=targets,
-        parameters=parameters,
-        sequences=sequences,
-        sampler=sampler,
-        steps=steps,
-        optimizer=optimizer,
-        schedule=choose_schedule(training, steps),
-        device=device,
-        dtype=dtype,
-        rewards=materials.rewards,
-        head=head,
-        has_own_head=has_own_head,
-    )
-
-
-def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[TargetKind], tuple[int, int]]:
-    """What a method adapts, by kind, and the trainable and all parameters, from a model's config alone.
-
-    Raises:
-        UserError: the method does not fit the model.
-    """
-    return _adapted_on_meta(method, config)[1:]
-
-
-def _adapted_on_meta(
-    method: AnyMethod, config: PretrainedConfig, tokens: TrainedTokens | None = None
-) -> tuple[Any, list[TargetKind], tuple[int, int]]:
-    model = meta_model(config)
-    total = count_parameters(model)[1]
-    try:
-        adapted = apply_method(model, method, tokens)
-        kinds = target_kinds(adapted)
-        parameters = count_parameters(adapted)
-    except NotImplementedError:
-        # Torch says so of the meta device, which has no values: some methods start from those of the weights.
-        assert isinstance(method, PeftMethod)
-        adapted, kinds = kinds_by_layer(method, meta_model(config))
-        trained = sum(kind.parameters for kind in kinds)
-        parameters = trained, total + trained
-    chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
-    preflight.check_towers(adapted, chosen=chosen)
-    return adapted, kinds, parameters
 
 
 def _places(rows: Sequence[Placed]) -> list[int | str]:

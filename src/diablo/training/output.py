@@ -118,10 +118,10 @@ def start_output(processes: Processes, recipe: Recipe, model: Any, log: RunLog, 
     """Make the output folder and begin the log in it.
 
     Returns:
-        What :func:`diablo.models.adapters.save_start` saves in it, where it does.
+        What :func:`diablo.models.saving.save_start` saves in it, where it does.
     """
     # The checks above are to need no torch.
-    from diablo.models.adapters import save_start
+    from diablo.models.saving import save_start
 
     processes.wait()
     if processes.is_main:

@@ -19,15 +19,18 @@ from diablo.data.special_text import describe_special_text
 from diablo.devices import peak_memory_bytes
 from diablo.errors import Interrupted
 from diablo.merging import merge_adapter
-from diablo.models.adapters import load_values, save_adapter
+from diablo.models.adapters import load_values
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.compiling import compiled_layers
 from diablo.models.folders import adapter_folder
 from diablo.models.liger import apply_liger
 from diablo.models.loading import count_parameters, is_placed, load_model
+from diablo.models.saving import save_adapter
 from diablo.models.vocabulary import give_rows
+from diablo.planning import preflight
+from diablo.planning.making import make_plan
 from diablo.planning.materials import Materials
-from diablo.planning.plan import Plan, make_plan, preflight
+from diablo.planning.plan import Plan
 from diablo.publishing.card import Kind, write_run_card
 from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,9 +19,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from diablo.data.batching import LengthGroupedSampler
 from diablo.data.encoding import EncodedRow
 from diablo.errors import UserError
-from diablo.models.adapters import read_trained, saving_rows_alone
+from diablo.models.adapters import read_trained
+from diablo.models.saving import saving_rows_alone
+from diablo.planning import preflight
 from diablo.planning.optimizers import group_members
-from diablo.planning.plan import Plan, preflight
+from diablo.planning.plan import Plan
 from diablo.recipes.training import ParameterGroup
 from diablo.records.log import LOGGER
 from diablo.records.progress import TrainingProgress
@@ -33,7 +36,7 @@ from diablo.training.trackers import Trackers
 from diablo.training.tracking import HELD_OUT, KINDS, TrainLog
 
 
-class RunTrainer(Trainer):
+class RunTrainer(Trainer, ABC):
     """A trainer over rows that are encoded already; a class beside it, one of TRL's trainers, has the loss.
 
     Args:
@@ -142,9 +145,9 @@ class RunTrainer(Trainer):
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    @abstractmethod
     def held_out_figures(self) -> dict[str, float]:
         """What is measured on held-out rows: ``loss``, a mean, and other figures by their names."""
-        raise NotImplementedError
 
     def prepare_for_rows(self) -> None:
         """Work out what the loss needs to know of the model as it is before training."""

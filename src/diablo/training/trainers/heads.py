@@ -9,14 +9,13 @@ import torch
 from transformers import TrainingArguments
 from trl import RewardConfig, RewardTrainer
 
-from diablo.data.encoding import EncodedRow
 from diablo.models.heads import Head
 from diablo.planning.plan import Plan
 from diablo.records.progress import TokenMeter
 from diablo.scoring.labels import features_of, label_batch, label_figures, summed_label_loss
 from diablo.training.tracking import Tracked
 from diablo.training.trainers.base import RunTrainer, number_of
-from diablo.training.trainers.preferences import Collator, Columns, PreferenceTrainer, sequence_of
+from diablo.training.trainers.preferences import Columns, TrainerOfPairs
 
 
 class TrackedArguments(Tracked, TrainingArguments):
@@ -105,7 +104,7 @@ class LabelTrainer(HeadTrainer):
         return self.finite.check(bare, loss, self.state.global_step + 1, numbers, lambda: bare(**inputs))
 
 
-class RewardModelTrainer(HeadTrainer, PreferenceTrainer, RewardTrainer):
+class RewardModelTrainer(HeadTrainer, TrainerOfPairs, RewardTrainer):
     """Trains a model to score completions; see :class:`RunTrainer` for its arguments."""
 
     config_class = TrackedRewardConfig
@@ -120,20 +119,6 @@ class RewardModelTrainer(HeadTrainer, PreferenceTrainer, RewardTrainer):
             # TRL would take off the method's dropout as well.
             "disable_dropout": False,
         }
-
-    @staticmethod
-    def columns_of(rows: Sequence[EncodedRow]) -> Columns:
-        """Both completions of each row, each behind the prompt."""
-        pairs = [(row, row.rejected) for row in rows if row.rejected is not None]
-        return [
-            {**sequence_of(chosen), **sequence_of(rejected, "rejected_"), "numbers": [number_of(chosen)]}
-            for chosen, rejected in pairs
-        ]
-
-    @classmethod
-    def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
-        """Makes batches, and counts their tokens."""
-        return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("", "rejected_")], ())
 
     @staticmethod
     def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:

@@ -7,6 +7,7 @@ log-likelihoods of all rows are kept, and no second model and no copy of the ada
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -104,9 +105,9 @@ class PreferenceTrainer(RunTrainer):
         self.held_out_columns = self.columns_of(self.plan.held_out)
 
     @staticmethod
+    @abstractmethod
     def columns_of(rows: Sequence[EncodedRow]) -> Columns:
         """What the collator takes of rows."""
-        raise NotImplementedError
 
     @classmethod
     def columns(cls, plan: Plan) -> Columns:
@@ -179,9 +180,9 @@ class PreferenceTrainer(RunTrainer):
         return self.settled({name: value / counts[name] for name, value in sums.items() if counts[name]})
 
     @staticmethod
+    @abstractmethod
     def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
         """What is kept of TRL's figures of a batch: each with its name here, and how many rows it is the mean of."""
-        raise NotImplementedError
 
     @staticmethod
     def settled(figures: dict[str, float]) -> dict[str, float]:
@@ -210,12 +211,30 @@ class PreferenceTrainer(RunTrainer):
         return loss
 
 
-def sequence_of(row: EncodedRow, prefix: str = "") -> dict[str, Any]:
+def _sequence(row: EncodedRow, prefix: str = "") -> dict[str, Any]:
     """The columns of a sequence, whose names begin with a prefix."""
     return {f"{prefix}input_ids": row.input_ids, f"{prefix}labels": row.labels}
 
 
-class PairTrainer(PreferenceTrainer, DPOTrainer):
+class TrainerOfPairs(PreferenceTrainer):
+    """What the trainers of pairs have in common; see :class:`PreferenceTrainer`."""
+
+    @staticmethod
+    def columns_of(rows: Sequence[EncodedRow]) -> Columns:
+        """Both completions of each row, each behind the prompt."""
+        pairs = [(row, row.rejected) for row in rows if row.rejected is not None]
+        return [
+            {**_sequence(chosen), **_sequence(rejected, "rejected_"), "numbers": [number_of(chosen)]}
+            for chosen, rejected in pairs
+        ]
+
+    @classmethod
+    def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
+        """Makes batches, and counts their tokens."""
+        return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("", "rejected_")], cls.reference)
+
+
+class PairTrainer(TrainerOfPairs, DPOTrainer):
     """DPO, and the losses of its kind."""
 
     config_class = TrackedDPOConfig
@@ -232,20 +251,6 @@ class PairTrainer(PreferenceTrainer, DPOTrainer):
             "label_smoothing": objective.label_smoothing,
             "max_length": None,
         }
-
-    @staticmethod
-    def columns_of(rows: Sequence[EncodedRow]) -> Columns:
-        """Both completions of each row, each behind the prompt."""
-        pairs = [(row, row.rejected) for row in rows if row.rejected is not None]
-        return [
-            {**sequence_of(chosen), **sequence_of(rejected, "rejected_"), "numbers": [number_of(chosen)]}
-            for chosen, rejected in pairs
-        ]
-
-    @classmethod
-    def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
-        """Makes batches, and counts their tokens."""
-        return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("", "rejected_")], cls.reference)
 
     @staticmethod
     def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
@@ -332,8 +337,8 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
             )
             columns.append(
                 {
-                    **sequence_of(row),
-                    **sequence_of(elsewhere, "KL_"),
+                    **_sequence(row),
+                    **_sequence(elsewhere, "KL_"),
                     "label": bool(row.desired),
                     "numbers": [number_of(row)],
                 }

@@ -1,0 +1,99 @@
+"""Models that are ready to generate or to label, with a run's own settings where they are one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diablo.data import RowEncoder
+from diablo.devices import choose_device, choose_dtype
+from diablo.errors import UserError
+from diablo.models.adapters import load_adapter
+from diablo.models.folders import (
+    adapter_folder,
+    is_adapter,
+)
+from diablo.models.heads import Head, check_writes, has_head
+from diablo.models.loading import (
+    is_placed,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
+from diablo.records.results import recipe_of_run
+
+
+def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:
+    """A model, or an adapter on its base, ready to generate, with a run's own settings where it is one's.
+
+    Args:
+        model: a run's folder, an adapter's folder, or any model.
+        base: the adapter's base model, where it is not the one that the adapter names.
+        chat: whether prompts go through the chat template; as the run did where None.
+
+    Returns:
+        The model on its device, and the encoder of its prompts.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    check_writes(model, "generate, chat or evaluate")
+    loaded, tokenizer = _load_as_trained(model, base)
+    trained_as = recipe_of_run(model)
+    chat = trained_as.get("chat", False) if chat is None else chat
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    stops = stop_token_ids(loaded.config, loaded.generation_config)
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
+
+
+def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Head]:
+    """A model with a head, or an adapter with one on its base, ready to label texts.
+
+    Args:
+        model: a run's folder, an adapter's folder, or any model.
+        base: the adapter's base model, where it is not the one that the adapter names.
+
+    Returns:
+        The model on its device, the encoder of its texts, and the head.
+
+    Raises:
+        UserError: something cannot be loaded, or the model has no head.
+    """
+    trained_as = recipe_of_run(model)
+    if not (Path(model).is_dir() and has_head(model)) and Head.of(load_config(resolve_model(model))) is None:
+        raise UserError(
+            f"model: {model!r} writes text and has no head that labels or scores it; ask it with diablo generate, or "
+            "give a run of objective classification, regression, reward or token_classification."
+        )
+    loaded, tokenizer = _load_as_trained(model, base)
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    head = Head.of(loaded.config)
+    assert head is not None  # checked above
+    is_reward = trained_as.get("objective", {}).get("name") == "reward"
+    chat = trained_as.get("chat", False)
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, has_completions=is_reward), head
+
+
+def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
+    """A model on its device and its tokenizer, with a run's own settings where it is one's."""
+    trained_as = recipe_of_run(model)
+    device = choose_device()
+    precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
+    if device.type == "cpu":
+        # A run of a GPU is read on a laptop, too, which has neither its kernels nor a use for its fp16.
+        precision = "auto" if precision == "fp16" else precision
+        attention = attention if attention in ("eager", "sdpa") else "auto"
+    dtype, quantization = choose_dtype(precision, device), trained_as.get("quantization")
+    if is_adapter(model):
+        loaded, tokenizer = load_adapter(
+            adapter_folder(model), base=base, dtype=dtype, attention=attention, quantization=quantization
+        )
+    else:
+        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
+        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
+    loaded = loaded if is_placed(loaded) else loaded.to(device)
+    if (chat_template := trained_as.get("chat_template")) is not None:
+        tokenizer.chat_template = chat_template
+    return loaded, tokenizer
