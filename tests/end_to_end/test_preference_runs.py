@@ -132,6 +132,14 @@ def test_an_adapter_that_was_trained_with_dropout_goes_on_without(diablo, recipe
     assert record_of(second)["training"]["loss"][0] == [1, pytest.approx(math.log(2), abs=1e-6)]
 
 
+def test_judged_completions_are_learned_without_an_estimate_too(diablo, recipe, tmp_path):
+    given = [*of("kto", tmp_path), "objective={name: kto, loss: apo_zero_unpaired}", "training.batch_size=1"]
+    assert diablo("train", recipe, *given, f"output={tmp_path / 'run'}")[0] == 0
+    figures = record_of(tmp_path / "run")["training"]["held_out_figures"]
+    assert figures["margin"][0][1] == pytest.approx(0, abs=1e-6)
+    assert figures["margin"][-1][1] > 0.01
+
+
 def test_gradient_accumulation_and_checkpointing_change_nothing(diablo, recipe, tmp_path):
     runs = {
         "whole": [],

@@ -22,6 +22,7 @@ from diablo.data.reading.columns import Columns
 from diablo.data.reading.formats import to_row
 from diablo.data.rows import Row
 from diablo.errors import UserError
+from diablo.recipes.objectives import JudgedObjective
 from diablo.records.progress import TokenMeter
 from diablo.tasks import get_task, without_tested
 from diablo.training.trainers.preferences import Collator, JudgedTrainer, OddsRatioTrainer, PairTrainer
@@ -234,7 +235,8 @@ def test_a_batch_of_pairs_is_trls(tokenizer):
 def test_a_batch_of_judged_completions_is_trls(tokenizer):
     records = [{"prompt": p["prompt"], "completion": p["chosen"], "label": n % 2 == 0} for n, p in enumerate(PAIRS)]
     rows = [RowEncoder(tokenizer).encode_all(to_row(n, record, "judged")[0])[0] for n, record in enumerate(records)]
-    plan: Any = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer), train=rows)
+    recipe = SimpleNamespace(objective=JudgedObjective(name="kto"))
+    plan: Any = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer), train=rows, recipe=recipe)
     batch = JudgedTrainer.collator(plan, TokenMeter())(JudgedTrainer.columns(plan))
     prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
     answers = [row.input_ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
@@ -253,6 +255,17 @@ def test_a_batch_of_judged_completions_is_trls(tokenizer):
     del batch["numbers"]
     assert batch.keys() == theirs.keys()
     assert all(torch.equal(batch[name], theirs[name]) for name in batch)
+
+
+def test_a_loss_without_an_estimate_reads_each_completion_behind_its_own_prompt_alone(tokenizer):
+    record = {"prompt": "How many?", "completion": " x = 3", "label": True}
+    rows = [RowEncoder(tokenizer).encode_all(to_row(n, record, "judged")[0])[0] for n in range(3)]
+    recipe = SimpleNamespace(objective=JudgedObjective(name="kto", loss="apo_zero_unpaired"))
+    plan: Any = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer), train=rows, recipe=recipe)
+    meter = TokenMeter()
+    batch = JudgedTrainer.collator(plan, meter)(JudgedTrainer.columns(plan))
+    assert not [name for name in batch if name.startswith("KL_")]
+    assert meter.tokens == sum(row.tokens for row in rows)
 
 
 def test_numbers_of_the_reference_are_tensors():

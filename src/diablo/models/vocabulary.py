@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE, AddedTok
 from diablo.errors import UserError, shortened
 from diablo.models.folders import ADAPTER_CONFIG, read_settings
 from diablo.models.loading import load_tokenizer
+from diablo.tuner.tokens import ties_embeddings
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TrainedTokens:
                 f"new_tokens: the output layer of a {model.config.model_type} model has a bias, which PEFT's layer for "
                 "trained rows would leave out; train with method: full, or leave new_tokens out."
             )
-        if not _is_tied(model.config) and head is not None:
+        if not ties_embeddings(model) and head is not None:
             layers.append(head)
         names = {id(module): name for name, module in model.named_modules()}
         return {names[id(layer)]: self.ids for layer in layers}
@@ -216,8 +217,3 @@ def with_rows(weight: torch.Tensor, tokens: TrainedTokens) -> torch.Tensor:
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
     return rows.float().mean(0).to(rows.dtype)
-
-
-def _is_tied(config: PretrainedConfig) -> bool:
-    # PEFT asks the config alone.
-    return bool(getattr(config, "tie_word_embeddings", False))

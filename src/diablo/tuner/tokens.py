@@ -46,7 +46,7 @@ def check_tokens(model: nn.Module, config: DiabloConfig, targets: Collection[str
             raise ValueError(f"trainable_token_indices has {name}, which no module of the model is called.")
         for full_name, module in found.items():
             _check_layer(full_name, module, ids, config, targets)
-    if embedding in _layers_named(modules, given) and _ties(model):
+    if embedding in _layers_named(modules, given) and ties_embeddings(model):
         output = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
         if output is not None and (output in targets or isinstance(modules.get(output), DiabloLayer)):
             raise ValueError(
@@ -119,6 +119,6 @@ def _layers_named(modules: Collection[str], names: Collection[str]) -> set[str]:
     return {full_name for full_name in modules if full_name.endswith(tuple(names))}
 
 
-def _ties(model: Any) -> bool:
-    # PEFT asks the config alone.
+def ties_embeddings(model: Any) -> bool:
+    """Whether the output layer has the embedding's weight: as PEFT does, the config alone is asked."""
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))

@@ -121,8 +121,7 @@ class PreferenceTrainer(RunTrainer):
         """Ask the model for the log-likelihoods of all rows as it is before training."""
         if not self.reference:
             return
-        trained: Any = self.train_dataset
-        columns = [dict(row) for row in trained]
+        columns = self.columns(self.plan)
         self._add_reference(columns, "training")
         self._add_reference(self.held_out_columns, "held-out")
         self.train_dataset = Dataset.from_list(columns)
@@ -348,7 +347,10 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
     @classmethod
     def collator(cls, plan: Plan, meter: TokenMeter) -> Collator:
         """Makes batches, and counts their tokens."""
-        return Collator(plan.encoder.tokenizer.pad_token_id, meter, [("",), ("KL_",)], ("label", *cls.reference))
+        objective: Any = plan.recipe.objective
+        # The other loss makes no estimate, and its steps do not read these sequences.
+        groups = [("",), ("KL_",)] if objective.loss == "kto" else [("",)]
+        return Collator(plan.encoder.tokenizer.pad_token_id, meter, groups, ("label", *cls.reference))
 
     @staticmethod
     def figures_of(metrics: Mapping[str, float], batch: Mapping[str, Any]) -> list[tuple[str, float, int]]:
