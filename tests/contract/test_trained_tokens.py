@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from diablo import DiabloConfig, convert_to_lora, hotswap_adapter
+from diablo.tuner.tokens import token_layers, unmerged_tokens
 
 TOKENS = torch.tensor([[3, 30, 7, 31, 2], [31, 4, 30, 5, 30]])
 ROWS = [30, 31]
@@ -123,6 +124,22 @@ def test_adapters_with_rows_are_swapped_while_merged_deleted_and_joined_by_other
     model.set_adapter("default")
     torch.testing.assert_close(logits(model), first)
     assert torch.equal(embedding.token_adapter.base_layer.weight, llama().model.embed_tokens.weight)
+
+
+def test_what_fails_while_rows_are_merged_leaves_them_merged():
+    model = train(get_peft_model(tied(), config()))
+    model.merge_adapter()
+    before = weights_of(model)
+
+    def fail() -> None:
+        with unmerged_tokens(model, without="default"):
+            assert not any(layer.merged for layer in token_layers(model))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert all(layer.merged_adapters == ["default"] for layer in token_layers(model))
+    assert all(torch.equal(own, before[name]) for name, own in weights_of(model).items())
 
 
 def test_rows_of_one_batch_have_the_tokens_of_their_own_adapters():

@@ -121,12 +121,12 @@ def load_model(
         UserError: the weights cannot be loaded, or the attention or the quantization is not available.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    if (settings := _quantization_config(name, dtype, quantization)) is not None:
+    stored = load_config(name)
+    if (settings := _quantization_config(name, stored, dtype, quantization)) is not None:
         if quantization is not None and config is not None and Head.of(config) is not None:
             # It is trained whole.
             settings.llm_int8_skip_modules = head_paths(meta_model(config))
         options |= {"quantization_config": settings, "device_map": {"": choose_device()}}
-    stored = load_config(name)
     try:
         with warnings.catch_warnings():
             # That nothing but the kernel is taken from the settings which are given here.
@@ -161,8 +161,10 @@ def is_placed(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def _quantization_config(name: str, dtype: torch.dtype, quantization: str | None) -> Any | None:
-    stored = stored_quantization(load_config(name))
+def _quantization_config(
+    name: str, config: PretrainedConfig, dtype: torch.dtype, quantization: str | None
+) -> Any | None:
+    stored = stored_quantization(config)
     if stored and quantization:
         raise UserError(
             f"quantization: found {quantization}, but {name!r} is quantized already "

@@ -302,8 +302,8 @@ def _train(trainer: RunTrainer, plan: Plan, asking: StopWhenAsked, checkpoint: P
     model: Any = trainer.model
     try:
         with waiting, compiled_layers(model) if plan.recipe.speed.compile else nullcontext():
-            # What was measured before may have drawn numbers.
-            # Of a prompt that several processes complete, each is to sample its own completions.
+            # What was measured before may have drawn numbers. And of a prompt that several processes complete, each is
+            # to sample its own completions.
             set_seed(plan.recipe.seed + (trainer.accelerator.process_index if plan.rewards else 0))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:

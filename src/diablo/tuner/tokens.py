@@ -75,11 +75,17 @@ def unmerged_tokens(model: nn.Module, without: str | None = None, instead: Colle
     merged = {layer: list(layer.merged_adapters) for layer in token_layers(model) if layer.merged}
     for layer in merged:
         layer.unmerge()
-    yield
-    for layer, names in merged.items():
-        chosen = [name for name in instead or names if name != without and name in layer.token_indices]
-        if chosen:
-            layer.merge(adapter_names=chosen)
+    try:
+        yield
+    except Exception:
+        # What failed has changed nothing, and neither has this.
+        without, instead = None, ()
+        raise
+    finally:
+        for layer, names in merged.items():
+            chosen = [name for name in instead or names if name != without and name in layer.token_indices]
+            if chosen:
+                layer.merge(adapter_names=chosen)
 
 
 def _check_layer(name: str, module: Any, ids: list[int], config: DiabloConfig, targets: Collection[str]) -> None:
