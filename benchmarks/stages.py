@@ -36,10 +36,16 @@ METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
 }
-RATES: dict[str, tuple[float, ...]] = {"dpo": (1e-4, 3e-4, 1e-3), "grpo": (1e-4, 3e-4, 1e-3)}
-OBJECTIVES = {
-    "dpo": "{name: dpo, beta: 0.1}",
-    "grpo": "{name: grpo, generations: 8, rewards: [right_answer], max_new_tokens: 32}",
+RATES = (1e-4, 3e-4, 1e-3)
+OBJECTIVES: dict[str, dict[str, str | int]] = {
+    "dpo": {"objective": "{name: dpo, beta: 0.1}", "training.max_steps": 24},
+    # Four prompts a step, with eight completions of each.
+    "grpo": {
+        "objective": "{name: grpo, generations: 8, rewards: [right_answer], max_new_tokens: 32}",
+        "training.max_steps": 10,
+        "training.batch_size": 32,
+        "training.warmup_steps": 0,
+    },
 }
 RECIPE = Path(__file__).parent / "quality" / "mawps.yaml"
 
@@ -78,17 +84,11 @@ def pairs(start: Path, seed: int, samples: int) -> Path:
     return file
 
 
-def stage(start: Path, objective: str, rate: float, seed: int, steps: int, samples: int) -> Path:
+def stage(start: Path, objective: str, rate: float, seed: int, samples: int) -> Path:
     """A run of DPO or GRPO from a supervised run."""
     run = start.parent / f"{objective}-{rate:g}"
-    given = [
-        f"objective={OBJECTIVES[objective]}",
-        f"adapter={start}",
-        "method=null",
-        f"training.learning_rate={rate}",
-        f"training.max_steps={steps}",
-        "training.logging_steps=1",
-    ]
+    given = [f"adapter={start}", "method=null", f"training.learning_rate={rate}", "training.logging_steps=1"]
+    given += [f"{key}={value}" for key, value in OBJECTIVES[objective].items()]
     if objective == "dpo":
         rows = pairs(start, seed, samples)
         given += ["task=[]", f"data={{train: {rows}}}", "evaluation.tasks=[mawps]"]
@@ -127,24 +127,22 @@ def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
 def main(
     folder: Path = Path("runs/stages"),
     seeds: int = 3,
-    steps: int = 24,
     samples: int = 4,
     objectives: Annotated[str, typer.Option(help="Separated by commas.")] = "dpo,grpo",
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = "diablo,lora",
     out: Path = Path("docs/results/stages-mawps.json"),
 ) -> None:
     """Run every stage of every method and seed, and write the record."""
     results = []
     for objective in objectives.split(","):
-        for method in METHODS:
+        for method in methods.split(","):
             first = supervised(folder, method, 0)
-            swept = {
-                rate: validation_accuracy(stage(first, objective, rate, 0, steps, samples)) for rate in RATES[objective]
-            }
+            swept = {rate: validation_accuracy(stage(first, objective, rate, 0, samples)) for rate in RATES}
             best = max(swept, key=lambda rate: swept[rate])
             runs = []
             for seed in range(seeds):
                 start = supervised(folder, method, seed)
-                run = stage(start, objective, best, seed, steps, samples)
+                run = stage(start, objective, best, seed, samples)
                 runs.append({"seed": seed, "before": solved(start), "after": solved(run), "curve": curve(run)})
                 print(f"{objective}, {method}, seed {seed}: {runs[-1]['before']:.1%} -> {runs[-1]['after']:.1%}")
             results.append(
@@ -157,7 +155,7 @@ def main(
                     "runs": runs,
                 }
             )
-            settings = {"model": "builtin:smollm2-135m", "steps": steps, "samples": samples, "seeds": seeds}
+            settings = {"recipe": RECIPE.name, "objectives": OBJECTIVES, "samples": samples, "seeds": seeds}
             write_record(out, QUESTION, settings, results)
     print_table(
         ["objective", "method", "rate", "before", "after", "gain"],
