@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +24,13 @@ from diablo.planning.making import make_plan
 from diablo.recipes.reading import load_recipe
 from diablo.training import train
 from diablo.training.engines import check_shardable
+
+
+@pytest.fixture(autouse=True)
+def environment_stays_as_it_was() -> Iterator[None]:
+    """An engine tells accelerate about itself by variables, which are not for the tests that follow."""
+    with patch.dict(os.environ):
+        yield
 
 
 def write_recipe(tmp_path: Path, model: Path) -> Path:
