@@ -15,7 +15,8 @@ from transformers import PretrainedConfig
 from diablo.comparison.names import FORM
 from diablo.devices import choose_device
 from diablo.errors import UserError, did_you_mean
-from diablo.models.heads import head_size, task_type
+from diablo.models.forms import form_of
+from diablo.models.heads import head_size
 from diablo.models.loading import meta_model
 from diablo.planning.making import adapt_on_meta
 from diablo.planning.optimizers import choose_optimizer
@@ -109,7 +110,7 @@ def contender_of(name: str, diablo: DiabloMethod, config: PretrainedConfig, shap
         return peft_config(at_rank(rank), meta)
 
     # A head is trained whole by every method, and is no part of what their sizes are chosen by.
-    of_head = 0 if task_type(config) == "CAUSAL_LM" else head_size(meta)
+    of_head = head_size(meta) if form_of(config).has_head else 0
     method = at_rank(nearest_size(adapter, shapes, budget - of_head))
     trained = adapt_on_meta(method, config)[1][0]
     size = f"r = {method.r}, alpha {method.alpha}" if isinstance(method, LoraMethod) else f"r = {method.r}"

@@ -20,6 +20,7 @@ from diablo.layout import Layout
 from diablo.merging.untying import copies_for, ties_of, untied_config
 from diablo.models.adapters import check_tensors, read_adapter_config
 from diablo.models.folders import ADAPTER_WEIGHTS
+from diablo.models.forms import TASKS_OF_HEADS
 from diablo.models.loading import meta_model
 from diablo.models.saving import shapes_in_file
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
@@ -99,7 +100,7 @@ def find_changes(adapter: Path, stored: StoredWeights, tokens: TrainedTokens | N
         UserError: the adapter does not fit the model.
     """
     config: Any = read_adapter_config(adapter)
-    has_head = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    has_head = config.task_type in TASKS_OF_HEADS
     if not isinstance(config, DiabloConfig) or config.bias != "none" or config.layer_replication or has_head:
         return None
     # With a name, PEFT would warn that this model is another one.

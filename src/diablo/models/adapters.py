@@ -24,6 +24,7 @@ from diablo.models.folders import (
     new_folder,
     read_settings,
 )
+from diablo.models.forms import TASKS_OF_HEADS
 from diablo.models.heads import Head
 from diablo.models.loading import (
     load_config,
@@ -122,7 +123,7 @@ def load_base(
     Raises:
         UserError: the weights cannot be loaded, or nothing in the adapter's folder says what its head is.
     """
-    if read_settings(adapter).get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if read_settings(adapter).get("task_type") not in TASKS_OF_HEADS:
         return load_model(name, dtype, attention, quantization)
     saved = AutoConfig.from_pretrained(adapter) if (adapter / "config.json").is_file() else None
     if saved is None or (head := Head.of(saved)) is None:

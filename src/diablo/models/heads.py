@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diablo.errors import UserError
+from diablo.models import forms
 
 HeadKind = Literal["classification", "regression", "reward", "token_classification"]
 
-_SEQUENCE, _TOKEN = "ForSequenceClassification", "ForTokenClassification"
-_TASK_TYPES = {_SEQUENCE: "SEQ_CLS", _TOKEN: "TOKEN_CLS"}
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 _SEVERAL = "multi_label_classification"
 HEADS = ("score", "classifier", "pooler", "head", "pre_classifier", "classification_head", "dense", "summary")
@@ -42,13 +41,13 @@ class Head:
     @classmethod
     def of(cls, config: Any) -> Head | None:
         """The head that a model's config names; None where it is that of a language model, or of another kind."""
-        form = _form(getattr(config, "architectures", None))
+        form = forms.form_of_class(forms.named_class(getattr(config, "architectures", None)))
         if form is None:
             return None
         names: dict[int, str] = {int(index): str(name) for index, name in config.id2label.items()}
         labels = tuple(names[index] for index in sorted(names))
         problem = getattr(config, "problem_type", None)
-        if form == _TOKEN:
+        if form == forms.LABELS_WORDS:
             return cls("token_classification", labels)
         if problem == "regression" or len(labels) == 1:
             return cls("regression" if problem == "regression" else "reward")
@@ -72,14 +71,14 @@ class Head:
         """
         from transformers.models.auto import modeling_auto
 
-        form = _TOKEN if self.kind == "token_classification" else _SEQUENCE
+        of_words = self.kind == "token_classification"
         table: Any = (
             modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-            if form == _TOKEN
+            if of_words
             else modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
         )
         if config.model_type not in table:
-            what = "words" if form == _TOKEN else "texts"
+            what = "words" if of_words else "texts"
             raise UserError(
                 f"model: transformers has no {config.model_type!r} model that labels {what}, which objective "
                 f"{self.kind} needs; give another model."
@@ -90,19 +89,6 @@ class Head:
         config.label2id = {label: index for index, label in enumerate(labels)}
         config.problem_type = _SEVERAL if self.several else _PROBLEMS.get(self.kind)
         config.get_text_config().pad_token_id = pad_token_id
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the model of a config: the one place where its head decides this."""
-    import transformers
-
-    form = _form(config.architectures)
-    return getattr(transformers, f"AutoModel{form}" if form else "AutoModelForCausalLM")
-
-
-def task_type(config: Any) -> str:
-    """What PEFT calls the task of a config's model, by which it finds the head and trains it."""
-    return _TASK_TYPES.get(_form(getattr(config, "architectures", None)) or "", "CAUSAL_LM")
 
 
 def head_modules(model: Any) -> list[str]:
@@ -166,9 +152,9 @@ def output_parameters(model: Any, head: Head) -> list[str]:
 def has_head(path: str | Path) -> bool:
     """Whether a folder holds a model, an adapter or a run that labels or scores texts. No library is imported."""
     for folder in (Path(path), Path(path) / "adapter", Path(path) / "model"):
-        if _read(folder / "adapter_config.json").get("task_type") in _TASK_TYPES.values():
+        if _read(folder / "adapter_config.json").get("task_type") in forms.TASKS_OF_HEADS:
             return True
-        if _form(_read(folder / "config.json").get("architectures")) is not None:
+        if forms.form_of_class(forms.named_class(_read(folder / "config.json").get("architectures"))) is not None:
             return True
     return False
 
@@ -192,13 +178,6 @@ def labels_of(adapter: Path) -> tuple[str, ...]:
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         return ()
     return tuple(str(names[key]) for key in sorted(names, key=int))
-
-
-def _form(architectures: Any) -> str | None:
-    """The kind of head that the name of a model's class ends with; None for all others, and for what is no list."""
-    named = isinstance(architectures, (list, tuple)) and architectures
-    name = str(architectures[0]) if named else ""
-    return next((form for form in _TASK_TYPES if name.endswith(form)), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from transformers import (
 from diablo.devices import choose_device
 from diablo.errors import UserError, first_line
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.heads import Head, auto_class, head_modules, head_paths, initialize, output_parameters
+from diablo.models.forms import auto_class
+from diablo.models.heads import Head, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
 

@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diablo.errors import UserError
-from diablo.models.heads import head_modules, task_type
+from diablo.models.forms import form_of
+from diablo.models.heads import head_modules
 from diablo.models.loading import count_parameters
 from diablo.models.vocabulary import TrainedTokens
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
@@ -57,9 +58,10 @@ def peft_config(method: DiabloMethod | LoraMethod | MissMethod | PeftMethod, mod
         UserError: the config of a type that PEFT knows refuses its keys.
         ValueError: no targets are given, and no default is known.
     """
-    task = task_type(model.config)
+    form = form_of(model.config)
+    task = form.task_type
     # PEFT itself adds two names.
-    head = [name for name in head_modules(model) if name not in _OF_PEFT] if task != "CAUSAL_LM" else []
+    head = [name for name in head_modules(model) if name not in _OF_PEFT] if form.has_head else []
     if isinstance(method, PeftMethod):
         options = method.options
         if takes_default_targets(method.type) and not (method.target_modules or options.get("target_parameters")):
@@ -140,7 +142,7 @@ def apply_method(model: Any, method: AnyMethod, tokens: TrainedTokens | None = N
         # A recipe has another word for it.
         words = str(error).replace("trainable_token_indices has", "new_tokens trains rows of")
         raise UserError(f"method: {words}") from None
-    if task_type(model.config) != "CAUSAL_LM":
+    if form_of(model.config).has_head:
         # What is adapted is made fp32 by PEFT; modules that are trained whole are not.
         for parameter in adapted.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -154,7 +156,7 @@ def _default_targets(model: Any) -> list[str] | str:
     try:
         targets = default_target_modules(model, getattr(model.config, "model_type", None))
     except ValueError:
-        if task_type(model.config) == "CAUSAL_LM":
+        if not form_of(model.config).has_head:
             raise
         # Encoders have names of their own: all linear layers below the head.
         targets = {*linear_kinds(getattr(model, model.base_model_prefix))}
@@ -215,7 +217,7 @@ def kinds_by_layer(method: PeftMethod, model: Any) -> tuple[Any, list[TargetKind
     config = peft_config(method, model)
     shared = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     given: dict[str, Any] = {name: getattr(config, name, None) for name in shared}
-    stand_in = get_peft_model(model, LoraConfig(r=1, task_type=task_type(model.config), **given))
+    stand_in = get_peft_model(model, LoraConfig(r=1, task_type=form_of(model.config).task_type, **given))
     kinds = []
     for kind in target_kinds(stand_in):
         if kind.shape is None:

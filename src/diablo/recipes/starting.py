@@ -7,6 +7,7 @@ from typing import Any
 
 from diablo.errors import UserError
 from diablo.models.folders import ADAPTER_CONFIG, adapter_folder, is_adapter, read_settings
+from diablo.models.forms import TASKS_OF_HEADS
 from diablo.models.heads import HEADS
 from diablo.recipes.methods import DiabloMethod
 from diablo.records.results import recipe_of_run
@@ -89,7 +90,7 @@ def method_of(adapter: str | Path) -> dict[str, Any]:
     settings = read_settings(adapter_folder(adapter))
     kind = settings.get("peft_type")
     given = {key: value for key, value in settings.items() if key not in _NOT_OF_THE_METHOD and value not in (None, {})}
-    if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+    if settings.get("task_type") in TASKS_OF_HEADS:
         # The head is trained whole in any case.
         others = [name for name in given.pop("modules_to_save", []) if name not in HEADS]
         given |= {"modules_to_save": others} if others else {}

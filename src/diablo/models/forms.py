@@ -1,0 +1,78 @@
+"""The form of a model: what it reads and gives, by which transformers makes it and PEFT adapts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form that models have.
+
+    Attributes:
+        auto_class: the class of transformers that makes such models from their configs.
+        task_type: what PEFT calls the task of such a model.
+        ending: how the names of their own classes end, where that tells them apart; empty where it does not.
+    """
+
+    auto_class: str
+    task_type: str
+    ending: str = ""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it labels or scores texts and writes none."""
+        return bool(self.ending)
+
+
+CAUSAL = Form("AutoModelForCausalLM", "CAUSAL_LM")
+"""It goes on with a text."""
+ENCODER_DECODER = Form("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
+"""It reads a prompt with an encoder, and writes an answer with a decoder."""
+IMAGE_TEXT = Form("AutoModelForImageTextToText", "CAUSAL_LM")
+"""It goes on with a text that has images in it."""
+LABELS_TEXTS = Form("AutoModelForSequenceClassification", "SEQ_CLS", "ForSequenceClassification")
+"""It says something of a whole text."""
+LABELS_WORDS = Form("AutoModelForTokenClassification", "TOKEN_CLS", "ForTokenClassification")
+"""It says something of each word."""
+
+HEADS = (LABELS_TEXTS, LABELS_WORDS)
+TASKS_OF_HEADS = tuple(form.task_type for form in HEADS)
+"""What PEFT calls the tasks of models that label or score."""
+
+
+def form_of_class(name: str) -> Form | None:
+    """The form with a head that the name of a model's class tells; None for a class of any other form."""
+    return next((form for form in HEADS if name.endswith(form.ending)), None)
+
+
+def form_of(config: Any) -> Form:
+    """The form of the model of a config, by the class that the config names first.
+
+    A config that names no class is taken for that of a causal language model.
+    """
+    from transformers.models.auto import modeling_auto
+
+    name = named_class(getattr(config, "architectures", None))
+    if (head := form_of_class(name)) is not None:
+        return head
+    kind = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        rewriting: Any = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        if rewriting.get(kind) == name:
+            return ENCODER_DECODER
+    seeing: Any = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return IMAGE_TEXT if name and seeing.get(kind) == name else CAUSAL
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model of a config."""
+    import transformers
+
+    return getattr(transformers, form_of(config).auto_class)
+
+
+def named_class(architectures: Any) -> str:
+    """The first class that a config's ``architectures`` name; empty where they name none, and for what is no list."""
+    return str(architectures[0]) if isinstance(architectures, (list, tuple)) and architectures else ""
