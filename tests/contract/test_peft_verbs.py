@@ -704,7 +704,8 @@ def test_a_training_step_under_autocast(case):
     reference = copy.deepcopy(model)
     backward(reference)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert output(model).dtype == torch.bfloat16
+        # BART adds a bias to its logits, in the dtype of the weights.
+        assert output(model).dtype == (torch.float32 if case.name == "bart" else torch.bfloat16)
         backward(model)
     for (name, layer), exact in zip(tuner_layers(model).items(), tuner_layers(reference).values(), strict=True):
         blocks, expected = layer.diablo_blocks["default"], exact.diablo_blocks["default"].grad

@@ -15,10 +15,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -140,6 +144,54 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+def t5(gated: bool = False) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        # T5's own dropout would hide what the adapter's dropout does.
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=not gated,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        # Queries start so small, and embeddings so large, that blocks would hardly show in the output.
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=32,
+        max_position_embeddings=32,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        dropout=0.0,
+        init_std=0.3,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    return BartForConditionalGeneration(config).eval()
+
+
 def mlp(sizes: tuple[int, int, int] = (16, 24, 8), conv1d: bool = False) -> Mlp:
     torch.manual_seed(0)
     model = Mlp(sizes, conv1d).eval()
@@ -191,6 +243,8 @@ CASES = [
     Case("ragged_beside", lambda: mlp((10, 14, 7)), ("up", "down"), in_place=False),
     Case("llama_beside", llama, ("q_proj", "v_proj", "up_proj", "down_proj"), tolerance=1e-5, in_place=False),
     Case("gpt2", gpt2, ("c_attn", "c_fc")),
+    Case("t5", t5, ("q", "v", "wi", "wo"), tolerance=1e-5),
+    Case("bart", bart, ("q_proj", "v_proj", "fc1", "fc2"), tolerance=1e-5),
     Case("vit", vit, ("projection", "q_proj", "fc2"), num_blocks=3, other_num_blocks=2),
     Case("conv_1d", lambda: seeded(lambda: ConvNet(1)), ("first", "second", "third")),
     Case("conv_2d", lambda: seeded(lambda: ConvNet(2)), ("first", "second", "third")),
@@ -218,7 +272,9 @@ def run(model: nn.Module) -> torch.Tensor:
     if isinstance(inner, ViTForImageClassification):
         images = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
         return model(pixel_values=images.to(inner.dtype)).logits
-    return model(input_ids=torch.randint(32, (2, 7), generator=generator)).logits
+    ids = torch.randint(32, (2, 7), generator=generator)
+    written = {"decoder_input_ids": ids.flip(1)[:, :5]} if inner.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **written).logits
 
 
 def output(model: nn.Module) -> torch.Tensor:

@@ -38,6 +38,13 @@ from diablo.tuner.weights import (
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 """The modules that the paper adapts ("qkvud"), by their names in Llama-like models."""
 
+ENCODER_DECODER_TARGETS = (
+    ("q", "k", "v", "wi", "wo"),
+    ("q", "k", "v", "wi_1", "wo"),
+    ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
+)
+"""The same five by their names in encoder-decoders: in T5; in T5 1.1 and mT5, which have a gate ``wi_0``; in BART."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -68,7 +75,8 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
     """What ``target_modules=None`` stands for.
 
     Returns:
-        The paper's five projections if the model has them all, and otherwise PEFT's choice for ``model_type``.
+        The paper's five projections if the model has them all, also by the names that they have in encoder-decoders,
+        and otherwise PEFT's choice for ``model_type``.
 
     Raises:
         ValueError: there is neither. The message lists the kinds of linear layers that the model has.
@@ -79,6 +87,10 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
     # in all towers.
     if not isinstance(from_peft, str) and kinds.keys() >= set(PAPER_TARGETS):
         return set(PAPER_TARGETS)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        for names in ENCODER_DECODER_TARGETS:
+            if kinds.keys() >= set(names):
+                return set(names)
     if from_peft is None:
         raise ValueError(
             f"target_modules is not given and no default is known for model type {model_type!r}: "
