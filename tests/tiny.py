@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 SENTENCES = (
     "Problem: Ann had 3 apples and Bob gave her 4 more. How many apples does she have now?",
@@ -106,6 +114,58 @@ def make_tiny_encoder(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForMaskedLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_t5(folder: Path, *, gated: bool = False, chat_template: bool = False) -> Path:
+    """Save a tiny T5 and its tokenizer, which marks words as T5's does and ends texts with ``</s>``.
+
+    Args:
+        folder: where to save.
+        gated: whether it is one of T5 1.1, mT5 and FLAN, whose output layer has a weight of its own.
+        chat_template: whether the tokenizer has a chat template.
+    """
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    alphabet = sorted({*"".join(SENTENCES), *"0123456789()+-*/=.?,xyN_"})
+    texts = [*SENTENCES, *alphabet, *(f"N_{number}" for number in range(4)), "x = ( N_0 + N_1 ) * N_2 / N_3 - 5"]
+    unigram.train_from_iterator(
+        texts * 3,
+        trainers.UnigramTrainer(
+            vocab_size=200,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=512
+    )
+    if chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    config = T5Config(
+        # As those that are published, it has rows that no token has.
+        vocab_size=len(tokenizer) + 5,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=not gated,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

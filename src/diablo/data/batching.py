@@ -65,16 +65,20 @@ class LengthGroupedSampler(Sampler[int]):
         generator.shuffle(batches)
         return batches + ([rest] if rest else [])
 
-    def padding_share(self, micro_batch_size: int | None = None) -> float:
+    def padding_share(self, micro_batch_size: int | None = None, parts: Sequence[Sequence[int]] | None = None) -> float:
         """The share of padding among the epoch's tokens, from 0 to 1.
 
         Args:
             micro_batch_size: rows padded together; the whole batch where None.
+            parts: the tokens of each row in each part that is padded by itself; rows are one part where None.
         """
         size = micro_batch_size or self.batch_size
         micro = [batch[i : i + size] for batch in self.batches() for i in range(0, len(batch), size)]
-        tokens = sum(self.lengths[index] for rows in micro for index in rows)
-        return 1 - tokens / sum(len(rows) * max(self.lengths[index] for index in rows) for rows in micro)
+        padded, tokens = 0, 0
+        for lengths in parts or [self.lengths]:
+            tokens += sum(lengths[index] for rows in micro for index in rows)
+            padded += sum(len(rows) * max(lengths[index] for index in rows) for rows in micro)
+        return 1 - tokens / padded
 
 
 class GroupSampler(LengthGroupedSampler):
@@ -124,8 +128,11 @@ class GroupSampler(LengthGroupedSampler):
 def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad rows, or sequences of packed rows, on the right to the longest.
 
+    What an encoder-decoder reads and what it writes are padded by themselves.
+
     Args:
-        features: ``input_ids`` and ``labels`` of each row; ``position_ids`` too where rows are packed.
+        features: ``input_ids`` and ``labels`` of each row; ``position_ids`` too where rows are packed. In the place of
+            ``labels``, rows of an encoder-decoder have ``written``: the labels of what its decoder writes.
         pad_token_id: what to pad with; it may equal any other token, since padding is told by position.
 
     Returns:
@@ -134,8 +141,11 @@ def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> d
         ``attention_mask`` (1 on tokens, 0 on padding): transformers takes rows apart only where it is given none. And
         ``predicting``, ``(supervised,)`` of int64: the positions whose next token is supervised, counted through the
         rows one after the other. They are found here, on the host, since a device that finds them has to be waited
-        for.
+        for. Of an encoder-decoder ``labels`` are ``(rows, written tokens)``, and ``predicting`` are the positions of
+        supervised labels: a decoder predicts each from the labels before it.
     """
+    if "written" in features[0]:
+        return _collate_apart(features, pad_token_id)
     longest = max(len(row["input_ids"]) for row in features)
 
     def padded(values: list[int], filler: int) -> list[int]:
@@ -154,4 +164,20 @@ def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> d
         **told_apart,
         "labels": labels,
         "predicting": next_is_supervised.flatten().nonzero().squeeze(1),
+    }
+
+
+def _collate_apart(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The batch of an encoder-decoder; see :func:`collate`."""
+    widths = {name: max(len(row[name]) for row in features) for name in ("input_ids", "written")}
+
+    def padded(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([[*row[name], *[filler] * (widths[name] - len(row[name]))] for row in features])
+
+    width, labels = widths["input_ids"], padded("written", IGNORED)
+    return {
+        "input_ids": padded("input_ids", pad_token_id),
+        "attention_mask": torch.tensor([[int(at < len(row["input_ids"])) for at in range(width)] for row in features]),
+        "labels": labels,
+        "predicting": (labels != IGNORED).flatten().nonzero().squeeze(1),
     }

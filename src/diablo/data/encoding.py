@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +38,8 @@ class EncodedRow:
             number. None where it says nothing, or something of each token, which is then in ``labels``.
         token_types: which of two texts each token belongs to, where the model is told.
         is_cut: whether the end of the text was cut off.
+        read: how many of the tokens, the first ones, the encoder of an encoder-decoder reads; its decoder writes the
+            others. None where one stack of layers goes through all.
     """
 
     number: int
@@ -52,11 +55,19 @@ class EncodedRow:
     target: int | float | tuple[float, ...] | None = None
     token_types: list[int] | None = None
     is_cut: bool = False
+    read: int | None = None
 
     @property
     def features(self) -> dict[str, list[int]]:
         """What a collator takes."""
-        return {"input_ids": self.input_ids, "labels": self.labels}
+        if self.read is None:
+            return {"input_ids": self.input_ids, "labels": self.labels}
+        return {"input_ids": self.input_ids[: self.read], "written": self.labels[self.read :]}
+
+    @property
+    def parts(self) -> list[int]:
+        """The tokens of each part that is padded by itself: of the row, or of what is read and what is written."""
+        return [len(self.input_ids)] if self.read is None else [self.read, len(self.input_ids) - self.read]
 
     @property
     def sequences(self) -> list[EncodedRow]:
@@ -87,6 +98,9 @@ class RowEncoder:
     so that the model learns to stop. Padding is told apart by position, never by its id: a padding token that equals
     the end-of-text token does no harm.
 
+    The encoder of an encoder-decoder reads the prompt, which ends with the end-of-text token, and its decoder writes
+    the completion. Each is tokenized by itself, with the special tokens that the tokenizer puts around a text.
+
     Args:
         tokenizer: a transformers tokenizer.
         chat: put rows as conversations, through the tokenizer's chat template.
@@ -94,6 +108,7 @@ class RowEncoder:
             ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
         has_completions: whether rows have completions, which end with a stop token; those of a classifier have none.
+        encoder_decoder: whether the model reads the prompt with an encoder and writes the completion with a decoder.
 
     Attributes:
         stop_token_ids: the tokens that stop generation: those, the end of text, and the token that the chat template
@@ -115,6 +130,7 @@ class RowEncoder:
         special_text: SpecialTextMode = "keep",
         stop_token_ids: Iterable[int] = (),
         has_completions: bool = True,
+        encoder_decoder: bool = False,
     ) -> None:
         if has_completions and tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-text token, so that the model could never learn to stop.")
@@ -125,6 +141,7 @@ class RowEncoder:
             )
         self.tokenizer = tokenizer
         self.chat = chat
+        self.encoder_decoder = encoder_decoder
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids]) if has_completions else frozenset()
         self.texts = TextTokenizer(tokenizer, special_text)
         self._template: ChatTemplate | None = None
@@ -147,7 +164,7 @@ class RowEncoder:
 
         A conversation is one row as long as each answer's context begins with what comes before it in the row. Where it
         does not, as with templates that take the reasoning out of earlier answers, another row begins: with the
-        context that generation gives that answer.
+        context that generation gives that answer. For an encoder-decoder every answer is a row of its own.
 
         Raises:
             UserError: the row is a conversation and ``chat`` is off, or the chat template refuses it, or leaves out
@@ -159,13 +176,20 @@ class RowEncoder:
         if self._template is None:
             prompt, completion = self._prompt(row), self._completion(row)
             labels = [IGNORED] * len(prompt) + self._supervise(completion)
-            return [EncodedRow(row.number, prompt + completion, labels, spelled)]
+            read = len(prompt) if self.encoder_decoder else None
+            return [EncodedRow(row.number, prompt + completion, labels, spelled, read=read)]
         messages = row.as_messages()
         joined_system = self._template.has_no_system and messages[0]["role"] == "system"
-        sequences, apart = self._sequences(self._template.turns(row.number, *self._guarded(row)))
+        turns = self._template.turns(row.number, *self._guarded(row))
+        if self.encoder_decoder:
+            apart = "an encoder-decoder writes one answer to all that it reads" if len(turns) > 1 else ""
+            sequences = [self._read_and_written(turn) for turn in turns]
+        else:
+            joined, apart = self._sequences(turns)
+            sequences = [(ids, labels, None) for ids, labels in joined]
         return [
-            EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system)
-            for index, (ids, labels) in enumerate(sequences)
+            EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system, read=read)
+            for index, (ids, labels, read) in enumerate(sequences)
         ]
 
     def _preference(self, row: Row) -> EncodedRow:
@@ -227,19 +251,38 @@ class RowEncoder:
             ids += context[len(ids) :] + completion
         return sequences, apart
 
+    def _read_and_written(self, turn: Turn) -> tuple[list[int], list[int], int | None]:
+        """Tokens and labels of an answer of an encoder-decoder, and how many of the tokens the encoder reads."""
+        context, answer = self.texts.ids(turn.context), self.texts.ids(turn.answer)
+        answer += [] if turn.ends else [self.tokenizer.eos_token_id]
+        return context + answer, [IGNORED] * len(context) + answer, len(context)
+
     def _prompt(self, row: Row) -> list[int]:
         """The tokens of a prompt that is put without a chat template."""
+        if row.messages and not self.tokenizer.chat_template:
+            raise UserError(
+                f"Row {row.number} is a conversation, and the model's tokenizer has no chat template; give rows with a "
+                "prompt and a completion, or a chat_template and chat: true."
+            )
         if row.messages:
             raise UserError(f"Row {row.number} is a conversation; set chat to true to train on conversations.")
         # Special tokens that the tokenizer puts in front belong to the prompt; one that it puts behind does not.
         prompt = self.texts.ids(self.texts.guard(row.prompt), add_special_tokens=True)
+        if self.encoder_decoder:
+            special = set(self.tokenizer.all_special_ids)
+            # Some tokenizers put the name of the language behind it.
+            ends = itertools.takewhile(lambda token: token in special, reversed(prompt))
+            return prompt if self.tokenizer.eos_token_id in ends else [*prompt, self.tokenizer.eos_token_id]
         while prompt and prompt[-1] == self.tokenizer.eos_token_id:
             prompt.pop()
         return prompt
 
     def _completion(self, row: Row) -> list[int]:
         """The tokens of a completion without a chat template, with a stop token unless it brings one."""
-        completion = self.texts.continuation(self.texts.guard(row.prompt), self.texts.guard(row.completion))
+        if self.encoder_decoder:
+            completion = self.texts.ids(self.texts.guard(row.completion), add_special_tokens=True)
+        else:
+            completion = self.texts.continuation(self.texts.guard(row.prompt), self.texts.guard(row.completion))
         return completion if self._ends_with_stop(completion) else [*completion, self.tokenizer.eos_token_id]
 
     def _guarded(self, row: Row) -> tuple[list[Message], list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_s
 from diablo.merging.untying import untie
 from diablo.models.adapters import attach_adapter, load_adapter, load_base, read_adapter_config, stored_dtype
 from diablo.models.folders import base_model_of, new_folder
+from diablo.models.forms import ENCODER_DECODER, form_of
 from diablo.models.heads import Head, has_head
 from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
@@ -142,7 +143,7 @@ def merge_adapter(
     with new_folder(folder, "merged model") as target:
         adapted, tokenizer = _quietly(load_adapter, adapter, base=base, dtype=dtype, quantization=on_the_fly)
         is_same = _check_base(adapter, name, digest_on_model(adapted), other_base)
-        rows, measured_on = _held_out_rows(adapter, tokenizer) if into and not with_head else ([], "")
+        rows, measured_on = _held_out_rows(adapter, tokenizer, name) if into and not with_head else ([], "")
         adapted_logits, loss = _measure(adapted, rows, tokenizer, trained_ids)
         if into is not None:
             del adapted
@@ -303,8 +304,11 @@ def _scheme_of(name: str, stored: dict[str, Any]) -> Scheme:
     return Scheme(meta["bits"], meta["group_size"], meta["method"], meta["alpha"])
 
 
-def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str]:
-    """Rows on which to measure what merging changes, and what they are: a run's held-out rows, or general text."""
+def _held_out_rows(adapter: Path, tokenizer: Any, name: str) -> tuple[list[EncodedRow], str]:
+    """Rows on which to measure what merging changes, and what they are: a run's held-out rows, or general text.
+
+    An encoder-decoder goes on with no text, so that there are none where the run has none.
+    """
     trained_as = recipe_of_run(adapter)
     if trained_as:
         try:
@@ -313,6 +317,8 @@ def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str
             rows = []  # its data is no longer where it was
         if rows:
             return rows, f"{len(rows)} held-out rows of the run"
+    if form_of(load_config(name)) == ENCODER_DECODER:
+        return [], ""
     return encode_general_text(BUILTIN_TEXT, tokenizer, 512), "general text"
 
 
@@ -324,7 +330,8 @@ def _measure(
     first = (token % model.config.get_text_config().vocab_size for token in range(32))
     probe = torch.tensor([[*first, *trained_ids]], device=model.device)
     loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
-    return model.eval()(input_ids=probe).logits.float().cpu(), loss
+    written = {"decoder_input_ids": probe} if form_of(model.config) == ENCODER_DECODER else {}
+    return model.eval()(input_ids=probe, **written).logits.float().cpu(), loss
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -58,10 +58,11 @@ def form_of(config: Any) -> Form:
     if (head := form_of_class(name)) is not None:
         return head
     kind = getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False):
-        rewriting: Any = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        if rewriting.get(kind) == name:
-            return ENCODER_DECODER
+    rewriting: Any = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    # Checkpoints such as facebook/bart-base name the body, and old ones of T5 a class that is no more. A body that is
+    # an encoder alone has no decoder to write with.
+    if getattr(config, "is_encoder_decoder", False) and kind in rewriting and not name.endswith("EncoderModel"):
+        return ENCODER_DECODER
     seeing: Any = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return IMAGE_TEXT if name and seeing.get(kind) == name else CAUSAL
 

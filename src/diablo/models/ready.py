@@ -13,6 +13,7 @@ from diablo.models.folders import (
     adapter_folder,
     is_adapter,
 )
+from diablo.models.forms import ENCODER_DECODER, form_of
 from diablo.models.heads import Head, check_writes, has_head
 from diablo.models.loading import (
     is_placed,
@@ -45,7 +46,13 @@ def load_for_generation(model: str, *, base: str | None = None, chat: bool | Non
     chat = trained_as.get("chat", False) if chat is None else chat
     special_text = trained_as.get("data", {}).get("special_text", "keep")
     stops = stop_token_ids(loaded.config, loaded.generation_config)
-    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
+    return loaded, RowEncoder(
+        tokenizer,
+        chat=chat,
+        special_text=special_text,
+        stop_token_ids=stops,
+        encoder_decoder=form_of(loaded.config) == ENCODER_DECODER,
+    )
 
 
 def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Head]:

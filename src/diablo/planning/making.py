@@ -35,7 +35,13 @@ from diablo.planning.rewards import check_groups, make_sampler
 from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import choose_schedule
 from diablo.planning.speed import check_speed
-from diablo.planning.suited import check_output_layer, check_smoothing, check_suited, choose_head
+from diablo.planning.suited import (
+    check_output_layer,
+    check_smoothing,
+    check_suited,
+    choose_head,
+    is_encoder_decoder,
+)
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
@@ -62,6 +68,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     optimizer = choose_optimizer(recipe.training, device)
     model_name = resolve_model(recipe.model)
     config = load_config(model_name)
+    encoder_decoder = is_encoder_decoder(recipe, config)
     tokenizer, tokens = tokens_of_recipe(recipe, model_name, config)
     config = config_with_rows(config, tokens)
     head, has_own_head = choose_head(materials.head, config, recipe)
@@ -85,6 +92,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         special_text=special_text,
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
         has_completions=recipe.objective.rows not in ("labelled", "numbered", "tagged"),
+        encoder_decoder=encoder_decoder,
     )
     faults = list(rows.faults)
     most = None if head is None else longest_text(tokenizer, config)

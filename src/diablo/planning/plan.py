@@ -129,7 +129,10 @@ class Plan:
     @property
     def padding_share(self) -> float:
         """The share of padding in the first epoch, from 0 to 1."""
-        return 0.0 if self.is_flat else self.sampler.padding_share(self.recipe.training.batch_size)
+        if self.is_flat:
+            return 0.0
+        apart = [row.parts for row in self.train] if self.encoder.encoder_decoder else []
+        return self.sampler.padding_share(self.recipe.training.batch_size, [*zip(*apart, strict=True)] or None)
 
     @property
     def longest(self) -> int:

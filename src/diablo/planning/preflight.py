@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from diablo.data.encoding import EncodedRow
 from diablo.data.faults import name_places
 from diablo.errors import UserError
+from diablo.models.forms import ENCODER_DECODER, form_of
+from diablo.scoring.losses import summed_completion_loss
 
 
 def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
@@ -41,8 +43,9 @@ def check_stop_tokens(rows: Sequence[EncodedRow], batch: dict[str, torch.Tensor]
         UserError: the collator took the loss off some of them.
     """
     stops = torch.tensor(sorted(stop_ids))
-    # The first token of a row is predicted from nothing, whatever its label.
-    kept = int(torch.isin(batch["labels"][:, 1:], stops).sum())
+    # The first token of a row is predicted from nothing, whatever its label; an encoder-decoder's from what it reads.
+    labels = batch["labels"] if rows[0].read is not None else batch["labels"][:, 1:]
+    kept = int(torch.isin(labels, stops).sum())
     expected = sum(label in stop_ids for row in rows for label in row.labels[1:])
     # All of a document is trained on, and most pieces of a long one end in its midst.
     is_text = all(row.labels == row.input_ids for row in rows)
@@ -71,7 +74,7 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_towers(model: nn.Module, *, chosen: bool) -> None:
+def check_towers(model: Any, *, chosen: bool) -> None:
     """A multimodal model's other towers must not be adapted unless the user chose so.
 
     Args:
@@ -81,7 +84,8 @@ def check_towers(model: nn.Module, *, chosen: bool) -> None:
     Raises:
         UserError: modules of another tower than the text model are adapted.
     """
-    if chosen:
+    # Both parts of an encoder-decoder are the text model.
+    if chosen or form_of(model.config) == ENCODER_DECODER:
         return
     towers = [
         name
@@ -109,14 +113,11 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
     Raises:
         UserError: no gradient arrives at some trainable parameter.
     """
-    labels, options = batch["labels"], {} if has_head else {"use_cache": False}
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **options).logits
     if has_head:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
         loss = logits.float().square().sum()
     else:
-        # Prompts that were learned are put before the tokens.
-        logits = logits[:, -labels.shape[1] :]
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        loss = summed_completion_loss(model, batch)
     reached = loss.requires_grad
     if reached:
         loss.backward()

@@ -223,6 +223,12 @@ def encode_rows(
     encoded: list[EncodedRow] = []
     faults: list[RowFault] = []
     for row in rows:
+        if row.text and encoder.encoder_decoder:
+            raise UserError(
+                f"data: found a document ({name_places([Place(row.number, row.source)])}) among the {what} rows, and "
+                f"{recipe.model!r} is an encoder-decoder, which reads a prompt and writes a completion; give rows with "
+                "these two, or a causal language model."
+            )
         if row.text:
             encoded += encode_document(row, encoder.texts, limit)
             continue

@@ -22,6 +22,7 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
+from diablo.models.forms import ENCODER_DECODER, form_of
 from diablo.models.heads import Head
 from diablo.models.loading import (
     count_parameters,
@@ -30,7 +31,7 @@ from diablo.models.loading import (
     resolve_model,
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
-from diablo.planning.suited import check_suited
+from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
@@ -236,6 +237,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
     """
     name = resolve_model(recipe.model)
     config = load_config(name)
+    is_encoder_decoder(recipe, config)
     tokens = tokens_of_recipe(recipe, name, config)[1] if recipe.new_tokens or recipe.adapter else None
     config, kind = config_with_rows(config, tokens), recipe.objective.head
     if kind is not None:
@@ -404,6 +406,11 @@ def _strided(values: Any) -> list[torch.Tensor]:
 
 def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    if form_of(model.config) == ENCODER_DECODER:
+        # Half of a row is read, and half of it written.
+        written = ids.new_zeros(batch_size, length // 2)
+        read = ids.new_zeros(batch_size, length - length // 2)
+        return model(input_ids=read, attention_mask=torch.ones_like(read), labels=written, use_cache=False).loss
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if Head.of(model.config) is not None:
         return model(**given).logits.float().square().sum()

@@ -12,6 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
 from diablo.errors import UserError
+from diablo.models.forms import ENCODER_DECODER, form_of
 from diablo.models.heads import Head
 from diablo.models.loading import stored_quantization
 from diablo.recipes.methods import AnyMethod, PeftMethod
@@ -44,6 +45,45 @@ def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, m
             f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
             "method, or a model that is not quantized."
         )
+
+
+def is_encoder_decoder(recipe: Recipe, config: PretrainedConfig) -> bool:
+    """Whether a model is an encoder-decoder, with a check that the recipe asks for nothing that such a model has not.
+
+    Args:
+        recipe: the recipe.
+        config: the model's config, as it is stored.
+
+    Raises:
+        UserError: it is one, and the recipe asks for that.
+    """
+    if form_of(config) != ENCODER_DECODER:
+        return False
+    training, objective = recipe.training, recipe.objective.name
+    refused = [
+        ("objective", objective if objective != "sft" else None, "learns from prompts with completions alone; set sft"),
+        ("training.packing", training.packing, "has no positions that would tell packed rows apart; leave it out"),
+        (
+            "training.neftune_noise_alpha",
+            training.neftune_noise_alpha,
+            "has an embedding for each of its two parts, which the noise does not reach; leave it out",
+        ),
+        (
+            "new_tokens",
+            recipe.new_tokens and ", ".join(token.text for token in recipe.new_tokens),
+            "has embeddings that share their rows, which are not trained by themselves; leave it out",
+        ),
+        (
+            "evaluation.general",
+            recipe.evaluation.general and str(recipe.evaluation.general),
+            "goes on with no text, so that general text has no loss; leave it out",
+        ),
+    ]
+    for key, found, reason in refused:
+        if found:
+            words = str(found).lower() if found is True else found
+            raise UserError(f"{key}: found {words}, and {recipe.model!r} is an encoder-decoder, which {reason}.")
+    return True
 
 
 def choose_head(needed: Head | None, config: PretrainedConfig, recipe: Recipe) -> tuple[Head | None, bool]:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from diablo.errors import UserError
 from diablo.models.builtin import LICENSE, ORIGIN, PREFIX
+from diablo.models.forms import CAUSAL, ENCODER_DECODER
 from diablo.recipes.recipe import Recipe
 from diablo.records.card import CARD, HERE, Card, EditedCardError, called, hub_id
 from diablo.records.results import kept_loss
@@ -68,7 +69,7 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     base = base_of(recipe["model"])
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=_pipeline_of(record),
             dataset_type=_dataset_of(task) or task,
             dataset_name=task,
             dataset_split="test",
@@ -97,7 +98,9 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
 def _pipeline_of(record: Mapping[str, Any]) -> str:
     """What the hub calls the task of a run's model."""
     kind = (record["training"].get("head") or {}).get("kind")
-    return "text-generation" if kind is None else "token-classification" if kind in _OF_WORDS else "text-classification"
+    if kind is None:
+        return "text2text-generation" if record["training"].get("encoder_decoder") else "text-generation"
+    return "token-classification" if kind in _OF_WORDS else "text-classification"
 
 
 def license_of(model: str) -> dict[str, Any]:
@@ -297,11 +300,12 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
             "```",
         ]
     else:
+        auto_class = (ENCODER_DECODER if record["training"].get("encoder_decoder") else CAUSAL).auto_class
         lines += [
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {auto_class}, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
+            f'model = {auto_class}.from_pretrained("{HERE}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
             "```",
         ]

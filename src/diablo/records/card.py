@@ -199,9 +199,10 @@ def _loading(task_type: str | None) -> str:
     """How an adapter is loaded, in Python; what its head says stands in a config beside it."""
     form = _FORMS.get(task_type or "")
     if form is None:
-        return f"""from peft import AutoPeftModelForCausalLM
+        kind = "AutoPeftModelForSeq2SeqLM" if task_type == "SEQ_2_SEQ_LM" else "AutoPeftModelForCausalLM"
+        return f"""from peft import {kind}
 
-model = AutoPeftModelForCausalLM.from_pretrained("{HERE}")"""
+model = {kind}.from_pretrained("{HERE}")"""
     return f"""from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelFor{form}
 

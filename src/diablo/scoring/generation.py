@@ -196,6 +196,9 @@ def complete(
 ) -> list[Completion]:
     """Complete prompts, batched by length so that little is padded.
 
+    Prompts are padded where a model does not look: on the left, so that all completions begin at the same place; and on
+    the right, behind what the encoder of an encoder-decoder reads.
+
     Args:
         model: a causal language model or ``PeftModel``.
         encoder: gives the tokenizer and the stop tokens.
@@ -213,21 +216,25 @@ def complete(
     stops = stops_of(encoder, stop_at_newline=stop_at_newline)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     completions: dict[int, Completion] = {}
+    side = "right" if encoder.encoder_decoder else "left"
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             padded = tokenizer.pad(
-                {"input_ids": [prompts[index] for index in batch]}, padding_side="left", return_tensors="pt"
+                {"input_ids": [prompts[index] for index in batch]}, padding_side=side, return_tensors="pt"
             ).to(model.device)
             output = model.generate(
                 **padded,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
-                **({"do_sample": False} | sampling),
+                **({"do_sample": False, "num_beams": 1} | sampling),
             )
-            written = output[:, padded["input_ids"].shape[1] :].tolist()
-            texts = texts_behind(tokenizer, [prompts[index] for index in batch], written)
+            # A decoder begins with a token of its own, and nothing stands before its text.
+            begins = 1 if encoder.encoder_decoder else padded["input_ids"].shape[1]
+            written = output[:, begins:].tolist()
+            before = [[] if encoder.encoder_decoder else prompts[index] for index in batch]
+            texts = texts_behind(tokenizer, before, written)
             for index, text, tokens in zip(batch, texts, written, strict=True):
                 completions[index] = Completion(
                     text.rstrip("\n") if stop_at_newline else text, finished=not stops.isdisjoint(tokens)

@@ -199,13 +199,14 @@ def _target(task: Task, problem: Problem, candidates: Sequence[Candidate]) -> in
 def _encode(encoder: RowEncoder, row: Row) -> EncodedRow:
     """A row as tokens. Only its last completion is supervised, and the row ends before the stop token."""
     encoded = encoder.encode(row)
-    start = len(encoder.prompt(row))
+    start = len(encoder.prompt(row)) if encoded.read is None else encoded.read
     stop = max(index for index, label in enumerate(encoded.labels) if label != IGNORED)
     if start == 0:
         raise UserError(f"Row {row.number}: the prompt has no tokens, so that nothing predicts the candidate's first.")
     if stop == start or not _text(row).strip():
         raise UserError(f"Row {row.number}: the candidate {_text(row)!r} has no text to score.")
-    return EncodedRow(encoded.number, encoded.input_ids[:stop], [IGNORED] * start + encoded.labels[start:stop])
+    labels = [IGNORED] * start + encoded.labels[start:stop]
+    return EncodedRow(encoded.number, encoded.input_ids[:stop], labels, read=encoded.read)
 
 
 def _text(row: Row) -> str:

@@ -23,7 +23,8 @@ def summed_completion_loss(
     """Cross-entropy of the supervised tokens, summed. The host never waits for the device.
 
     Args:
-        model: a causal language model, adapted or not, possibly wrapped for distributed training.
+        model: a causal language model or an encoder-decoder, adapted or not, possibly wrapped for distributed
+            training.
         batch: what :func:`diablo.data.batching.collate` makes.
         label_smoothing: the share of a token's target that is spread evenly over the vocabulary, from 0 to below 1.
 
@@ -76,22 +77,31 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
     soft-capping) is still done. No attention mask is given: rows are padded on the right, where no token of a causal
     model looks, and packed rows are told apart by their positions. Prompts that were learned are put before the tokens,
     and have no part in the logits.
+
+    An encoder sees what is behind a token, and is given the mask. The model's own shift makes the decoder's inputs.
     """
-    positions, length = batch["predicting"], batch["input_ids"].shape[1]
+    base, positions, labels = _base_of(model), batch["predicting"], batch["labels"]
+    length, given = labels.shape[1], {name: batch[name] for name in _GIVEN if name in batch}
+    targets = labels.flatten().index_select(0, positions if base.config.is_encoder_decoder else positions + 1)
+    if base.config.is_encoder_decoder:
+        given |= {
+            "attention_mask": batch["attention_mask"],
+            "decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=labels),
+        }
 
     def keep_predicting(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *rest = args
         return hidden[:, -length:].flatten(0, 1).index_select(0, positions).unsqueeze(0), *rest
 
-    handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
+    handle = base.get_output_embeddings().register_forward_pre_hook(keep_predicting)
     try:
-        output = model(use_cache=False, **{name: batch[name] for name in _GIVEN if name in batch})
+        output = model(use_cache=False, **given)
     finally:
         handle.remove()
-    return output.logits.squeeze(0), batch["labels"].flatten().index_select(0, positions + 1)
+    return output.logits.squeeze(0), targets
 
 
-def _output_layer(model: Any) -> torch.nn.Module:
+def _base_of(model: Any) -> Any:
+    """The model of transformers inside of an adapted or wrapped one."""
     model = getattr(model, "module", model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.get_output_embeddings()
+    return model.get_base_model() if isinstance(model, PeftModel) else model

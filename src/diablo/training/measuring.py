@@ -204,6 +204,9 @@ class MeteredCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of some sequences, with the ``numbers`` of their rows, a list, beside the tensors."""
         batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
-        self.meter.count(sum(len(sequence["input_ids"]) for sequence in features), batch["input_ids"].numel())
+        tokens = sum(len(sequence["input_ids"]) + len(sequence.get("written", ())) for sequence in features)
+        # The labels of an encoder-decoder are those of other tokens, which its decoder writes.
+        padded = batch["input_ids"].numel() + (batch["labels"].numel() if "written" in features[0] else 0)
+        self.meter.count(tokens, padded)
         # A list, which stays on the host.
         return {**batch, "numbers": [number for sequence in features for number in sequence["numbers"]]}

@@ -369,6 +369,7 @@ def _record(
             "skipped_steps": trainer.finite.skipped,
             "held_out_loss": losses.held_out,
             "loss_unit": plan.recipe.objective.loss_unit,
+            "encoder_decoder": plan.encoder.encoder_decoder,
             "head": plan.head and {**asdict(plan.head), "was_new": not plan.has_own_head},
             "held_out_figures": losses.figures,
             "validation_score": losses.scores,

@@ -1,0 +1,198 @@
+"""Encoder-decoders from the command line: trained, resumed, merged, asked and scored; and what is refused for them."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSeq2SeqLM
+from safetensors.torch import load_file
+from tiny import make_tiny_t5
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from diablo.errors import Interrupted
+from diablo.recipes.reading import load_recipe
+from diablo.training import safeguards, train
+
+HELD_OUT = 8
+
+
+def problem(n: int) -> dict[str, str]:
+    first, second = n % 10, n // 10
+    return {
+        "prompt": f"Ann had {first} apples and Bob gave her {second} more.",
+        "completion": f"x = {first} + {second}",
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["t5", "t5 with a gate"])
+def t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random T5; not to be written to."""
+    return make_tiny_t5(tmp_path_factory.mktemp("t5") / "model", gated=request.param)
+
+
+@pytest.fixture
+def recipe(t5: Path, tmp_path: Path) -> Path:
+    rows = [problem(n) for n in range(40)]
+    write(tmp_path / "rows.jsonl", rows[HELD_OUT:])
+    write(tmp_path / "held_out.jsonl", rows[:HELD_OUT])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {t5}\ndata: {{train: {tmp_path / 'rows.jsonl'}, eval: {tmp_path / 'held_out.jsonl'}}}\n"
+        "method: {num_blocks: 4}\nprecision: fp32\n"
+        "training: {learning_rate: 0.02, batch_size: 8, epochs: 8, logging_steps: 1}\n"
+        f"output: {tmp_path / 'run'}\nmerge: true\n"
+    )
+    return path
+
+
+@torch.no_grad()
+def loss_by_hand(model: Any, folder: Path, rows: list[dict[str, str]]) -> float:
+    """transformers' own loss of one row at a time, for each token."""
+    tokenizer, total, count = AutoTokenizer.from_pretrained(folder), 0.0, 0
+    for row in rows:
+        labels = tokenizer(text_target=row["completion"], return_tensors="pt").input_ids
+        total += (
+            model.eval()(**tokenizer(row["prompt"], return_tensors="pt"), labels=labels).loss.item() * labels.numel()
+        )
+        count += labels.numel()
+    return total / count
+
+
+def test_a_run_learns_and_its_held_out_loss_is_transformers_own(diablo, t5, recipe, tmp_path):
+    status, out, err = diablo("train", recipe, "--dry-run")
+    assert (status, "</s>‹" in out, "‹</s>›" in out) == (0, True, True), err
+    status, _, err = diablo("train", recipe)
+    assert status == 0, err
+    run = tmp_path / "run"
+    record, rows = json.loads((run / "run.json").read_text()), [problem(n) for n in range(HELD_OUT)]
+    (_, before), (_, after) = record["training"]["held_out_loss"]
+    assert before == pytest.approx(loss_by_hand(AutoModelForSeq2SeqLM.from_pretrained(t5), t5, rows), rel=1e-5)
+    adapted = AutoPeftModelForSeq2SeqLM.from_pretrained(run / "adapter")
+    assert after == pytest.approx(loss_by_hand(adapted, t5, rows), rel=1e-5)
+    assert after < before / 2
+    losses = [loss for _, loss in record["training"]["loss"]]
+    assert losses[-1] < losses[0] / 2
+    tokenizer = AutoTokenizer.from_pretrained(t5)
+    texts = [(row["prompt"], row["completion"]) for row in map(problem, range(HELD_OUT, 40))]
+    assert record["data"]["tokens"] == sum(len(tokenizer(text).input_ids) for row in texts for text in row)
+    assert record["data"]["supervised_tokens"] == sum(len(tokenizer(text).input_ids) for _, text in texts)
+    assert "AutoPeftModelForSeq2SeqLM" in (run / "adapter" / "README.md").read_text()
+    assert "AutoModelForSeq2SeqLM" in (run / "merged" / "README.md").read_text()
+
+    merged = AutoModelForSeq2SeqLM.from_pretrained(run / "merged")
+    prompts = [problem(n)["prompt"] for n in (3, 17)]
+    for prompt in prompts:
+        asked = tokenizer(prompt, return_tensors="pt")
+        expected = tokenizer.decode(merged.generate(**asked, max_new_tokens=12)[0], skip_special_tokens=True)
+        for model in (run, run / "merged"):
+            status, out, err = diablo("generate", model, prompt, "--max-new-tokens", 12)
+            assert (status, out.strip()) == (0, expected.strip()), err
+    assert expected
+
+    status, out, err = diablo("evaluate", run, "--task", "mawps", "--limit", 2, "--json")
+    assert status == 0, err
+    assert json.loads(out)["scores"]["mawps"]["total"] == 2
+    status, out, err = diablo("plan", recipe)
+    assert (status, "LoRA, r = " in out) == (0, True), err
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+@pytest.mark.parametrize("method", ["lora", "full", "{name: peft, type: PROMPT_TUNING, num_virtual_tokens: 4}"])
+def test_other_methods_learn_from_the_same_recipe(diablo, recipe, tmp_path, method):
+    arguments = [f"method={method}", "merge=false", "training.max_steps=4", "training.gradient_checkpointing=full"]
+    status, _, err = diablo("train", recipe, *arguments)
+    assert status == 0, err
+    (_, before), (_, after) = json.loads((tmp_path / "run" / "run.json").read_text())["training"]["held_out_loss"]
+    assert after < before
+    status, _, err = diablo("generate", tmp_path / "run", "Ann had 3 apples.", "--max-new-tokens", 4)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_adapter_to_the_bit(recipe, tmp_path, monkeypatch):
+    settings = ["merge=false", "training.max_steps=8", "method.dropout=0.1"]
+
+    def adapter() -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+
+    train(load_recipe(str(recipe), settings))
+    undisturbed = adapter()
+    end_of_step = safeguards.StopWhenAsked.on_step_end
+
+    def ask_in_the_third_step(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        end_of_step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safeguards.StopWhenAsked, "on_step_end", ask_in_the_third_step)
+        with pytest.raises(Interrupted, match="Stopped after step 3 of 8"):
+            train(load_recipe(str(recipe), settings))
+    train(load_recipe(str(tmp_path / "run" / "recipe.yaml"), []), resume=True)
+    resumed = adapter()
+    assert resumed.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+
+
+PAIRS = {"prompt": "a", "chosen": "b", "rejected": "c"}
+CONVERSATION = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+REFUSED = {
+    "a preference": ([PAIRS], ["objective=dpo"], "objective: found dpo, and ", "set sft."),
+    "a head": (
+        [{"text": "a", "label": label} for label in ("x", "y")],
+        ["objective=classification"],
+        "objective: found classification, and ",
+        "set sft.",
+    ),
+    "rewards": (
+        None,
+        ["task=mawps", "data=null", "objective={name: grpo, generations: 8, rewards: [right_answer]}"],
+        "objective: found grpo, and ",
+        "set sft.",
+    ),
+    "packing": (None, ["training.packing=true"], "training.packing: found true, and ", "leave it out."),
+    "noise": (
+        None,
+        ["training.neftune_noise_alpha=5"],
+        "training.neftune_noise_alpha: found 5.0, and ",
+        "leave it out.",
+    ),
+    "new tokens": (None, ["new_tokens=[<x>, <y>]"], "new_tokens: found <x>, <y>, and ", "leave it out."),
+    "general text": (None, ["evaluation.general=builtin"], "evaluation.general: found builtin, and ", "leave it out."),
+    "documents": ([{"text": "a b"}], [], "data: found a document (row 1) among the training rows, and ", "model."),
+    "conversations": ([CONVERSATION], [], "Row 1 is a conversation, and the model's tokenizer has no ", "chat: true."),
+    "no template": ([CONVERSATION], ["chat=true"], "chat: found true; the model's tokenizer has no chat template", ""),
+}
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+@pytest.mark.parametrize(("rows", "settings", "begins", "ends"), REFUSED.values(), ids=REFUSED)
+def test_what_an_encoder_decoder_cannot_do_is_refused_before_it_is_loaded(
+    diablo, recipe, tmp_path, monkeypatch, rows, settings, begins, ends
+):
+    monkeypatch.setattr(AutoModelForSeq2SeqLM, "from_pretrained", pytest.fail)
+    if rows is not None:
+        write(tmp_path / "rows.jsonl", rows * 4)
+        settings = [*settings, "data.eval=null"]
+    status, _, err = diablo("train", recipe, *settings)
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {begins}")
+    assert last.endswith(ends)
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+def test_an_encoder_decoder_is_not_quantized_by_blocks(diablo, t5, tmp_path):
+    status, _, err = diablo("quantize", t5, tmp_path / "out", "--bits", 4)
+    assert status == 2
+    assert "is an encoder-decoder, whose blocks are in two lists; give a causal language model." in err
