@@ -113,13 +113,14 @@ def export_ollama(
     """Write a folder that ollama create takes: a GGUF file, the template, and what ends an answer."""
     from diablo.models.folders import check_new_folder, new_folder
     from diablo.publishing.gguf import check_out_type, check_plain, find_converter, plain_model, write_gguf
-    from diablo.publishing.ollama import GGUF, MODELFILE, check_system, how_to_ask
+    from diablo.publishing.ollama import GGUF, MODELFILE, check_form, check_system, how_to_ask
     from diablo.records.results import recipe_of_run
 
     check_writes(source, "export ollama")
     check_out_type(out_type)
     check_new_folder(folder, "model")
     check_model(base, "--base")
+    check_form(source)
     chat = recipe_of_run(source).get("chat") if chat is None else chat
     check_system(system, chat=chat)
     converter = find_converter(llama_cpp)

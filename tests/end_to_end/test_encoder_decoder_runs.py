@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 from tiny import make_tiny_t5
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from diablo.errors import Interrupted
 from diablo.recipes.reading import load_recipe
@@ -99,6 +99,8 @@ def test_a_run_learns_and_its_held_out_loss_is_transformers_own(diablo, t5, reci
             assert (status, out.strip()) == (0, expected.strip()), err
     assert expected
 
+    status, _, err = diablo("export", "ollama", run, tmp_path / "ollama")
+    assert (status, "is an encoder-decoder, which Ollama does not run" in err) == (2, True)
     status, out, err = diablo("evaluate", run, "--task", "mawps", "--limit", 2, "--json")
     assert status == 0, err
     assert json.loads(out)["scores"]["mawps"]["total"] == 2
@@ -156,7 +158,7 @@ REFUSED = {
     ),
     "rewards": (
         None,
-        ["task=mawps", "data=null", "objective={name: grpo, generations: 8, rewards: [right_answer]}"],
+        ["task=mawps", "data={limit: 8}", "objective={name: grpo, generations: 8, rewards: [right_answer]}"],
         "objective: found grpo, and ",
         "set sft.",
     ),
@@ -196,3 +198,37 @@ def test_an_encoder_decoder_is_not_quantized_by_blocks(diablo, t5, tmp_path):
     status, _, err = diablo("quantize", t5, tmp_path / "out", "--bits", 4)
     assert status == 2
     assert "is an encoder-decoder, whose blocks are in two lists; give a causal language model." in err
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+def test_rows_that_are_longer_than_learned_positions_are_left_out_and_counted(diablo, recipe, tmp_path, t5):
+    tokenizer = AutoTokenizer.from_pretrained(t5)
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    rows = [{"prompt": "a " * 19, "completion": "b " * 19}, {"prompt": "a " * 60, "completion": "b"}]
+    read, written = (len(tokenizer(rows[0][name]).input_ids) for name in ("prompt", "completion"))
+    assert max(read, written) <= 40 < read + written
+    write(tmp_path / "rows.jsonl", rows)
+    settings = [f"model={tmp_path / 'bart'}", "data.eval=null", "training.max_steps=1"]
+    status, _, err = diablo("train", recipe, *settings, "data.on_long=error")
+    assert (status, ", and the model reads 40 tokens; 1 of 2 rows are longer" in err) == (2, True)
+    status, _, err = diablo("train", recipe, *settings)
+    assert status == 0, err
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (data["rows"], data["long_rows_dropped"]) == (1, [2])

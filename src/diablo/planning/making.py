@@ -96,6 +96,9 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
     faults = list(rows.faults)
     most = None if head is None else longest_text(tokenizer, config)
+    if encoder_decoder:
+        # Those of BART's kin have learned positions; T5 has none, and reads more than its tokenizer says.
+        most = getattr(config, "max_position_embeddings", None)
     train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults, head, most)
     held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults, head, most)
     if head is None and recipe.objective.rows != "prompts":

@@ -208,7 +208,8 @@ def encode_rows(
         what: what they are, for messages.
         left_out: those that cannot be encoded and are left out are added to this.
         head: the head that labels them, where they are labelled.
-        most: the most tokens that the model can read; None where it is not known.
+        most: the most tokens that the model can read, and the decoder of an encoder-decoder can write; None where it is
+            not known.
 
     Returns:
         The rows as tokens, and where those stand that are too long and are left out.
@@ -216,7 +217,8 @@ def encode_rows(
     Raises:
         UserError: some rows cannot be encoded or are too long, and the recipe leaves none out, or none are left.
     """
-    whole = min(recipe.training.max_length, most or recipe.training.max_length)
+    of_part = most if encoder.encoder_decoder else None
+    whole = min(recipe.training.max_length, (most if of_part is None else None) or recipe.training.max_length)
     limit = whole - recipe.max_new_tokens
     cut_at = limit if recipe.data.on_long == "truncate" else None
     encode = encoder.encode_all if recipe.objective.rows != "prompts" else lambda row: [encoder.encode_prompt(row)]
@@ -245,15 +247,21 @@ def encode_rows(
             "Mend them, or set data.on_malformed=skip to leave some out."
         )
     left_out += faults
-    kept = [row for row in encoded if row.length <= limit]
+
+    def fits(row: EncodedRow) -> bool:
+        return row.length <= limit and (of_part is None or max(row.parts) <= of_part)
+
+    kept = [row for row in encoded if fits(row)]
     # A conversation may have become several.
-    too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if row.length > limit))
+    too_long = list(dict.fromkeys(Place(row.number, row.source) for row in encoded if not fits(row)))
     if too_long and (recipe.data.on_long == "error" or not kept):
         longest = max(row.length for row in encoded)
         room = f", of which objective.max_new_tokens leaves {limit} to prompts" if recipe.max_new_tokens else ""
         cut = ", or truncate to cut them" if head is not None and encoded[0].rejected is None else ""
-        is_models = whole < recipe.training.max_length
-        reads, mend = (f", and the model reads {limit} tokens", "Set") if is_models else (room, "Raise it, or set")
+        is_models = whole < recipe.training.max_length or (of_part is not None and of_part < recipe.training.max_length)
+        reads, mend = (room, "Raise it, or set")
+        if is_models:
+            reads, mend = f", and the model reads {of_part or limit} tokens", "Set"
         raise UserError(
             f"training.max_length: found {recipe.training.max_length}{reads}; {len(too_long)} of {len(rows)} rows are "
             f"longer (up to {longest} tokens; the first is {name_places(too_long[:1])}). {mend} data.on_long=drop"

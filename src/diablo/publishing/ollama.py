@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diablo.errors import UserError
+from diablo.models.folders import adapter_folder, is_adapter, read_settings
+from diablo.models.forms import ENCODER_DECODER, form_of
 from diablo.publishing.go_template import PLAIN, turns_of
 
 GGUF = "model.gguf"
@@ -43,6 +45,23 @@ class Asking:
         return "\n".join(lines) + "\n"
 
 
+def check_form(source: str) -> None:
+    """Check that an adapter is not that of an encoder-decoder, before it is merged.
+
+    Raises:
+        UserError: it is.
+    """
+    task = read_settings(adapter_folder(source)).get("task_type") if is_adapter(source) else None
+    if task == ENCODER_DECODER.task_type:
+        raise UserError(_NO_ENCODER_DECODER.format(source))
+
+
+_NO_ENCODER_DECODER = (
+    "model: {!r} is an encoder-decoder, which Ollama does not run; merge it and serve it with transformers, or export "
+    "gguf for llama.cpp, which runs T5."
+)
+
+
 def check_system(system: str | None, *, chat: bool | None) -> None:
     """Check a system's text, before anything is loaded.
 
@@ -68,11 +87,14 @@ def how_to_ask(model: Path, *, chat: bool | None, system: str | None = None) -> 
         system: the system's text.
 
     Raises:
-        UserError: there is no chat template where one is meant, or it has no place for the system's text.
+        UserError: there is no chat template where one is meant, it has no place for the system's text, or the model is
+            an encoder-decoder.
     """
     # They import torch, for which nothing that is refused before is to wait.
     from diablo.models.loading import load_config, load_generation_config, load_tokenizer, stop_token_ids
 
+    if form_of(config := load_config(str(model))) == ENCODER_DECODER:
+        raise UserError(_NO_ENCODER_DECODER.format(str(model)))
     tokenizer = load_tokenizer(str(model))
     generation = load_generation_config(str(model))
     if chat is None:
@@ -86,7 +108,7 @@ def how_to_ask(model: Path, *, chat: bool | None, system: str | None = None) -> 
         template = None if turns is None else turns.in_go()
         if turns is not None and turns.before_system is None and system is not None:
             raise UserError("--system: the model's chat template takes no system's text; leave it out.")
-    ids = stop_token_ids(load_config(str(model)), generation)
+    ids = stop_token_ids(config, generation)
     stops = [tokenizer.convert_ids_to_tokens(index) for index in ids]
     named = tuple(stop for stop in stops if stop and '"' not in stop and stop.isprintable())
     return Asking(template, named, _sampling(generation), system)
