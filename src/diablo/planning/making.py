@@ -35,7 +35,7 @@ from diablo.planning.rewards import check_groups, make_sampler
 from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import choose_schedule
 from diablo.planning.speed import check_speed
-from diablo.planning.suited import check_output_layer, check_smoothing, check_suited, choose_head
+from diablo.planning.suited import check_handover, check_output_layer, check_smoothing, check_suited, choose_head
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
@@ -75,6 +75,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes_in_file(adapted))
     check_output_layer(recipe, adapted)
+    check_handover(recipe, config, adapted, device)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     group_members(trained, recipe.training.optimizer.groups)
     check_speed(recipe, config, adapted, device, dtype)

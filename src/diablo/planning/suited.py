@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
@@ -17,7 +18,7 @@ from diablo.models.loading import stored_quantization
 from diablo.recipes.methods import AnyMethod, PeftMethod
 from diablo.recipes.new_tokens import check_trains_tokens
 from diablo.recipes.objectives import LabelObjective
-from diablo.recipes.peft_methods import check_packs, check_precision
+from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
 from diablo.recipes.recipe import Recipe
 
 
@@ -90,6 +91,49 @@ def check_output_layer(recipe: Recipe, adapted: Any) -> None:
             f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
             "computed with an adapted one; leave it out."
         )
+
+
+def check_handover(recipe: Recipe, config: PretrainedConfig, adapted: Any, device: torch.device) -> None:
+    """Check that an engine which generates can be given the trained weights.
+
+    Args:
+        recipe: the recipe.
+        config: the model's config.
+        adapted: the adapted model.
+        device: where the model is trained.
+
+    Raises:
+        UserError: it cannot.
+    """
+    vllm = recipe.objective.vllm if recipe.objective.name == "grpo" else None
+    if vllm is None:
+        return
+    if vllm.server and device.type != "cuda":
+        raise UserError(
+            f"objective.vllm.server: weights go from GPU to GPU, and the model is trained on {device.type}; leave "
+            "objective.vllm out, and transformers generates."
+        )
+    if how := recipe.quantization or stored_quantization(config).get("quant_method"):
+        raise UserError(
+            f"objective.vllm: {how} quantizes the weights, into which an adapter cannot be merged for each step; leave "
+            "objective.vllm out, and transformers generates."
+        )
+    if isinstance(recipe.method, PeftMethod):
+        check_merges(recipe.method.type, "objective.vllm: found a section")
+    if not isinstance(adapted, PeftModel):
+        return
+    handed = {
+        id(parameter)
+        for layer in adapted.modules()
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear)
+        for parameter in layer.parameters()
+    }
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and id(parameter) not in handed:
+            raise UserError(
+                f"objective.vllm: {name} is trained, and vLLM is handed the weights of linear layers alone; leave it "
+                "out, and transformers generates."
+            )
 
 
 def check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:
