@@ -248,7 +248,8 @@ def print_result(out: Console, result: RunResult) -> None:
         out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")
     out.print("\nWhat to try next:")
     verb = "classify" if record["training"]["head"] else "generate"
-    out.print(f'  diablo {verb} {folder} "..."', markup=False)
+    picture = " --image FILE" if record["data"]["images"] else ""
+    out.print(f'  diablo {verb} {folder} "..."{picture}', markup=False)
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from diablo.data.encoding import IGNORED
+from diablo.data.encoding import IGNORED, EncodedRow
+from diablo.data.vision import ImageProcessor
 
 _BATCHES_SORTED_TOGETHER = 50
 
@@ -155,3 +156,17 @@ def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> d
         "labels": labels,
         "predicting": next_is_supervised.flatten().nonzero().squeeze(1),
     }
+
+
+def collate_rows(
+    rows: Sequence[EncodedRow], pad_token_id: int, images: ImageProcessor | None = None
+) -> dict[str, torch.Tensor]:
+    """The batch of some rows, as :func:`collate` makes it, with what the model is given of their images.
+
+    Args:
+        rows: the rows, not packed.
+        pad_token_id: as there.
+        images: reads their pixels; None where no row has images.
+    """
+    batch = collate([row.features for row in rows], pad_token_id)
+    return batch | ({} if images is None else images.tensors([row.images for row in rows], batch["input_ids"]))

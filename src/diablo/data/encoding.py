@@ -10,8 +10,10 @@ from typing import Any
 from diablo.data.conversations.chat_template import ChatTemplate, Turn
 from diablo.data.conversations.messages import Message, map_texts, map_values, texts_of
 from diablo.data.faults import RowError, RowFault
+from diablo.data.images import Image
 from diablo.data.rows import Row
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
+from diablo.data.vision import ImageProcessor
 from diablo.errors import UserError
 
 IGNORED = -100
@@ -37,6 +39,7 @@ class EncodedRow:
             number. None where it says nothing, or something of each token, which is then in ``labels``.
         token_types: which of two texts each token belongs to, where the model is told.
         is_cut: whether the end of the text was cut off.
+        images: the images that its tokens stand for, in their order.
     """
 
     number: int
@@ -52,6 +55,7 @@ class EncodedRow:
     target: int | float | tuple[float, ...] | None = None
     token_types: list[int] | None = None
     is_cut: bool = False
+    images: tuple[Image, ...] = ()
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -94,6 +98,7 @@ class RowEncoder:
             ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
         has_completions: whether rows have completions, which end with a stop token; those of a classifier have none.
+        images: makes tokens of images; None where the model sees none, or no row has any.
 
     Attributes:
         stop_token_ids: the tokens that stop generation: those, the end of text, and the token that the chat template
@@ -115,6 +120,7 @@ class RowEncoder:
         special_text: SpecialTextMode = "keep",
         stop_token_ids: Iterable[int] = (),
         has_completions: bool = True,
+        images: ImageProcessor | None = None,
     ) -> None:
         if has_completions and tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-text token, so that the model could never learn to stop.")
@@ -125,6 +131,7 @@ class RowEncoder:
             )
         self.tokenizer = tokenizer
         self.chat = chat
+        self.images = images
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids]) if has_completions else frozenset()
         self.texts = TextTokenizer(tokenizer, special_text)
         self._template: ChatTemplate | None = None
@@ -162,10 +169,12 @@ class RowEncoder:
             return [EncodedRow(row.number, prompt + completion, labels, spelled)]
         messages = row.as_messages()
         joined_system = self._template.has_no_system and messages[0]["role"] == "system"
-        sequences, apart = self._sequences(self._template.turns(row.number, *self._guarded(row)))
+        sequences, apart = self._sequences(row, self._template.turns(row.number, *self._guarded(row)))
         return [
-            EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system)
-            for index, (ids, labels) in enumerate(sequences)
+            EncodedRow(
+                row.number, ids, labels, () if index else spelled, apart, joined_system, images=row.images[:images]
+            )
+            for index, (ids, labels, images) in enumerate(sequences)
         ]
 
     def _preference(self, row: Row) -> EncodedRow:
@@ -197,7 +206,7 @@ class RowEncoder:
         """
         ids = self.prompt(row)
         own = [text for message in row.as_messages()[:-1] for text in texts_of(message)] if self.chat else [row.prompt]
-        return EncodedRow(row.number, ids, [IGNORED] * len(ids), self.texts.spelled(own), row=row)
+        return EncodedRow(row.number, ids, [IGNORED] * len(ids), self.texts.spelled(own), row=row, images=row.images)
 
     def prompt(self, row: Row) -> list[int]:
         """The tokens before the row's last completion: what generation starts from.
@@ -208,24 +217,57 @@ class RowEncoder:
         if self._template is None:
             return self._prompt(row)
         messages, tools = self._guarded(row)
-        return self.texts.ids(self._template.prompt(row.number, messages[:-1], tools))
+        return self.texts.ids(self._expanded(row, self._template.prompt(row.number, messages[:-1], tools)))
 
-    def _sequences(self, turns: Sequence[Turn]) -> tuple[list[tuple[list[int], list[int]]], str]:
-        """Tokens and labels of the rows that answers make, and why they are more than one, if they are."""
-        sequences: list[tuple[list[int], list[int]]] = []
+    def _sequences(self, row: Row, turns: Sequence[Turn]) -> tuple[list[tuple[list[int], list[int], int]], str]:
+        """Tokens, labels and how many images of the rows that answers make; and why they are several, if they are."""
+        sequences: list[tuple[list[int], list[int], int]] = []
         apart = ""
         for index, turn in enumerate(turns):
-            context = self.texts.ids(turn.context)
-            ids, labels = sequences[-1] if sequences else ([], [])
+            context = self.texts.ids(self._expanded(row, turn.context, turn.images))
+            self._expanded(row, turn.answer, 0)
+            ids, labels, _ = sequences[-1] if sequences else ([], [], 0)
             if not sequences or context[: len(ids)] != ids:
                 apart = apart or (_why_apart(turns[index - 1], turn) if index else "")
                 ids, labels = [], []
-                sequences.append((ids, labels))
+                sequences.append((ids, labels, turn.images))
+            sequences[-1] = (ids, labels, turn.images)
             completion = self.texts.continuation(turn.context, turn.answer)
             completion += [] if turn.ends else [self.tokenizer.eos_token_id]
             labels += [IGNORED] * (len(context) - len(ids)) + completion
             ids += context[len(ids) :] + completion
         return sequences, apart
+
+    def _expanded(self, row: Row, text: str, count: int | None = None) -> str:
+        """A text that the template wrote with the tokens of the row's images in their places.
+
+        Args:
+            row: the row.
+            text: the text.
+            count: how many of the row's images it has, the first ones; all where None.
+
+        Raises:
+            RowError: it has another number of places for images, or the model sees none.
+        """
+        images = row.images[:count]
+        if self.images is None:
+            if images:
+                mend = "take a model that sees images, or take them out of the rows"
+                raise RowError(RowFault(row.number, "has images, and the model sees none", mend))
+            return text
+        first, *rest = self.texts.split_at(self.images.token, text)
+        if len(rest) > len(images):
+            mend = "set data.special_text to plain, or take it out"
+            raise RowError(
+                RowFault(row.number, f"its text spells {self.images.token}, which stands for an image", mend)
+            )
+        if len(rest) < len(images):
+            mend = "put the images where the template reads them, in turns of the user"
+            raise RowError(RowFault(row.number, "the chat template leaves out an image", mend))
+        if not images:
+            return text
+        together = zip(self.images.replacements(images), rest, strict=True)
+        return first + "".join(tokens + following for tokens, following in together)
 
     def _prompt(self, row: Row) -> list[int]:
         """The tokens of a prompt that is put without a chat template."""

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from diablo.data.images import Image
+
 MEND_UNICODE = "it has half of a surrogate pair, so write the character itself"
 """What to do about text that :func:`is_unicode` refuses."""
 
 Turn = dict[str, Any]
 """A turn of a conversation: ``role`` and ``content``, both text, and optionally ``reasoning_content`` (text),
 ``tool_calls`` (a list of objects whose arguments are objects), ``tool_call_id`` and ``name`` (text). An assistant's
-turn that is not trained on has ``train``, which is False."""
+turn that is not trained on has ``train``, which is False. A turn of the user or of a tool may have ``images``, one for
+each :data:`diablo.data.images.PLACE` in its content."""
 
 
 RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged"]
@@ -64,6 +67,11 @@ class Row:
         if len(self.messages) == 2 and self.messages[0]["role"] == "user":
             return self.messages[0]["content"]
         return "" if self.messages else self.prompt
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images of all turns, in their order."""
+        return tuple(image for turn in self.messages for image in turn.get("images", ()))
 
     def as_messages(self) -> tuple[Turn, ...]:
         """The row as a conversation: a prompt becomes the user's turn, its completion the assistant's."""

@@ -23,7 +23,14 @@ from diablo.merging.untying import untie
 from diablo.models.adapters import attach_adapter, load_adapter, load_base, read_adapter_config, stored_dtype
 from diablo.models.folders import base_model_of, new_folder
 from diablo.models.heads import Head, has_head
-from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
+from diablo.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stored_quantization,
+    write_processor,
+)
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
 from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
 from diablo.planning.making import make_plan
@@ -161,11 +168,11 @@ def merge_adapter(
         if scheme is not None:
             assert calibration is not None  # checked above
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _save(merged, tokenizer, Path(scratch))
+                _save(merged, tokenizer, name, Path(scratch))
                 quantize_model(scratch, target, scheme, calibration(tokenizer), console=console)
             merged = load_model(str(target), dtype)
         else:
-            _save(merged, tokenizer, target)
+            _save(merged, tokenizer, name, target)
         _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer, trained_ids)
     return MergeReport(
@@ -308,11 +315,13 @@ def _held_out_rows(adapter: Path, tokenizer: Any) -> tuple[list[EncodedRow], str
     trained_as = recipe_of_run(adapter)
     if trained_as:
         try:
-            rows = make_plan(Recipe.model_validate(trained_as)).held_out[:_MOST_ROWS]
+            plan = make_plan(Recipe.model_validate(trained_as))
+            rows = [row for row in plan.held_out if not row.images][:_MOST_ROWS]
+            which = " without images" if plan.encoder.images else ""
         except (UserError, ValueError):
-            rows = []  # its data is no longer where it was
+            rows, which = [], ""  # its data is no longer where it was
         if rows:
-            return rows, f"{len(rows)} held-out rows of the run"
+            return rows, f"{len(rows)} held-out rows of the run{which}"
     return encode_general_text(BUILTIN_TEXT, tokenizer, 512), "general text"
 
 
@@ -327,6 +336,7 @@ def _measure(
     return model.eval()(input_ids=probe).logits.float().cpu(), loss
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_processor(name, folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,17 +15,19 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     GPTQConfig,
     PretrainedConfig,
 )
+from transformers.utils import cached_file
 
 from diablo.devices import choose_device
-from diablo.errors import UserError, first_line
+from diablo.errors import UserError, first_line, shortened
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.forms import auto_class
+from diablo.models.forms import IMAGE_TEXT, auto_class, form_of
 from diablo.models.heads import Head, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
@@ -63,9 +68,65 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         raise UserError(_cannot_load(name, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None and (old := _file_of(name, _OLD_TEMPLATE)) is not None:
+        with suppress(ValueError, KeyError):
+            tokenizer.chat_template = json.loads(old.read_text(encoding="utf-8"))["chat_template"]
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def load_processor(name: str, tokenizer: Any) -> Any:
+    """What makes tokens and tensors of images for a model.
+
+    Args:
+        name: a folder or the id of a model on the hub.
+        tokenizer: the model's tokenizer, which takes the place of the processor's own.
+
+    Raises:
+        UserError: the model has none, or a package that it needs is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except ImportError as error:
+        needed = " ".join(str(error).split())
+        raise UserError(
+            f"model: the processor of {name!r} needs a package that is not installed ({shortened(needed)}); install "
+            "what it misses with: pip install 'diablo-peft[images]'."
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load(name, "processor", error)) from None
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"model: {name!r} has no processor of images beside its tokenizer; give a model that is whole.")
+    processor.tokenizer = tokenizer
+    return processor
+
+
+def write_processor(name: str, folder: Path) -> None:
+    """Copy the files of a model's processor beside its tokenizer's, where it has one; files that are there stay.
+
+    Args:
+        name: a folder or the id of the model on the hub.
+        folder: where the tokenizer is saved.
+    """
+    if form_of(load_config(name)) is not IMAGE_TEXT:
+        return
+    for file in _PROCESSOR_FILES:
+        if (source := _file_of(name, file)) is not None and not (folder / file).exists():
+            shutil.copyfile(source, folder / file)
+
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_OLD_TEMPLATE = "chat_template.json"
+"""Where processors had their chat template before tokenizers had the same file."""
+
+
+def _file_of(name: str, file: str) -> Path | None:
+    """A file of a model; None where it has none of that name, or the hub does not answer."""
+    with suppress(OSError):
+        found = cached_file(name, file)
+        return None if found is None else Path(found)
+    return None
 
 
 def longest_text(tokenizer: Any, config: PretrainedConfig) -> int | None:

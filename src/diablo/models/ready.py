@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from diablo.data import RowEncoder
+from diablo.data.vision import ImageProcessor
 from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.adapters import load_adapter
 from diablo.models.folders import (
     adapter_folder,
+    base_model_of,
     is_adapter,
 )
+from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.heads import Head, check_writes, has_head
 from diablo.models.loading import (
     is_placed,
     load_config,
     load_model,
+    load_processor,
     load_tokenizer,
     resolve_model,
     stop_token_ids,
@@ -25,27 +29,34 @@ from diablo.models.loading import (
 from diablo.records.results import recipe_of_run
 
 
-def load_for_generation(model: str, *, base: str | None = None, chat: bool | None = None) -> tuple[Any, RowEncoder]:
+def load_for_generation(
+    model: str, *, base: str | None = None, chat: bool | None = None, with_images: bool = False
+) -> tuple[Any, RowEncoder]:
     """A model, or an adapter on its base, ready to generate, with a run's own settings where it is one's.
 
     Args:
         model: a run's folder, an adapter's folder, or any model.
         base: the adapter's base model, where it is not the one that the adapter names.
         chat: whether prompts go through the chat template; as the run did where None.
+        with_images: whether prompts have images.
 
     Returns:
         The model on its device, and the encoder of its prompts.
 
     Raises:
-        UserError: something cannot be loaded.
+        UserError: something cannot be loaded, or the model sees no images and is to.
     """
     check_writes(model, "generate, chat or evaluate")
+    name = _stored_at(model, base)
+    if with_images and form_of(load_config(name)) is not IMAGE_TEXT:
+        raise UserError(f"model: {model!r} sees no images; leave --image out, or give a model that does.")
     loaded, tokenizer = _load_as_trained(model, base)
     trained_as = recipe_of_run(model)
     chat = trained_as.get("chat", False) if chat is None else chat
     special_text = trained_as.get("data", {}).get("special_text", "keep")
     stops = stop_token_ids(loaded.config, loaded.generation_config)
-    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops)
+    images = ImageProcessor(load_processor(name, tokenizer)) if with_images else None
+    return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, stop_token_ids=stops, images=images)
 
 
 def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Head]:
@@ -76,6 +87,13 @@ def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEnc
     return loaded, RowEncoder(tokenizer, chat=chat, special_text=special_text, has_completions=is_reward), head
 
 
+def _stored_at(model: str, base: str | None) -> str:
+    """Folder or hub id of the weights that a model, or what an adapter is put on, has."""
+    if is_adapter(model):
+        return resolve_model(base or base_model_of(adapter_folder(model)))
+    return resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
+
+
 def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
     """A model on its device and its tokenizer, with a run's own settings where it is one's."""
     trained_as = recipe_of_run(model)
@@ -91,7 +109,7 @@ def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
             adapter_folder(model), base=base, dtype=dtype, attention=attention, quantization=quantization
         )
     else:
-        name = resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
+        name = _stored_at(model, base)
         loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
     loaded = loaded if is_placed(loaded) else loaded.to(device)
     if (chat_template := trained_as.get("chat_template")) is not None:

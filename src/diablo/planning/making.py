@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from diablo.data.encoding import RowEncoder
 from diablo.data.general_text import encode_general_text
 from diablo.data.packing import pack
+from diablo.data.vision import ImageProcessor
 from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.adapters import check_tensors
@@ -20,6 +21,7 @@ from diablo.models.loading import (
     count_parameters,
     load_config,
     load_generation_config,
+    load_processor,
     longest_text,
     meta_model,
     resolve_model,
@@ -35,7 +37,14 @@ from diablo.planning.rewards import check_groups, make_sampler
 from diablo.planning.rows import encode_rows, measured_rows
 from diablo.planning.schedules import choose_schedule
 from diablo.planning.speed import check_speed
-from diablo.planning.suited import check_handover, check_output_layer, check_smoothing, check_suited, choose_head
+from diablo.planning.suited import (
+    check_handover,
+    check_images,
+    check_output_layer,
+    check_smoothing,
+    check_suited,
+    choose_head,
+)
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
@@ -71,6 +80,8 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     if isinstance(recipe.method, PeftMethod) and recipe.merge:
         check_merges(recipe.method.type, "merge: found true")
     check_smoothing(recipe, config)
+    with_images = check_images(recipe, config, [*rows.train, *rows.held_out])
+    images = ImageProcessor(load_processor(model_name, tokenizer)) if with_images else None
     adapted, targets, parameters = _adapted_on_meta(recipe.method, config, tokens)
     if recipe.adapter is not None and isinstance(adapted, PeftModel):
         check_tensors(adapter_folder(recipe.adapter), model_name, shapes_in_file(adapted))
@@ -86,6 +97,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         special_text=special_text,
         stop_token_ids=stop_token_ids(config, load_generation_config(model_name)),
         has_completions=recipe.objective.rows not in ("labelled", "numbered", "tagged"),
+        images=images,
     )
     faults = list(rows.faults)
     most = None if head is None else longest_text(tokenizer, config)

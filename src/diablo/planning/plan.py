@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -151,6 +152,11 @@ class Plan:
         return sum(row.tokens for row in self.train), sum(row.supervised for row in self.train)
 
     @property
+    def images(self) -> int:
+        """How many images the training rows have."""
+        return sum(len(row.images) for row in self.train)
+
+    @property
     def special_text(self) -> tuple[int, dict[str, int]]:
         """How many rows spell special tokens in their own text, and how often each token is spelled."""
         spelled = [row.special_text for row in (*self.train, *self.held_out, *self.general) if row.special_text]
@@ -268,7 +274,8 @@ class Plan:
         tokens, supervised = self.tokens
         if self.rewards is not None:
             return f"prompts             {len(self.train):,}: {tokens:,} tokens"
-        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        seen = "" if self.encoder.images is None else f"; {self.images:,} images, which are read batch by batch"
+        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised{seen}"
 
     def data_record(self) -> dict[str, Any]:
         """What rows there are, what they are for and which are left out, as values of JSON."""
@@ -278,6 +285,7 @@ class Plan:
             "rows": len(self.train),
             "tokens": tokens,
             "supervised_tokens": supervised,
+            "images": self.images,
             "held_out_rows": len(self.held_out),
             "validation_rows": self.validation,
             "train": [source.record() for source in self.sources],
@@ -344,9 +352,15 @@ class Plan:
         return f"{row.target:g}" if row.target is not None else " ".join(labels[tag] for tag in row.labels if tag >= 0)
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
-        """Each token of a row as text, and whether it is supervised."""
-        decode = self.encoder.tokenizer.decode
-        return [(decode([token]), label != IGNORED) for token, label in zip(row.input_ids, row.labels, strict=True)]
+        """Each token of a row as text, and whether it is supervised; those that stand for one image are one entry."""
+        decode, images = self.encoder.tokenizer.decode, self.encoder.images
+        marked: list[tuple[str, bool]] = []
+        pairs = itertools.groupby(zip(row.input_ids, row.labels, strict=True))
+        for (token, label), group in pairs:
+            text, count = decode([token]), sum(1 for _ in group)
+            repeated = images is not None and token == images.repeated and count > 1
+            marked += [(f"{text} x {count}", False)] if repeated else [(text, label != IGNORED)] * count
+        return marked
 
 
 def _places(rows: Sequence[Placed]) -> list[int | str]:

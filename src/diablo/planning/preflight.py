@@ -110,7 +110,8 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
         UserError: no gradient arrives at some trainable parameter.
     """
     labels, options = batch["labels"], {} if has_head else {"use_cache": False}
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **options).logits
+    given = {name: values for name, values in batch.items() if name not in ("labels", "predicting")}
+    logits = model(**given, **options).logits
     if has_head:
         loss = logits.float().square().sum()
     else:

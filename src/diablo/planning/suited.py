@@ -12,13 +12,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
+from diablo.data.faults import name_places
+from diablo.data.rows import Row
 from diablo.errors import UserError
+from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.heads import Head
 from diablo.models.loading import stored_quantization
 from diablo.recipes.methods import AnyMethod, PeftMethod
 from diablo.recipes.new_tokens import check_trains_tokens
 from diablo.recipes.objectives import LabelObjective
-from diablo.recipes.peft_methods import check_merges, check_packs, check_precision
+from diablo.recipes.peft_methods import check_merges, check_packs, check_precision, check_sees
 from diablo.recipes.recipe import Recipe
 
 
@@ -45,6 +48,33 @@ def check_suited(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, m
             f"method: {', '.join(refused)} would have to read or change weights that {how} quantizes; take another "
             "method, or a model that is not quantized."
         )
+
+
+def check_images(recipe: Recipe, config: PretrainedConfig, rows: Sequence[Row]) -> bool:
+    """Check that images can be trained on as a recipe says, and say whether there are any.
+
+    Raises:
+        UserError: they cannot be.
+    """
+    seeing = [row for row in rows if row.images]
+    if not seeing:
+        return False
+    where = f"and {len(seeing)} of {len(rows)} rows have images ({name_places(seeing[:1])})"
+    if form_of(config) is not IMAGE_TEXT:
+        raise UserError(
+            f"model: found {recipe.model!r}, which sees none, {where}; take a model that sees images, or rows without."
+        )
+    if not recipe.chat:
+        raise UserError(f"chat: found false, {where}, whose places a chat template writes; set chat to true.")
+    without = "leave it out, or take rows without images"
+    if recipe.training.packing:
+        raise UserError(f"training.packing: found true, {where}, which are not packed; {without}.")
+    for switch in ("liger", "compile"):
+        if getattr(recipe.speed, switch):
+            raise UserError(f"speed.{switch}: found true, {where}, with which it has never run; {without}.")
+    if isinstance(recipe.method, PeftMethod):
+        check_sees(recipe.method.type)
+    return True
 
 
 def choose_head(needed: Head | None, config: PretrainedConfig, recipe: Recipe) -> tuple[Head | None, bool]:

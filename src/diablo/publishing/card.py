@@ -97,6 +97,8 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
 def _pipeline_of(record: Mapping[str, Any]) -> str:
     """What the hub calls the task of a run's model."""
     kind = (record["training"].get("head") or {}).get("kind")
+    if record.get("sees_images"):
+        return "image-text-to-text"
     return "text-generation" if kind is None else "token-classification" if kind in _OF_WORDS else "text-classification"
 
 
@@ -288,21 +290,25 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
     chat = " --chat" if recipe["chat"] else ""
     form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
     lines = ["## Use", "", f"It was trained on prompts that are given {form}.", "", *_tokens(record, kind)]
+    sees = record.get("sees_images")
     if kind == "adapter":
+        picture = " --image photo.jpg" if record["data"].get("images") else ""
         lines += [
             "```console",
             "$ pip install 'diablo-peft[cli]'",
-            f'$ diablo generate .{chat} "..."    # in the folder of these files',
+            f'$ diablo generate .{chat} "..."{picture}    # in the folder of these files',
             "$ diablo merge . merged    # a plain transformers model",
             "```",
         ]
     else:
+        loader = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+        reader = "AutoProcessor" if sees else "AutoTokenizer"
         lines += [
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {loader}, {reader}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+            f'model = {loader}.from_pretrained("{HERE}")',
+            f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{HERE}")',
             "```",
         ]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.folders import check_new_folder
+from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.quantization.scheme import Scheme
 from diablo.quantization.weights import check_library, dequantize, quantize_weight
@@ -75,6 +76,11 @@ def quantize_model(
     source = StoredWeights(model)
     if getattr(source.config, "quantization_config", None) is not None:
         raise UserError(f"model: {model!r} is quantized already; give the model that it was made from.")
+    if form_of(source.config) is IMAGE_TEXT:
+        raise UserError(
+            f"model: {model!r} sees images, and diablo quantize takes models of text alone; set quantization: nf4 in a "
+            "recipe, which quantizes it while it is loaded."
+        )
     device = choose_device()
     skeleton = _Skeleton(source, choose_dtype("auto", device), device)
     skeleton.check(scheme)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 _CHUNK = 1024
 """Number of supervised tokens whose logits are cast to fp32 at a time."""
 
-_GIVEN = ("input_ids", "position_ids")
-"""What of a batch the model is given."""
+_NOT_GIVEN = ("attention_mask", "labels", "predicting")
+"""What of a batch the model is not given."""
 
 
 def summed_completion_loss(
@@ -24,7 +24,7 @@ def summed_completion_loss(
 
     Args:
         model: a causal language model, adapted or not, possibly wrapped for distributed training.
-        batch: what :func:`diablo.data.batching.collate` makes.
+        batch: what :func:`diablo.data.batching.collate` makes; and what the model is given of images.
         label_smoothing: the share of a token's target that is spread evenly over the vocabulary, from 0 to below 1.
 
     Returns:
@@ -85,7 +85,7 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
 
     handle = _output_layer(model).register_forward_pre_hook(keep_predicting)
     try:
-        output = model(use_cache=False, **{name: batch[name] for name in _GIVEN if name in batch})
+        output = model(use_cache=False, **{name: batch[name] for name in batch if name not in _NOT_GIVEN})
     finally:
         handle.remove()
     return output.logits.squeeze(0), batch["labels"].flatten().index_select(0, positions + 1)

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainerCallback
 
-from diablo.data.batching import collate
+from diablo.data.batching import collate, collate_rows
 from diablo.data.packing import flatten
 from diablo.models.compiling import as_if_not_compiled
 from diablo.planning.plan import Plan
@@ -193,17 +193,22 @@ class MeteredCollator:
     """Makes batches that know the numbers of their rows, and counts their tokens.
 
     Args:
-        pad_token_id: fills rows up.
+        plan: has the rows, whose pixels are read here.
         meter: counts the tokens.
-        flat: put sequences of packed rows one behind the other, for attention that needs no padding.
     """
 
-    def __init__(self, pad_token_id: int, meter: TokenMeter, *, flat: bool = False) -> None:
-        self.pad_token_id, self.meter, self.flat = pad_token_id, meter, flat
+    def __init__(self, plan: Plan, meter: TokenMeter) -> None:
+        self.plan, self.meter = plan, meter
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of some sequences, with the ``numbers`` of their rows, a list, beside the tensors."""
-        batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
+        pad_token_id, images = self.plan.encoder.tokenizer.pad_token_id, self.plan.encoder.images
+        if images is None:
+            # Attention that needs no padding takes packed rows one behind the other.
+            batch = collate([flatten(features)] if self.plan.is_flat else features, pad_token_id)
+        else:
+            rows = [row for sequence in features for row in self.plan.rows_of(sequence["sequence"])]
+            batch = collate_rows(rows, pad_token_id, images)
         self.meter.count(sum(len(sequence["input_ids"]) for sequence in features), batch["input_ids"].numel())
         # A list, which stays on the host.
         return {**batch, "numbers": [number for sequence in features for number in sequence["numbers"]]}

@@ -8,6 +8,7 @@ from typing import Any
 
 from diablo.data.faults import NoRowError
 from diablo.data.reading import completions, labels, preferences, prompts
+from diablo.data.reading.images import COLUMNS, WITHOUT_IMAGES, column_images
 from diablo.data.reading.values import MissingColumnError
 from diablo.data.rows import Row, RowKind, kind_of
 
@@ -52,9 +53,9 @@ class Format:
 
 FORMATS: dict[RowKind, dict[str, Format]] = {
     "completions": {
-        "messages": Format(("messages",), ("tools",), completions.from_messages),
-        "ShareGPT": Format(("conversations",), ("tools",), completions.from_conversations),
-        "prompt/completion": Format(("prompt", "completion"), ("tools",), completions.from_prompt),
+        "messages": Format(("messages",), ("tools", *COLUMNS), completions.from_messages),
+        "ShareGPT": Format(("conversations",), ("tools", *COLUMNS), completions.from_conversations),
+        "prompt/completion": Format(("prompt", "completion"), ("tools", *COLUMNS), completions.from_prompt),
         "Alpaca": Format(("instruction", "output"), ("input",), completions.from_instruction),
         "text": Format(("text",), (), completions.from_text),
     },
@@ -132,10 +133,18 @@ def to_row(number: int, record: Any, kind: RowKind = "completions") -> tuple[Row
     other = _other_kind(record, kind)
     if name is None or (other and not set(FORMATS[kind][name].required) <= record.keys()):
         raise NoRowError(f"has {name_columns(record)}", f"needs {_NEEDED[kind]}{other or _proposal(record, kind)}")
+    form = FORMATS[kind][name]
+    if column_images(record) and not {*COLUMNS} <= {*form.optional}:
+        raise NoRowError(*(WITHOUT_IMAGES if kind != "completions" else _of_no_turn(name)))
     try:
-        return FORMATS[kind][name].read(number, record), name
+        return form.read(number, record), name
     except MissingColumnError as error:
         raise NoRowError(error.reason, f"{error.mend}{_proposal(record, kind)}") from None
+
+
+def _of_no_turn(name: str) -> tuple[str, str]:
+    """What is wrong with images in a format that has no place for them, and how to mend it."""
+    return f"has images, which rows of the format {name} have no place for", "give messages, or prompt and completion"
 
 
 def _other_kind(record: Mapping[str, Any], kind: RowKind) -> str:
