@@ -27,6 +27,7 @@ from diablo.models.loading import (
     count_parameters,
 )
 from diablo.models.stored_weights import write_stop_tokens
+from diablo.models.vectors import Vectors
 from diablo.records.card import write_adapter_facts
 from diablo.tuner import DiabloConfig
 
@@ -93,6 +94,7 @@ def save_adapter(
     start: Path | None = None,
     trained: Mapping[str, torch.Tensor] | None = None,
     stops: Collection[int] = (),
+    vectors: Vectors | None = None,
 ) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
@@ -107,6 +109,7 @@ def save_adapter(
         start: what :func:`save_start` returned.
         trained: the trained parameters by name, where the model has them in parts; the model's own where None.
         stops: tokens that stop generation, beside those that the model names; saved with a whole model.
+        vectors: how texts become vectors, which is saved too, with the tokenizer; None where they do not.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -131,6 +134,9 @@ def save_adapter(
             tokenizer.save_pretrained(target)
             if not with_head:
                 write_stop_tokens(target, stops)
+        if vectors is not None:
+            vectors.save(target)
+            tokenizer.save_pretrained(target)
         put_in_place(target, folder)
 
 

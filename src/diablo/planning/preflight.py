@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from diablo.data.encoding import EncodedRow
 from diablo.data.faults import name_places
 from diablo.errors import UserError
+from diablo.models.heads import said
 
 
 def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
@@ -110,7 +111,7 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
         UserError: no gradient arrives at some trainable parameter.
     """
     labels, options = batch["labels"], {} if has_head else {"use_cache": False}
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **options).logits
+    logits = said(model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), **options))
     if has_head:
         loss = logits.float().square().sum()
     else:

@@ -22,7 +22,7 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
-from diablo.models.heads import Head
+from diablo.models.heads import Head, said
 from diablo.models.loading import (
     count_parameters,
     load_config,
@@ -248,7 +248,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         config,
         recipe.method,
         # A pair is two sequences.
-        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows == "pairs" else 1),
+        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows in ("pairs", "texts") else 1),
         length=recipe.training.max_length,
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
@@ -317,7 +317,8 @@ def _frozen_bytes(model: Any, quantization: str | None) -> int:
     if quantization is None:
         return frozen
     head = model.get_output_embeddings()
-    left = {id(parameter) for module in (head, model.get_input_embeddings()) for parameter in module.parameters()}
+    kept = [module for module in (head, model.get_input_embeddings()) if module is not None]
+    left = {id(parameter) for module in kept for parameter in module.parameters()}
     held = [
         module.weight
         for module in model.modules()
@@ -406,7 +407,7 @@ def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if Head.of(model.config) is not None:
-        return model(**given).logits.float().square().sum()
+        return said(model(**given)).float().square().sum()
     return model(**given, labels=ids, use_cache=False).loss
 
 

@@ -161,6 +161,7 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
                 start=adapter_start,
                 trained=trained,
                 stops=plan.encoder.stop_token_ids,
+                vectors=plan.vectors,
             )
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
