@@ -86,6 +86,7 @@ class Sizes:
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
             LoRA of as many trained parameters.
+        length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
     """
 
@@ -96,6 +97,7 @@ class Sizes:
     total: int
     dtype: torch.dtype
     memory: list[Memory]
+    length: int
     tokens: TrainedTokens | None = None
 
     @property
@@ -221,6 +223,7 @@ def sizes_of(
         total=total,
         dtype=dtype,
         memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
+        length=length,
         tokens=tokens,
     )
 
@@ -242,6 +245,9 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         # The rows are not read for this. A head of more labels is hardly larger.
         labels = recipe.objective.labels or ["0", "1"] if isinstance(recipe.objective, LabelObjective) else []
         Head(kind, tuple(labels)).put_into(config, pad_token_id=0)
+    length = recipe.training.max_length
+    if kind is not None:
+        length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
@@ -249,7 +255,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         recipe.method,
         # A pair is two sequences.
         batch_size=recipe.training.batch_size * (2 if recipe.objective.rows in ("pairs", "texts") else 1),
-        length=recipe.training.max_length,
+        length=length,
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,

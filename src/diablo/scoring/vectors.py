@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def embed(model: Any, vectors: Vectors, batch: dict[str, torch.Tensor], autocast
 
 def text_batch(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Texts, padded on the right to the longest, as :func:`embed` takes them; on the CPU."""
-    made = label_batch([features_of(row) for row in rows], pad_token_id)
+    made = label_batch([features_of(replace(row, target=None)) for row in rows], pad_token_id)
     return {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
 
 
