@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 from diablo.data.encoding import IGNORED
 
 _BATCHES_SORTED_TOGETHER = 50
+_TURNS = 3
+"""How often rows with a text of another row are looked for: one that has found no place may find one later."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -169,12 +171,14 @@ class DistinctSampler(LengthGroupedSampler):
     def _distinct(self, parts: list[list[int]]) -> list[list[int]]:
         held = [Counter(text for index in part for text in self.texts[index]) for part in parts]
         generator = random.Random(f"distinct-{self.seed}-{self.epoch}")
-        for number, part in enumerate(parts):
-            for place in self._doubled(part):
-                # Near ones first: their rows are as likely of a similar length as others, and mostly the first fits.
-                others = [other for other in range(len(parts)) if other != number]
-                generator.shuffle(others)
-                self._change_places(parts, held, (number, place), others)
+        numbers = range(len(parts))
+        for _ in range(_TURNS):
+            for number, part in enumerate(parts):
+                for place in self._doubled(part):
+                    # The first one mostly fits, and to begin anywhere is as good as to shuffle them all.
+                    start = generator.randrange(len(parts))
+                    others = [other for other in (*numbers[start:], *numbers[:start]) if other != number]
+                    self._change_places(parts, held, (number, place), others)
         return parts
 
     def _change_places(
