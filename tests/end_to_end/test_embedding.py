@@ -214,8 +214,8 @@ def test_the_figures_are_those_of_the_evaluators_of_sentence_transformers(diablo
 @BOTH
 def test_scores_of_pairs_are_learned(diablo, recipe, tmp_path):
     run = tmp_path / "run"
-    write(tmp_path / "rows.jsonl", scored(key="label"))
-    status, out, err = diablo("train", recipe, f"output={run}", "training.epochs=12")
+    write(tmp_path / "rows.jsonl", scored(128, key="label"))
+    status, out, err = diablo("train", recipe, f"output={run}", "training.epochs=16")
     assert status == 0, err
     assert "held-out spearman" in out
     before, after = figures(run, "spearman")
