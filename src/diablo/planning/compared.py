@@ -12,7 +12,7 @@ from diablo.data.faults import name_places
 from diablo.data.rows import Row
 from diablo.errors import UserError
 from diablo.planning.rows import Rows
-from diablo.recipes.objectives import OF_ANCHORS, EmbeddingLoss, EmbeddingObjective
+from diablo.recipes.embedding import OF_ANCHORS, EmbeddingLoss, EmbeddingObjective
 from diablo.recipes.recipe import Recipe
 
 if TYPE_CHECKING:

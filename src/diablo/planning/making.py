@@ -43,8 +43,8 @@ from diablo.planning.speed import check_speed
 from diablo.planning.suited import check_output_layer, check_smoothing, check_suited, choose_head
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
+from diablo.recipes.embedding import EmbeddingObjective
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
-from diablo.recipes.objectives import EmbeddingObjective
 from diablo.recipes.peft_methods import check_merges
 from diablo.recipes.recipe import Recipe
 

@@ -30,7 +30,7 @@ from diablo.planning.optimizers import OptimizerChoice
 from diablo.planning.schedules import ScheduleChoice
 from diablo.planning.tokens import TokenCounts
 from diablo.recipes.applying import TargetKind
-from diablo.recipes.objectives import EmbeddingObjective
+from diablo.recipes.embedding import EmbeddingObjective
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
 from diablo.scoring.rewards import Rewards

@@ -11,7 +11,7 @@ from diablo.data.encoding import EncodedRow
 from diablo.models.vectors import Vectors
 from diablo.planning.compared import loss_of
 from diablo.planning.plan import Plan
-from diablo.recipes.objectives import EmbeddingObjective
+from diablo.recipes.embedding import EmbeddingObjective
 from diablo.records.progress import TokenMeter
 from diablo.scoring.vectors import Loss, embed, make_loss, targets_of, text_batch, vector_figures
 from diablo.training.trainers.base import number_of
