@@ -38,8 +38,9 @@ class EncodedRow:
         target: what a model with a head is to say of the whole row: the index of a label, a 1 or 0 for each label, or a
             number. None where it says nothing, or something of each token, which is then in ``labels``.
         token_types: which of two texts each token belongs to, where the model is told.
-        is_cut: whether the end of the text was cut off.
+        is_cut: whether the end of the text was cut off, or that of one of several.
         images: the images that its tokens stand for, in their order.
+        others: the texts that this one is compared with, as :class:`Row` has them; empty where nothing is compared.
     """
 
     number: int
@@ -56,6 +57,7 @@ class EncodedRow:
     token_types: list[int] | None = None
     is_cut: bool = False
     images: tuple[Image, ...] = ()
+    others: tuple[EncodedRow, ...] = ()
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -64,8 +66,8 @@ class EncodedRow:
 
     @property
     def sequences(self) -> list[EncodedRow]:
-        """What the model reads of the row: itself, and the worse completion of a pair."""
-        return [self] if self.rejected is None else [self, self.rejected]
+        """What the model reads of the row: itself, the worse completion of a pair, and what it is compared with."""
+        return [self, *([] if self.rejected is None else [self.rejected]), *self.others]
 
     @property
     def length(self) -> int:

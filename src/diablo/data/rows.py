@@ -18,10 +18,10 @@ turn that is not trained on has ``train``, which is False. A turn of the user or
 each :data:`diablo.data.images.PLACE` in its content."""
 
 
-RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged"]
+RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged", "texts"]
 """What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; completions of
 which each is judged good or bad; prompts, which the model completes while it is trained; texts with a label, or with a
-number; or words of which each has a label."""
+number; words of which each has a label; or texts that belong together, or do not."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Row:
         label: what the text in ``prompt`` is labelled with: a label, several of them, or a number; or the labels of
             ``words``. None where nothing is labelled.
         words: the words of a text of which each has a label.
+        others: the texts that the one in ``prompt`` is compared with: one that belongs to it, and then those that do
+            not; or one alone, where ``label`` says how near the two are. Empty where nothing is compared.
     """
 
     number: int
@@ -60,6 +62,7 @@ class Row:
     text_pair: str = ""
     label: str | float | tuple[str, ...] | None = None
     words: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:

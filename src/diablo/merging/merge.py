@@ -22,7 +22,7 @@ from diablo.merging.shards import Changes, base_digest_of, find_changes, merge_s
 from diablo.merging.untying import untie
 from diablo.models.adapters import attach_adapter, load_adapter, load_base, read_adapter_config, stored_dtype
 from diablo.models.folders import base_model_of, new_folder
-from diablo.models.heads import Head, has_head
+from diablo.models.heads import Head, gives_vectors, has_head, said
 from diablo.models.loading import (
     load_config,
     load_model,
@@ -32,6 +32,7 @@ from diablo.models.loading import (
     write_processor,
 )
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
+from diablo.models.vectors import load_vectors
 from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
 from diablo.planning.making import make_plan
 from diablo.quantization import Scheme
@@ -168,11 +169,11 @@ def merge_adapter(
         if scheme is not None:
             assert calibration is not None  # checked above
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _save(merged, tokenizer, name, Path(scratch))
+                _save(merged, tokenizer, adapter, name, Path(scratch))
                 quantize_model(scratch, target, scheme, calibration(tokenizer), console=console)
             merged = load_model(str(target), dtype)
         else:
-            _save(merged, tokenizer, name, target)
+            _save(merged, tokenizer, adapter, name, target)
         _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer, trained_ids)
     return MergeReport(
@@ -333,10 +334,12 @@ def _measure(
     first = (token % model.config.get_text_config().vocab_size for token in range(32))
     probe = torch.tensor([[*first, *trained_ids]], device=model.device)
     loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
-    return model.eval()(input_ids=probe).logits.float().cpu(), loss
+    return said(model.eval()(input_ids=probe)).float().cpu(), loss
 
 
-def _save(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, adapter: Path, name: str, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_processor(name, folder)
+    if gives_vectors(adapter):
+        load_vectors(adapter, model.config, tokenizer).save(folder)

@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from diablo.devices import choose_device
 from diablo.errors import UserError, first_line, shortened
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.forms import IMAGE_TEXT, auto_class, form_of
+from diablo.models.forms import IMAGE_TEXT, VECTORS, auto_class, form_of
 from diablo.models.heads import Head, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
@@ -194,13 +194,15 @@ def load_model(
             # That nothing but the kernel is taken from the settings which are given here.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             if config is None or (head := Head.of(config)) is None:
-                return auto_class(stored).from_pretrained(name, dtype=dtype, **options)
+                return _without_pooler(auto_class(stored).from_pretrained(name, dtype=dtype, **options))
             model, info = auto_class(config).from_pretrained(
                 name, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
-    new = {*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}
+    lost = {*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}
+    parameters = {*dict(_without_pooler(model).named_parameters())}
+    new = lost & parameters if head.kind == "embedding" else lost
     if stray := [name for name in new if not set(name.split(".")) & {*head_modules(model)}]:
         raise UserError(
             f"model: the weights of {name!r} lack {len(stray)} that are no part of a head, such as {sorted(stray)[0]}; "
@@ -209,6 +211,13 @@ def load_model(
     if not head.is_as(Head.of(stored)):
         new |= {*output_parameters(model, head)}
     initialize(model, new, seed)
+    return model
+
+
+def _without_pooler(model: Any) -> Any:
+    """The model without what makes one vector of a text's tokens in its own way, which most checkpoints lack."""
+    if form_of(model.config) == VECTORS and getattr(model, "pooler", None) is not None:
+        model.pooler = None
     return model
 
 
@@ -261,7 +270,7 @@ def meta_model(config: PretrainedConfig) -> Any:
     """
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(config)
+            return _without_pooler(auto_class(config).from_config(config))
     except ValueError:
         raise UserError(
             f"model: type {config.model_type!r} is not a causal language model; give one that is."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diablo.models.folders import (
     is_adapter,
 )
 from diablo.models.forms import IMAGE_TEXT, form_of
-from diablo.models.heads import Head, check_writes, has_head
+from diablo.models.heads import Head, check_writes, gives_vectors, has_head
 from diablo.models.loading import (
     is_placed,
     load_config,
@@ -26,6 +27,7 @@ from diablo.models.loading import (
     resolve_model,
     stop_token_ids,
 )
+from diablo.models.vectors import Vectors, load_vectors
 from diablo.records.results import recipe_of_run
 
 
@@ -73,6 +75,10 @@ def load_for_labels(model: str, *, base: str | None = None) -> tuple[Any, RowEnc
         UserError: something cannot be loaded, or the model has no head.
     """
     trained_as = recipe_of_run(model)
+    if gives_vectors(model):
+        raise UserError(
+            f"model: {model!r} gives vectors of texts and labels none; ask it with: diablo embed {model} TEXT"
+        )
     if not (Path(model).is_dir() and has_head(model)) and Head.of(load_config(resolve_model(model))) is None:
         raise UserError(
             f"model: {model!r} writes text and has no head that labels or scores it; ask it with diablo generate, or "
@@ -94,8 +100,45 @@ def _stored_at(model: str, base: str | None) -> str:
     return resolve_model(str(Path(model) / "model") if (Path(model) / "model").is_dir() else model)
 
 
-def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
-    """A model on its device and its tokenizer, with a run's own settings where it is one's."""
+def load_for_vectors(model: str, *, base: str | None = None) -> tuple[Any, RowEncoder, Vectors]:
+    """A model that gives vectors, or an adapter of one on its base.
+
+    Args:
+        model: a run's folder, an adapter's folder, or any model without a head, or whose head is not needed.
+        base: the adapter's base model, where it is not the one that the adapter names.
+
+    Returns:
+        The model on its device, the encoder of its texts, and how they become vectors.
+
+    Raises:
+        UserError: something cannot be loaded, or the model was trained for something else.
+    """
+    trained_as = recipe_of_run(model)
+    _check_vectors(model, trained_as)
+    loaded, tokenizer = _load_as_trained(model, base, Head("embedding"))
+    folder = adapter_folder(model) if is_adapter(model) else _stored_at(model, base)
+    special_text = trained_as.get("data", {}).get("special_text", "keep")
+    vectors = load_vectors(folder, loaded.config, tokenizer)
+    return loaded, RowEncoder(tokenizer, special_text=special_text, has_completions=False), vectors
+
+
+def _check_vectors(model: str, trained_as: Mapping[str, Any]) -> None:
+    """Check that an adapter, or a run, is one of vectors: no other model is put under it, and none is trained so."""
+    objective = (trained_as.get("objective") or {}).get("name", "embedding")
+    if objective == "embedding" and (gives_vectors(model) or not is_adapter(model)):
+        return
+    what = f"objective {objective}" if objective != "embedding" else "another objective"
+    raise UserError(
+        f"model: {model!r} was trained with {what}, and gives no vectors of texts; give a run of objective embedding, "
+        "or a model of sentence-transformers or transformers."
+    )
+
+
+def _load_as_trained(model: str, base: str | None, head: Head | None = None) -> tuple[Any, Any]:
+    """A model on its device and its tokenizer, with a run's own settings where it is one's.
+
+    Of a model that is none of an adapter, a head other than its own may be asked for.
+    """
     trained_as = recipe_of_run(model)
     device = choose_device()
     precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
@@ -110,7 +153,11 @@ def _load_as_trained(model: str, base: str | None) -> tuple[Any, Any]:
         )
     else:
         name = _stored_at(model, base)
-        loaded, tokenizer = load_model(name, dtype, attention), load_tokenizer(name)
+        tokenizer, config = load_tokenizer(name), None
+        if head is not None:
+            config = load_config(name)
+            head.put_into(config, tokenizer.pad_token_id)
+        loaded = load_model(name, dtype, attention, config=config)
     loaded = loaded if is_placed(loaded) else loaded.to(device)
     if (chat_template := trained_as.get("chat_template")) is not None:
         tokenizer.chat_template = chat_template

@@ -29,6 +29,7 @@ from diablo.models.loading import (
     write_processor,
 )
 from diablo.models.stored_weights import write_stop_tokens
+from diablo.models.vectors import Vectors
 from diablo.records.card import write_adapter_facts
 from diablo.tuner import DiabloConfig
 
@@ -96,6 +97,7 @@ def save_adapter(
     trained: Mapping[str, torch.Tensor] | None = None,
     stops: Collection[int] = (),
     source: str | None = None,
+    vectors: Vectors | None = None,
 ) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
@@ -111,6 +113,7 @@ def save_adapter(
         trained: the trained parameters by name, where the model has them in parts; the model's own where None.
         stops: tokens that stop generation, beside those that the model names; saved with a whole model.
         source: the model that it was made of, whose processor is saved with a whole model.
+        vectors: how texts become vectors, which is saved too, with the tokenizer; None where they do not.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -137,6 +140,9 @@ def save_adapter(
                 write_processor(source, target)
             if not with_head:
                 write_stop_tokens(target, stops)
+        if vectors is not None:
+            vectors.save(target)
+            tokenizer.save_pretrained(target)
         put_in_place(target, folder)
 
 

@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from diablo.data.encoding import EncodedRow
 from diablo.data.faults import name_places
 from diablo.errors import UserError
+from diablo.models.heads import said
+
+_OF_LOSS = ("labels", "predicting")
+"""What of a batch is for the loss, and not for the model."""
 
 
 def check_supervision(rows: Sequence[EncodedRow], what: str) -> None:
@@ -110,8 +114,8 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
         UserError: no gradient arrives at some trainable parameter.
     """
     labels, options = batch["labels"], {} if has_head else {"use_cache": False}
-    given = {name: values for name, values in batch.items() if name not in ("labels", "predicting")}
-    logits = model(**given, **options).logits
+    names = ("input_ids", "attention_mask") if has_head else [name for name in batch if name not in _OF_LOSS]
+    logits = said(model(**{name: batch[name] for name in names if name in batch}, **options))
     if has_head:
         loss = logits.float().square().sum()
     else:

@@ -22,7 +22,7 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
-from diablo.models.heads import Head
+from diablo.models.heads import Head, said
 from diablo.models.loading import (
     count_parameters,
     load_config,
@@ -86,6 +86,7 @@ class Sizes:
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
             LoRA of as many trained parameters.
+        length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
     """
 
@@ -96,6 +97,7 @@ class Sizes:
     total: int
     dtype: torch.dtype
     memory: list[Memory]
+    length: int
     tokens: TrainedTokens | None = None
 
     @property
@@ -221,6 +223,7 @@ def sizes_of(
         total=total,
         dtype=dtype,
         memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
+        length=length,
         tokens=tokens,
     )
 
@@ -242,14 +245,17 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         # The rows are not read for this. A head of more labels is hardly larger.
         labels = recipe.objective.labels or ["0", "1"] if isinstance(recipe.objective, LabelObjective) else []
         Head(kind, tuple(labels)).put_into(config, pad_token_id=0)
+    length = recipe.training.max_length
+    if kind is not None:
+        length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
         config,
         recipe.method,
         # A pair is two sequences.
-        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows == "pairs" else 1),
-        length=recipe.training.max_length,
+        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows in ("pairs", "texts") else 1),
+        length=length,
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
@@ -317,7 +323,8 @@ def _frozen_bytes(model: Any, quantization: str | None) -> int:
     if quantization is None:
         return frozen
     head = model.get_output_embeddings()
-    left = {id(parameter) for module in (head, model.get_input_embeddings()) for parameter in module.parameters()}
+    kept = [module for module in (head, model.get_input_embeddings()) if module is not None]
+    left = {id(parameter) for module in kept for parameter in module.parameters()}
     held = [
         module.weight
         for module in model.modules()
@@ -406,7 +413,7 @@ def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if Head.of(model.config) is not None:
-        return model(**given).logits.float().square().sum()
+        return said(model(**given)).float().square().sum()
     return model(**given, labels=ids, use_cache=False).loss
 
 

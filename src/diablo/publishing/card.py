@@ -65,7 +65,7 @@ def title_of(record: Mapping[str, Any], kind: Kind) -> str:
 def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """The YAML at the top of the card, as the hub reads it."""
     recipe = record["recipe"]
-    base = base_of(recipe["model"])
+    base, pipeline = base_of(recipe["model"]), _pipeline_of(record)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -83,8 +83,8 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if kind == "adapter" else "finetune") if base else None,
-        library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag=_pipeline_of(record),
+        library_name="peft" if kind == "adapter" else _LIBRARY.get(pipeline, "transformers"),
+        pipeline_tag=pipeline,
         tags=[recipe["method"].get("type", recipe["method"]["name"]).lower(), "diablo-peft"],
         datasets=list(dict.fromkeys(datasets)) or None,
         eval_results=results or None,
@@ -94,11 +94,18 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     return data.to_dict()
 
 
+_VECTORS = "sentence-similarity"
+_LIBRARY = {_VECTORS: "sentence-transformers"}
+"""The library that loads a model, by the model's task, where that is not transformers."""
+
+
 def _pipeline_of(record: Mapping[str, Any]) -> str:
     """What the hub calls the task of a run's model."""
     kind = (record["training"].get("head") or {}).get("kind")
     if record.get("sees_images"):
         return "image-text-to-text"
+    if kind == "embedding":
+        return _VECTORS
     return "text-generation" if kind is None else "token-classification" if kind in _OF_WORDS else "text-classification"
 
 
@@ -314,7 +321,31 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
     return "\n".join(lines)
 
 
+def _use_of_vectors(kind: Kind) -> str:
+    lines = ["## Use", "", "It gives vectors of texts. Those of texts that belong together are near.", ""]
+    if kind == "adapter":
+        lines += [
+            "```console",
+            "$ pip install 'diablo-peft[cli,embeddings]'",
+            '$ diablo embed . "..."    # in the folder of these files',
+            "$ diablo merge . merged    # a plain model of sentence-transformers",
+            "```",
+        ]
+    else:
+        lines += [
+            "```python",
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f'model = SentenceTransformer("{HERE}")',
+            'vectors = model.encode(["..."])',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
 def _use_of_head(recipe: Mapping[str, Any], head: Mapping[str, Any], kind: Kind) -> str:
+    if head["kind"] == "embedding":
+        return _use_of_vectors(kind)
     form = "TokenClassification" if head["kind"] in _OF_WORDS else "SequenceClassification"
     what = {"reward": "scores a prompt with its completion", "regression": "gives a text a number"}
     text = what.get(head["kind"], "labels the words of a text" if form.startswith("Token") else "labels a text")

@@ -9,36 +9,10 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from diablo.data.rows import RowKind
 from diablo.errors import UserError
 from diablo.models.heads import HeadKind
+from diablo.recipes.embedding import EmbeddingObjective
+from diablo.recipes.named_objective import NamedObjective
 from diablo.recipes.section import Section, explained
 from diablo.scoring.rewards import BY_TASK, NAMES, check_reward_name
-
-
-class NamedObjective(Section):
-    """What all objectives have in common."""
-
-    name: str = Field(description="the name of an objective")
-
-    rows: ClassVar[RowKind] = "completions"
-    loss_unit: ClassVar[str] = "nats per token"
-    """What the loss is counted in."""
-    head: ClassVar[HeadKind | None] = None
-    """What the model has in place of its output layer; None where it keeps that."""
-    score: ClassVar[str | None] = None
-    """The figure of held-out rows that says how good the model is, by its name; None where the loss alone does."""
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the loss compares the model with what it was before training."""
-        return False
-
-    def describe(self) -> str:
-        """The objective and its settings, in a line."""
-        told = {key: value for key, value in self.model_dump().items() if key not in ("name", "labels") and value}
-        listed = [
-            f"{key.replace('_', ' ')} {' and '.join(map(str, value)) if isinstance(value, list) else value}"
-            for key, value in told.items()
-        ]
-        return f"{self.name}: {', '.join(listed)}" if listed else self.name
 
 
 class SupervisedObjective(NamedObjective):
@@ -184,7 +158,7 @@ class ClassificationObjective(LabelObjective):
     rows: ClassVar[RowKind] = "labelled"
     loss_unit: ClassVar[str] = "nats per row"
     head: ClassVar[HeadKind | None] = "classification"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class RegressionObjective(NamedObjective):
@@ -195,7 +169,7 @@ class RegressionObjective(NamedObjective):
     rows: ClassVar[RowKind] = "numbered"
     loss_unit: ClassVar[str] = "squared error per row"
     head: ClassVar[HeadKind | None] = "regression"
-    score: ClassVar[str | None] = "pearson"
+    scores: ClassVar[tuple[str, ...]] = ("pearson",)
 
 
 class RewardObjective(NamedObjective):
@@ -209,7 +183,7 @@ class RewardObjective(NamedObjective):
     rows: ClassVar[RowKind] = "pairs"
     loss_unit: ClassVar[str] = "per pair"
     head: ClassVar[HeadKind | None] = "reward"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class TokenObjective(LabelObjective):
@@ -220,7 +194,7 @@ class TokenObjective(LabelObjective):
     rows: ClassVar[RowKind] = "tagged"
     loss_unit: ClassVar[str] = "nats per word"
     head: ClassVar[HeadKind | None] = "token_classification"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class RewardChoice(Section):
@@ -390,6 +364,7 @@ OBJECTIVES: dict[str, type[NamedObjective]] = {
     "regression": RegressionObjective,
     "reward": RewardObjective,
     "token_classification": TokenObjective,
+    "embedding": EmbeddingObjective,
 }
 
 
@@ -407,6 +382,7 @@ AnyObjective = (
     | RegressionObjective
     | RewardObjective
     | TokenObjective
+    | EmbeddingObjective
 )
 _Name = Annotated[str, WithJsonSchema({"enum": list(OBJECTIVES)})]
 Objective = Annotated[

@@ -171,8 +171,9 @@ class HeldOutLoss(TrainerCallback):
             return
         if self.plan.held_out:
             losses.take_held_out(step, self.figures())
-        if training.best_by == "score" and (score_of := self.plan.recipe.objective.score) is not None:
-            losses.scores.append((step, losses.figures[score_of][-1][1]))
+        if training.best_by == "score":
+            measured = [name for name in self.plan.recipe.objective.scores if name in losses.figures]
+            losses.scores += [(step, losses.figures[name][-1][1]) for name in measured]
         losses.measure_score(model, self.plan, step)
         if losses.knows(step):
             others = {f"held_out_{name}": values[-1][1] for name, values in losses.figures.items()}

@@ -163,6 +163,7 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
                 trained=trained,
                 stops=plan.encoder.stop_token_ids,
                 source=plan.model_name,
+                vectors=plan.vectors,
             )
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diablo.data.faults import NoRowError
-from diablo.data.reading import completions, labels, preferences, prompts
+from diablo.data.reading import completions, labels, preferences, prompts, similar
 from diablo.data.reading.images import COLUMNS, WITHOUT_IMAGES, column_images
 from diablo.data.reading.values import MissingColumnError
 from diablo.data.rows import Row, RowKind, kind_of
@@ -32,6 +32,10 @@ _OTHER_NAMES: dict[RowKind, dict[str, tuple[str, ...]]] = {
     "prompts": {"prompt": _PROMPTS},
     "labelled": {"text": _TEXTS, "label": ("label", "labels", "class", "category", "sentiment", "intent", "topic")},
     "numbered": {"text": _TEXTS, "label": ("label", "score", "rating", "value", "target", "stars")},
+    "texts": {
+        "anchor": ("anchor", "query", "question", "title", "premise", "sentence1", "text1", "text"),
+        "positive": ("positive", "pos", "answer", "passage", "document", "context", "abstract", "body", "sentence2"),
+    },
     "tagged": {"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags", "tags", "pos_tags", "chunk_tags")},
 }
 
@@ -72,6 +76,11 @@ FORMATS: dict[RowKind, dict[str, Format]] = {
         "tagged": Format(("tokens", "labels"), (), labels.from_tagged),
         "CoNLL": Format(("tokens", "ner_tags"), (), labels.from_tagged),
     },
+    "texts": {
+        "anchors": Format(("anchor", "positive"), similar.NEGATIVES, similar.from_anchor),
+        "scored": Format(("sentence1", "sentence2", "score"), (), similar.from_scored),
+        "labelled pairs": Format(("sentence1", "sentence2", "label"), (), similar.from_scored),
+    },
 }
 """The formats by name, for each kind of rows. A record that could have several has the first of them."""
 
@@ -83,10 +92,12 @@ _NEEDED: dict[RowKind, str] = {
     "labelled": "text and label",
     "numbered": "text and label, a number",
     "tagged": "tokens and labels, or tokens and ner_tags",
+    "texts": "anchor and positive, or sentence1, sentence2 and score",
 }
 # The kinds that have columns of their own, by which a record tells that it is one of them.
 _TOLD_BY: dict[RowKind, tuple[str, ...]] = {
     "tagged": (),
+    "texts": (),
     "judged": ("label",),
     "pairs": (),
     "labelled": (),
@@ -98,6 +109,7 @@ _OBJECTIVES: dict[RowKind, str] = {
     "judged": "kto",
     "labelled": "classification",
     "tagged": "token_classification",
+    "texts": "embedding",
 }
 
 
