@@ -38,7 +38,7 @@ METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
 }
-RATES = (3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 OBJECTIVES: dict[str, dict[str, str | int]] = {
     "dpo": {"objective": "{name: dpo, beta: 0.1}", "training.max_steps": 24},
     # Four prompts a step, with eight completions of each.
@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, dict[str, str | int]] = {
         "objective": "{name: grpo, generations: 8, rewards: [right_answer], max_new_tokens: 32}",
         "training.max_steps": 10,
         "training.batch_size": 32,
-        "training.warmup_steps": 0,
+        "training.warmup_steps": 2,
     },
 }
 
