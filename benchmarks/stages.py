@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from benchmarks.harness import print_table
@@ -32,11 +33,12 @@ from diablo.scoring.several_tasks import score_tasks
 QUESTION = (
     "share of the test problems of MAWPS that are solved after supervised training, and after DPO or GRPO from there"
 )
+RECIPE = Path(__file__).parent / "quality" / "mawps.yaml"
 METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
 }
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 OBJECTIVES: dict[str, dict[str, str | int]] = {
     "dpo": {"objective": "{name: dpo, beta: 0.1}", "training.max_steps": 24},
     # Four prompts a step, with eight completions of each.
@@ -44,10 +46,9 @@ OBJECTIVES: dict[str, dict[str, str | int]] = {
         "objective": "{name: grpo, generations: 8, rewards: [right_answer], max_new_tokens: 32}",
         "training.max_steps": 10,
         "training.batch_size": 32,
-        "training.warmup_steps": 0,
+        "training.warmup_steps": 2,
     },
 }
-RECIPE = Path(__file__).parent / "quality" / "mawps.yaml"
 
 
 def diablo(*arguments: object, log: Path) -> None:
@@ -58,11 +59,11 @@ def diablo(*arguments: object, log: Path) -> None:
         subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
 
 
-def train(run: Path, *overrides: str, seed: int) -> dict[str, Any]:
+def train(run: Path, *overrides: str, seed: int, recipe: Path = RECIPE) -> dict[str, Any]:
     """A run's record; the run is made where it is not there."""
     if not (run / "run.json").is_file():
         common = [f"output={run}", f"seed={seed}", "evaluation.before=false", "evaluation.batch_size=64"]
-        diablo("train", RECIPE, *common, *overrides, "--overwrite", log=run.with_suffix(".log"))
+        diablo("train", recipe, *common, *overrides, "--overwrite", log=run.parent / f"{run.name}.log")
     return json.loads((run / "run.json").read_text(encoding="utf-8"))
 
 
@@ -87,12 +88,16 @@ def pairs(start: Path, seed: int, samples: int) -> Path:
 def stage(start: Path, objective: str, rate: float, seed: int, samples: int) -> Path:
     """A run of DPO or GRPO from a supervised run."""
     run = start.parent / f"{objective}-{rate:g}"
-    given = [f"adapter={start}", "method=null", f"training.learning_rate={rate}", "training.logging_steps=1"]
+    # The adapter's method is gone on with.
+    recipe = start.parent / "stage.yaml"
+    settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe.write_text(yaml.safe_dump({name: settings[name] for name in settings if name != "method"}), encoding="utf-8")
+    given = [f"adapter={start}", f"training.learning_rate={rate}", "training.logging_steps=1"]
     given += [f"{key}={value}" for key, value in OBJECTIVES[objective].items()]
     if objective == "dpo":
         rows = pairs(start, seed, samples)
         given += ["task=[]", f"data={{train: {rows}}}", "evaluation.tasks=[mawps]"]
-    train(run, *given, seed=seed)
+    train(run, *given, seed=seed, recipe=recipe)
     return run
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diablo_cli.output import answer, out
-from diablo_cli.shell import Base, app, check_model, quiet
+from diablo_cli.shell import Base, app, check_model, quiet, read_texts
 
 if TYPE_CHECKING:
     from diablo.data.rows import Row
@@ -30,17 +28,9 @@ def classify(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that are read together.")] = 32,
 ) -> None:
     """Label texts or their words, give them numbers, or score completions, with a model that was trained to."""
-    from diablo.errors import UserError
-
     check_model(model)
     check_model(base, "--base")
-    if texts and file is not None:
-        raise UserError("--file: found a file beside texts; give the one or the other.")
-    if file is not None and not file.is_file():
-        raise UserError(f"--file: there is no file {str(file)!r}.")
-    given = _records(texts, file)
-    if not given:
-        raise UserError("TEXT: found none; give texts, --file, or lines on standard input.")
+    given = read_texts(texts, file)
     quiet()
     from diablo.models.loading import longest_text
     from diablo.models.ready import load_for_labels
@@ -59,34 +49,6 @@ def classify(
         else:
             out.print(f"{say(each)}  {_shown(row)}", markup=False)
     answer({"model": model, "kind": head.kind, "answers": answers})
-
-
-def _records(texts: list[str] | None, file: Path | None) -> list[Any]:
-    """What is asked about: texts, or the objects that stand for more than a text."""
-    if file is None or file.suffix == ".txt":
-        if texts:
-            return [_object(text) for text in texts]
-        lines = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-        return [_object(line) for line in lines.splitlines() if line.strip()]
-    from diablo.data.faults import RowFault
-    from diablo.data.reading.files import read_records_of
-    from diablo.errors import UserError
-
-    records = read_records_of(file)
-    if faults := [record for _, record in records if isinstance(record, RowFault)]:
-        raise UserError(f"--file: {faults[0]}")
-    return [record for _, record in records]
-
-
-def _object(line: str) -> Any:
-    """A line as it is, or the JSON object that it is."""
-    text = line.strip()
-    if text.startswith("{"):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
 
 
 def _row(number: int, record: Any, head: Head) -> Row:

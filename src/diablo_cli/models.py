@@ -232,23 +232,30 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="An image before the prompt; may be given several times.")
+    ] = None,
 ) -> None:
     """Complete a prompt with a model or an adapter."""
+    from diablo.data.reading.images import question_about
+
+    row = question_about(prompt, image or ())
+    if image and chat is False:
+        refuse("images stand in a chat template, which --no-chat leaves out", {"--image": image})
     check_writes(model, "generate")
     check_model(model)
     check_model(base, "--base")
     quiet()
     import transformers
 
-    from diablo.data.rows import Row
     from diablo.models.ready import load_for_generation
-    from diablo.scoring.generation import generate as complete
+    from diablo.scoring.generation import complete_row
 
-    loaded, encoder = load_for_generation(model, base=base, chat=chat)
+    loaded, encoder = load_for_generation(model, base=base, chat=True if image else chat, with_images=bool(image))
     transformers.set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    tokens = encoder.prompt(Row(1, prompt, completion="?"))
-    (text,) = complete(loaded, encoder, [tokens], max_new_tokens=max_new_tokens, **sampling)
+    asked = encoder.encode_prompt(row)
+    text = complete_row(loaded, encoder, asked, max_new_tokens=max_new_tokens, **sampling).text
     out.print(text.strip(), markup=False)
     answer({"model": model, "prompt": prompt, "text": text.strip()})
 

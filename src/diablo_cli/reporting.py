@@ -52,13 +52,15 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch{'' if plan.rewards is None else ' of prompts'}")
     out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
-    for line in _optimization(plan.recipe.training, plan.recipe.objective.score):
+    for line in _optimization(plan.recipe.training, plan.recipe.objective.scores):
         out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
     worse = ", [bold red]of worse completions red[/]" if recipe.objective.rows in ("pairs", "judged") else ""
     marks = f": prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}"
+    if recipe.objective.rows == "texts":
+        marks = ": a text, and what it is compared with"
     if recipe.objective.rows in ("labelled", "numbered", "tagged"):
         marks = ": what is to be said of them in [bold green]green[/]"
     what = f"rows as the model sees them{marks}" if plan.rewards is None else "prompts as the model sees them"
@@ -75,7 +77,7 @@ def print_plan(out: Console, plan: Plan) -> None:
             out.print(f"[bold green]{escape(said)}[/]\n")
 
 
-def _optimization(training: Training, score: str | None) -> list[str]:
+def _optimization(training: Training, scores: Sequence[str]) -> list[str]:
     """What of the optimisation is not as it is by default, in lines of a plan."""
     default = Training()
     lines = []
@@ -94,7 +96,7 @@ def _optimization(training: Training, score: str | None) -> list[str]:
         lines.append(f"schedule            {'; '.join([training.schedule, *(f'{k} {v}' for k, v in told.items())])}")
     if training.ema is not None:
         lines.append(f"kept                the average of the steps' parameters, with a decay of {training.ema:g}")
-    judge = _judge(score) if training.best_by == "score" else "held-out loss"
+    judge = _judge(scores) if training.best_by == "score" else "held-out loss"
     if training.keep == "best":
         lines.append(f"kept                the step of the best {judge}")
     if training.early_stopping_patience is not None:
@@ -104,9 +106,9 @@ def _optimization(training: Training, score: str | None) -> list[str]:
     return lines
 
 
-def _judge(score: str | None) -> str:
+def _judge(scores: Sequence[str]) -> str:
     """The score that says which step is best: that of an objective on held-out rows, or a task's."""
-    return "score on the validation rows" if score is None else f"{score} on the held-out rows"
+    return f"{' or '.join(scores)} on the held-out rows" if scores else "score on the validation rows"
 
 
 def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
@@ -247,8 +249,10 @@ def print_result(out: Console, result: RunResult) -> None:
     if runs:
         out.print(f"answers          {', '.join(f'{folder}/answers-{when}.jsonl' for when in runs)}")
     out.print("\nWhat to try next:")
-    verb = "classify" if record["training"]["head"] else "generate"
-    out.print(f'  diablo {verb} {folder} "..."', markup=False)
+    head = record["training"]["head"]
+    verb = "generate" if not head else "embed" if head["kind"] == "embedding" else "classify"
+    picture = " --image FILE" if record["data"]["images"] else ""
+    out.print(f'  diablo {verb} {folder} "..."{picture}', markup=False)
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
@@ -271,7 +275,7 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
         before, after = values[0][1], by_step[training["kept_step"]]
         figures = (f"{value:.1%}" if name == "accuracy" else f"{value:.3f}" for value in (before, after))
         out.print(f"{'held-out ' + name.replace('_', ' '):<16} {' -> '.join(figures)}")
-    of_rows = OBJECTIVES[record["recipe"]["objective"]["name"]].score
+    of_rows = OBJECTIVES[record["recipe"]["objective"]["name"]].scores
     judge = _judge(of_rows) if training["validation_score"] else "held-out loss"
     if training["stopped_early"]:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +85,55 @@ def check_writes(name: str, verb: str) -> None:
     from diablo.models.heads import check_writes as check
 
     check(name, verb)
+
+
+def read_texts(texts: list[str] | None, file: Path | None) -> list[Any]:
+    """What a verb asks about: texts, or the objects that stand for more than a text; one or more.
+
+    Args:
+        texts: those of the command line.
+        file: a dataset, or a ``.txt`` of lines; standard input where there are neither texts nor a file.
+
+    Raises:
+        UserError: there is none, or the file cannot be read.
+    """
+    from diablo.errors import UserError
+
+    if texts and file is not None:
+        raise UserError("--file: found a file beside texts; give the one or the other.")
+    if file is not None and not file.is_file():
+        raise UserError(f"--file: there is no file {str(file)!r}.")
+    given = _records(texts, file)
+    if not given:
+        raise UserError("TEXT: found none; give texts, --file, or lines on standard input.")
+    return given
+
+
+def _records(texts: list[str] | None, file: Path | None) -> list[Any]:
+    if file is None or file.suffix == ".txt":
+        if texts:
+            return [_object(text) for text in texts]
+        lines = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        return [_object(line) for line in lines.splitlines() if line.strip()]
+    from diablo.data.faults import RowFault
+    from diablo.data.reading.files import read_records_of
+    from diablo.errors import UserError
+
+    records = read_records_of(file)
+    if faults := [record for _, record in records if isinstance(record, RowFault)]:
+        raise UserError(f"--file: {faults[0]}")
+    return [record for _, record in records]
+
+
+def _object(line: str) -> Any:
+    """A line as it is, or the JSON object that it is."""
+    text = line.strip()
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
 
 
 def quiet() -> None:

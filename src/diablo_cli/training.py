@@ -191,11 +191,12 @@ def plan(
         dtype = str(sizes.dtype).removeprefix("torch.")
         if recipe.quantization:
             dtype += f" over {recipe.quantization} weights"
+        why = "training.max_length" if sizes.length == training.max_length else "as many as the model reads"
         print_sizes(
             out,
             sizes,
             recipe.model,
-            f"{training.batch_size} x {training.max_length} tokens (training.max_length) in {dtype}, "
+            f"{training.batch_size} x {sizes.length} tokens ({why}) in {dtype}, "
             f"gradient checkpointing: {training.gradient_checkpointing}",
         )
         answer(
@@ -204,7 +205,7 @@ def plan(
                 **sizes.record(),
                 "quantization": recipe.quantization,
                 "batch_size": training.batch_size,
-                "length": training.max_length,
+                "length": sizes.length,
                 "gradient_checkpointing": training.gradient_checkpointing,
             }
         )

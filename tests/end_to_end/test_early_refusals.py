@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "pyarrow", "numpy", "matplotlib", "lm_eval")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "matplotlib",
+    "lm_eval",
+    "sentence_transformers",
+)
 
 # Each line of its output is what a command line came to: the exit status, the message and what was imported by then.
 SCRIPT = """
@@ -86,6 +98,9 @@ def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
         (["train", "rows.yaml", "objective=dpo"], "needs prompt, chosen and rejected"),
         (["train", "quickstart", "objective=dpo"], "task: found mawps, whose rows have one completion each"),
         (["train", "quickstart", "objective=dpoo"], "objective: found "),
+        (["train", "rows.yaml", "objective=embedding"], "needs anchor and positive"),
+        (["train", "rows.yaml", "objective={name: embedding, loss: cosin}"], "objective.loss: found 'cosin'"),
+        (["train", "rows.yaml", "objective={name: embedding, margin: 1}"], "objective.margin: found 1, which is of"),
         (["compare", "r.yaml"], "data.train: t.xlsx is not a dataset"),
         (["compare", "rows.yaml"], "There is nothing to score the methods by"),
         (["compare", "rows.yaml", "data.eval=1"], "1 malformed of 1 rows"),
@@ -120,6 +135,10 @@ def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
         (["plan", tiny, "--gradient-checkpointing", "all"], "--gradient-checkpointing: found 'all'"),
         (["plan", tiny, "method=lora"], "method=lora: overrides are of a recipe"),
         (["generate", "quickstart", "Hello"], "'quickstart' is a recipe, not a model"),
+        (["embed", "./none", "x"], "model: there is no folder './none'"),
+        (["embed", tiny, "x", "--out", "t.csv"], "--out: found 't.csv', and it is there already"),
+        (["embed", tiny, "x", "--similarity"], "--similarity: found 1 text"),
+        (["embed", tiny, "--file", "none.txt"], "--file: there is no file 'none.txt'"),
         (["chat", "./none"], "model: there is no folder './none'"),
         (["merge", "none", "out"], "'none' is no adapter"),
         (["merge", "adapter", "full"], "'full' exists and is not empty"),

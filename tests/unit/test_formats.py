@@ -113,7 +113,7 @@ def test_the_assistants_turns_of_a_prompt_are_not_trained_on() -> None:
         ([ASKED, ANSWERED | {"train": True, "weight": 0}], "train and weight of a turn contradict each other"),
         ([ASKED, ANSWERED | {"weight": 0}], "no turn is trained on; leave out train: false or weight: 0"),
         ([ASKED | {"weight": 1}, ANSWERED], "asks to train on a turn of the user"),
-        ([ASKED | {"content": [{"type": "image"}]}, ANSWERED], "a turn has a part of the type 'image'"),
+        ([ASKED | {"content": [{"type": "audio"}]}, ANSWERED], "a turn has a part of the type 'audio'"),
         ([ASKED | {"content": [{"type": "text"}]}, ANSWERED], "a turn has a part without a text"),
         ([ASKED, ANSWERED | {"reasoning_content": 3}], "reasoning_content of a turn is a number, not text"),
         ([ASKED, ANSWERED | {"tool_calls": "add"}], "a call of a tool has no name, or arguments that are no object"),
@@ -176,7 +176,10 @@ def test_faults_of_columns(completion: str, record: dict[str, Any], reason: str)
 @pytest.mark.parametrize(
     ("mapping", "reason"),
     [
-        ({"prompt": "a"}, "columns: found prompt; give those of one format: messages, with tools or without;"),
+        (
+            {"prompt": "a"},
+            "columns: found prompt; give those of one format: messages, with or without tools, images, image;",
+        ),
         ({"prompt": "a", "completion": "b", "text": "c"}, "columns: found prompt, completion, text; give those of one"),
         ({}, "columns: found none"),
         (

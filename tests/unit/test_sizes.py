@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(tiny_model, settings, match):
 def test_the_learning_rate_grows_with_the_number_of_blocks(num_blocks, rate):
     # Most of SmolLM2-135M's layers have 576 inputs: 144, 36, 9 and 3 rows a block.
     kinds = [TargetKind("up_proj", 4, (576, 1536), "", 0), TargetKind("down_proj", 1, (1536, 576), "", 0)]
-    assert Sizes("DiaBlo", num_blocks, kinds, 0, 0, torch.bfloat16, []).learning_rate == rate
+    assert Sizes("DiaBlo", num_blocks, kinds, 0, 0, torch.bfloat16, [], 8).learning_rate == rate
 
 
 @pytest.mark.parametrize(("quantization", "bytes_each"), [(None, 4), ("int8", 1), ("nf4", 0.5 + 4 / 64)])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
-from diablo.data.encoding import IGNORED
+from diablo.data.encoding import IGNORED, EncodedRow
+from diablo.data.vision import ImageProcessor
 
 _BATCHES_SORTED_TOGETHER = 50
+_TURNS = 3
+"""How often rows with a text of another row are looked for: one that has found no place may find one later."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -125,6 +129,83 @@ class GroupSampler(LengthGroupedSampler):
         return [[index for index in batch for _ in range(self.generations)] for batch in batches]
 
 
+class DistinctSampler(LengthGroupedSampler):
+    """Batches of which none has a text twice, for losses that take the texts of other rows for wrong ones.
+
+    Batches are made as by :class:`LengthGroupedSampler`. A row that has a text of another row of its batch changes
+    places with one of another batch, where neither of them has such a text then. Every row is still trained on once in
+    an epoch, and the order depends on the seed and the epoch alone.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch, over all accumulation steps.
+        seed: the run's seed.
+        texts: the texts of each row, each as something that is equal for equal texts.
+        forward: rows of a forward, which alone are compared: a whole number of them makes a batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, texts: Sequence[frozenset[Hashable]], forward: int
+    ) -> None:
+        super().__init__(lengths, batch_size, seed)
+        self.texts, self.forward = texts, forward
+
+    def batches(self) -> list[list[int]]:
+        """The epoch's batches; see :meth:`doubles` for whether they are distinct."""
+        order = [index for batch in super().batches() for index in batch]
+        parts = self._distinct([order[i : i + self.forward] for i in range(0, len(order), self.forward)])
+        order = [index for part in parts for index in part]
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def doubles(self) -> list[int]:
+        """The rows of the epoch that have a text of an earlier row of their forward; none where all went well."""
+        order = [index for batch in self.batches() for index in batch]
+        parts = [order[i : i + self.forward] for i in range(0, len(order), self.forward)]
+        return [part[place] for part in parts for place in self._doubled(part)]
+
+    def _doubled(self, part: Sequence[int]) -> list[int]:
+        """The places in a forward of rows that have a text of an earlier one."""
+        seen: set[Hashable] = set()
+        found = []
+        for place, index in enumerate(part):
+            if seen & self.texts[index]:
+                found.append(place)
+            seen |= self.texts[index]
+        return found
+
+    def _distinct(self, parts: list[list[int]]) -> list[list[int]]:
+        held = [Counter(text for index in part for text in self.texts[index]) for part in parts]
+        generator = random.Random(f"distinct-{self.seed}-{self.epoch}")
+        numbers = range(len(parts))
+        for _ in range(_TURNS):
+            for number, part in enumerate(parts):
+                for place in self._doubled(part):
+                    # The first one mostly fits, and to begin anywhere is as good as to shuffle them all.
+                    start = generator.randrange(len(parts))
+                    others = [other for other in (*numbers[start:], *numbers[:start]) if other != number]
+                    self._change_places(parts, held, (number, place), others)
+        return parts
+
+    def _change_places(
+        self, parts: list[list[int]], held: list[Counter[Hashable]], where: tuple[int, int], others: Sequence[int]
+    ) -> None:
+        number, place = where
+        row = parts[number][place]
+        own = self.texts[row]
+        without = held[number] - Counter(own)
+        for other in others:
+            for spot, candidate in enumerate(parts[other]):
+                theirs = self.texts[candidate]
+                if any(without[text] for text in theirs):
+                    continue
+                if any(held[other][text] - (text in theirs) for text in own):
+                    continue
+                parts[number][place], parts[other][spot] = candidate, row
+                held[number] = without + Counter(theirs)
+                held[other] = held[other] - Counter(theirs) + Counter(own)
+                return
+
+
 def collate(features: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad rows, or sequences of packed rows, on the right to the longest.
 
@@ -181,3 +262,17 @@ def _collate_apart(features: Sequence[Mapping[str, list[int]]], pad_token_id: in
         "labels": labels,
         "predicting": (labels != IGNORED).flatten().nonzero().squeeze(1),
     }
+
+
+def collate_rows(
+    rows: Sequence[EncodedRow], pad_token_id: int, images: ImageProcessor | None = None
+) -> dict[str, torch.Tensor]:
+    """The batch of some rows, as :func:`collate` makes it, with what the model is given of their images.
+
+    Args:
+        rows: the rows, not packed.
+        pad_token_id: as there.
+        images: reads their pixels; None where no row has images.
+    """
+    batch = collate([row.features for row in rows], pad_token_id)
+    return batch | ({} if images is None else images.tensors([row.images for row in rows], batch["input_ids"]))

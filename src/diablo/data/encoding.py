@@ -11,8 +11,10 @@ from typing import Any
 from diablo.data.conversations.chat_template import ChatTemplate, Turn
 from diablo.data.conversations.messages import Message, map_texts, map_values, texts_of
 from diablo.data.faults import RowError, RowFault
+from diablo.data.images import Image
 from diablo.data.rows import Row
 from diablo.data.special_text import SpecialTextMode, TextTokenizer
+from diablo.data.vision import ImageProcessor
 from diablo.errors import UserError
 
 IGNORED = -100
@@ -37,7 +39,9 @@ class EncodedRow:
         target: what a model with a head is to say of the whole row: the index of a label, a 1 or 0 for each label, or a
             number. None where it says nothing, or something of each token, which is then in ``labels``.
         token_types: which of two texts each token belongs to, where the model is told.
-        is_cut: whether the end of the text was cut off.
+        is_cut: whether the end of the text was cut off, or that of one of several.
+        images: the images that its tokens stand for, in their order.
+        others: the texts that this one is compared with, as :class:`Row` has them; empty where nothing is compared.
         read: how many of the tokens, the first ones, the encoder of an encoder-decoder reads; its decoder writes the
             others. None where one stack of layers goes through all.
     """
@@ -55,6 +59,8 @@ class EncodedRow:
     target: int | float | tuple[float, ...] | None = None
     token_types: list[int] | None = None
     is_cut: bool = False
+    images: tuple[Image, ...] = ()
+    others: tuple[EncodedRow, ...] = ()
     read: int | None = None
 
     @property
@@ -71,8 +77,8 @@ class EncodedRow:
 
     @property
     def sequences(self) -> list[EncodedRow]:
-        """What the model reads of the row: itself, and the worse completion of a pair."""
-        return [self] if self.rejected is None else [self, self.rejected]
+        """What the model reads of the row: itself, the worse completion of a pair, and what it is compared with."""
+        return [self, *([] if self.rejected is None else [self.rejected]), *self.others]
 
     @property
     def length(self) -> int:
@@ -108,6 +114,7 @@ class RowEncoder:
             ``"plain"`` leaves it ordinary text. What a chat template writes is tokens in either case.
         stop_token_ids: further tokens that end a turn, as a model's generation config names them.
         has_completions: whether rows have completions, which end with a stop token; those of a classifier have none.
+        images: makes tokens of images; None where the model sees none, or no row has any.
         encoder_decoder: whether the model reads the prompt with an encoder and writes the completion with a decoder.
 
     Attributes:
@@ -130,6 +137,7 @@ class RowEncoder:
         special_text: SpecialTextMode = "keep",
         stop_token_ids: Iterable[int] = (),
         has_completions: bool = True,
+        images: ImageProcessor | None = None,
         encoder_decoder: bool = False,
     ) -> None:
         if has_completions and tokenizer.eos_token_id is None:
@@ -141,6 +149,7 @@ class RowEncoder:
             )
         self.tokenizer = tokenizer
         self.chat = chat
+        self.images = images
         self.encoder_decoder = encoder_decoder
         self.stop_token_ids = frozenset([tokenizer.eos_token_id, *stop_token_ids]) if has_completions else frozenset()
         self.texts = TextTokenizer(tokenizer, special_text)
@@ -183,13 +192,12 @@ class RowEncoder:
         turns = self._template.turns(row.number, *self._guarded(row))
         if self.encoder_decoder:
             apart = "an encoder-decoder writes one answer to all that it reads" if len(turns) > 1 else ""
-            sequences = [self._read_and_written(turn) for turn in turns]
+            sequences = [self._read_and_written(row, turn) for turn in turns]
         else:
-            joined, apart = self._sequences(turns)
-            sequences = [(ids, labels, None) for ids, labels in joined]
+            sequences, apart = self._sequences(row, turns)
         return [
-            EncodedRow(row.number, ids, labels, () if index else spelled, apart, joined_system, read=read)
-            for index, (ids, labels, read) in enumerate(sequences)
+            replace(each, special_text=() if index else spelled, apart=apart, joined_system=joined_system)
+            for index, each in enumerate(sequences)
         ]
 
     def _preference(self, row: Row) -> EncodedRow:
@@ -221,7 +229,7 @@ class RowEncoder:
         """
         ids = self.prompt(row)
         own = [text for message in row.as_messages()[:-1] for text in texts_of(message)] if self.chat else [row.prompt]
-        return EncodedRow(row.number, ids, [IGNORED] * len(ids), self.texts.spelled(own), row=row)
+        return EncodedRow(row.number, ids, [IGNORED] * len(ids), self.texts.spelled(own), row=row, images=row.images)
 
     def prompt(self, row: Row) -> list[int]:
         """The tokens before the row's last completion: what generation starts from.
@@ -232,30 +240,66 @@ class RowEncoder:
         if self._template is None:
             return self._prompt(row)
         messages, tools = self._guarded(row)
-        return self.texts.ids(self._template.prompt(row.number, messages[:-1], tools))
+        return self.texts.ids(self._expanded(row, self._template.prompt(row.number, messages[:-1], tools)))
 
-    def _sequences(self, turns: Sequence[Turn]) -> tuple[list[tuple[list[int], list[int]]], str]:
-        """Tokens and labels of the rows that answers make, and why they are more than one, if they are."""
-        sequences: list[tuple[list[int], list[int]]] = []
+    def _sequences(self, row: Row, turns: Sequence[Turn]) -> tuple[list[EncodedRow], str]:
+        """The rows that answers make, and why they are several, if they are."""
+        sequences: list[tuple[list[int], list[int], int]] = []
         apart = ""
         for index, turn in enumerate(turns):
-            context = self.texts.ids(turn.context)
-            ids, labels = sequences[-1] if sequences else ([], [])
+            context = self.texts.ids(self._expanded(row, turn.context, turn.images))
+            self._expanded(row, turn.answer, 0)
+            ids, labels, _ = sequences[-1] if sequences else ([], [], 0)
             if not sequences or context[: len(ids)] != ids:
                 apart = apart or (_why_apart(turns[index - 1], turn) if index else "")
                 ids, labels = [], []
-                sequences.append((ids, labels))
+                sequences.append((ids, labels, turn.images))
+            sequences[-1] = (ids, labels, turn.images)
             completion = self.texts.continuation(turn.context, turn.answer)
             completion += [] if turn.ends else [self.tokenizer.eos_token_id]
             labels += [IGNORED] * (len(context) - len(ids)) + completion
             ids += context[len(ids) :] + completion
-        return sequences, apart
+        return [
+            EncodedRow(row.number, ids, labels, images=row.images[:count]) for ids, labels, count in sequences
+        ], apart
 
-    def _read_and_written(self, turn: Turn) -> tuple[list[int], list[int], int | None]:
-        """Tokens and labels of an answer of an encoder-decoder, and how many of the tokens the encoder reads."""
-        context, answer = self.texts.ids(turn.context), self.texts.ids(turn.answer)
+    def _read_and_written(self, row: Row, turn: Turn) -> EncodedRow:
+        """An answer of an encoder-decoder behind all that its encoder reads."""
+        context, answer = self.texts.ids(self._expanded(row, turn.context, turn.images)), self.texts.ids(turn.answer)
         answer += [] if turn.ends else [self.tokenizer.eos_token_id]
-        return context + answer, [IGNORED] * len(context) + answer, len(context)
+        labels = [IGNORED] * len(context) + answer
+        return EncodedRow(row.number, context + answer, labels, images=row.images[: turn.images], read=len(context))
+
+    def _expanded(self, row: Row, text: str, count: int | None = None) -> str:
+        """A text that the template wrote with the tokens of the row's images in their places.
+
+        Args:
+            row: the row.
+            text: the text.
+            count: how many of the row's images it has, the first ones; all where None.
+
+        Raises:
+            RowError: it has another number of places for images, or the model sees none.
+        """
+        images = row.images[:count]
+        if self.images is None:
+            if images:
+                mend = "take a model that sees images, or take them out of the rows"
+                raise RowError(RowFault(row.number, "has images, and the model sees none", mend))
+            return text
+        first, *rest = self.texts.split_at(self.images.token, text)
+        if len(rest) > len(images):
+            mend = "set data.special_text to plain, or take it out"
+            raise RowError(
+                RowFault(row.number, f"its text spells {self.images.token}, which stands for an image", mend)
+            )
+        if len(rest) < len(images):
+            mend = "put the images where the template reads them, in turns of the user"
+            raise RowError(RowFault(row.number, "the chat template leaves out an image", mend))
+        if not images:
+            return text
+        together = zip(self.images.replacements(images), rest, strict=True)
+        return first + "".join(tokens + following for tokens, following in together)
 
     def _prompt(self, row: Row) -> list[int]:
         """The tokens of a prompt that is put without a chat template."""

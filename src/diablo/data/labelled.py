@@ -1,8 +1,9 @@
-"""Labelled texts to tokens: for models with a head, which say something of a text and write none."""
+"""Labelled and compared texts to tokens: for models with a head, which say something of a text and write none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from diablo.data.encoding import IGNORED, EncodedRow
@@ -62,3 +63,24 @@ def encode_labelled(
         token_types=list(made["token_type_ids"]) if "token_type_ids" in made else None,
         is_cut=is_cut,
     )
+
+
+def encode_compared(
+    row: Row, texts: TextTokenizer, limit: int | None, prompts: tuple[str, str] = ("", "")
+) -> EncodedRow:
+    """A text as tokens, with those that it is compared with; see :class:`diablo.data.rows.Row`.
+
+    Args:
+        row: the row; a number in ``label`` says how near two texts are.
+        texts: texts to tokens.
+        limit: the most tokens of a text, where what is over them is cut off; None where nothing is.
+        prompts: what is put before the first text, and before each of the others.
+    """
+    first, *others = (
+        encode_labelled(replace(row, prompt=prompt + text, others=(), label=None), texts, (), limit)
+        for prompt, text in zip((prompts[0], *[prompts[1]] * len(row.others)), (row.prompt, *row.others), strict=True)
+    )
+    is_cut = any(each.is_cut for each in (first, *others))
+    special_text = tuple(token for each in (first, *others) for token in each.special_text)
+    target = row.label if isinstance(row.label, float) else None
+    return replace(first, others=tuple(others), target=target, is_cut=is_cut, special_text=special_text)

@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from diablo.data.images import Image
+
 MEND_UNICODE = "it has half of a surrogate pair, so write the character itself"
 """What to do about text that :func:`is_unicode` refuses."""
 
 Turn = dict[str, Any]
 """A turn of a conversation: ``role`` and ``content``, both text, and optionally ``reasoning_content`` (text),
 ``tool_calls`` (a list of objects whose arguments are objects), ``tool_call_id`` and ``name`` (text). An assistant's
-turn that is not trained on has ``train``, which is False."""
+turn that is not trained on has ``train``, which is False. A turn of the user or of a tool may have ``images``, one for
+each :data:`diablo.data.images.PLACE` in its content."""
 
 
-RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged"]
+RowKind = Literal["completions", "pairs", "judged", "prompts", "labelled", "numbered", "tagged", "texts"]
 """What rows are: completions that are learned; pairs of a better and a worse completion of one prompt; completions of
 which each is judged good or bad; prompts, which the model completes while it is trained; texts with a label, or with a
-number; or words of which each has a label."""
+number; words of which each has a label; or texts that belong together, or do not."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Row:
         label: what the text in ``prompt`` is labelled with: a label, several of them, or a number; or the labels of
             ``words``. None where nothing is labelled.
         words: the words of a text of which each has a label.
+        others: the texts that the one in ``prompt`` is compared with: one that belongs to it, and then those that do
+            not; or one alone, where ``label`` says how near the two are. Empty where nothing is compared.
     """
 
     number: int
@@ -57,6 +62,7 @@ class Row:
     text_pair: str = ""
     label: str | float | tuple[str, ...] | None = None
     words: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -64,6 +70,11 @@ class Row:
         if len(self.messages) == 2 and self.messages[0]["role"] == "user":
             return self.messages[0]["content"]
         return "" if self.messages else self.prompt
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images of all turns, in their order."""
+        return tuple(image for turn in self.messages for image in turn.get("images", ()))
 
     def as_messages(self) -> tuple[Turn, ...]:
         """The row as a conversation: a prompt becomes the user's turn, its completion the assistant's."""

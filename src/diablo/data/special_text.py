@@ -73,6 +73,10 @@ class TextTokenizer:
         """
         return text if self.special_text == "keep" else self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", text)
 
+    def split_at(self, token: str, text: str) -> list[str]:
+        """A text that is made of guarded texts, cut at each special token of that text that is to become one."""
+        return re.split(f"(?<!{_OPEN}){re.escape(token)}", text)
+
     def ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The tokens of a text that is made of guarded texts.
 

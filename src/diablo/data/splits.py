@@ -69,5 +69,6 @@ def cut_validation(
 
 def _prompt(row: Row) -> tuple[str, ...]:
     """What comes before what is trained on; that itself where nothing does, as with a document."""
-    before = (row.prompt, row.text_pair, *row.words, *(turn["content"] for turn in row.messages[:-1]))
+    turns = [turn["content"] for turn in row.messages[:-1]]
+    before = (row.prompt, row.text_pair, *row.words, *turns, *(image.key for image in row.images))
     return before if any(before) else (row.text, row.completion)

@@ -23,9 +23,17 @@ from diablo.merging.untying import untie
 from diablo.models.adapters import attach_adapter, load_adapter, load_base, read_adapter_config, stored_dtype
 from diablo.models.folders import base_model_of, new_folder
 from diablo.models.forms import ENCODER_DECODER, form_of
-from diablo.models.heads import Head, has_head
-from diablo.models.loading import load_config, load_model, load_tokenizer, resolve_model, stored_quantization
+from diablo.models.heads import Head, gives_vectors, has_head, said
+from diablo.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stored_quantization,
+    write_processor,
+)
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights, write_stop_tokens
+from diablo.models.vectors import load_vectors
 from diablo.models.vocabulary import TrainedTokens, tokens_of_adapter
 from diablo.planning.making import make_plan
 from diablo.quantization import Scheme
@@ -162,11 +170,11 @@ def merge_adapter(
         if scheme is not None:
             assert calibration is not None  # checked above
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                _save(merged, tokenizer, Path(scratch))
+                _save(merged, tokenizer, adapter, name, Path(scratch))
                 quantize_model(scratch, target, scheme, calibration(tokenizer), console=console)
             merged = load_model(str(target), dtype)
         else:
-            _save(merged, tokenizer, target)
+            _save(merged, tokenizer, adapter, name, target)
         _write_ends(target, trained_as)
         merged_logits, merged_loss = _measure(merged, rows, tokenizer, trained_ids)
     return MergeReport(
@@ -312,11 +320,13 @@ def _held_out_rows(adapter: Path, tokenizer: Any, name: str) -> tuple[list[Encod
     trained_as = recipe_of_run(adapter)
     if trained_as:
         try:
-            rows = make_plan(Recipe.model_validate(trained_as)).held_out[:_MOST_ROWS]
+            plan = make_plan(Recipe.model_validate(trained_as))
+            rows = [row for row in plan.held_out if not row.images][:_MOST_ROWS]
+            which = " without images" if plan.encoder.images else ""
         except (UserError, ValueError):
-            rows = []  # its data is no longer where it was
+            rows, which = [], ""  # its data is no longer where it was
         if rows:
-            return rows, f"{len(rows)} held-out rows of the run"
+            return rows, f"{len(rows)} held-out rows of the run{which}"
     if form_of(load_config(name)) == ENCODER_DECODER:
         return [], ""
     return encode_general_text(BUILTIN_TEXT, tokenizer, 512), "general text"
@@ -331,9 +341,12 @@ def _measure(
     probe = torch.tensor([[*first, *trained_ids]], device=model.device)
     loss = held_out_loss(model, rows, tokenizer.pad_token_id) if rows else 0.0
     written = {"decoder_input_ids": probe} if form_of(model.config) == ENCODER_DECODER else {}
-    return model.eval()(input_ids=probe, **written).logits.float().cpu(), loss
+    return said(model.eval()(input_ids=probe, **written)).float().cpu(), loss
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, adapter: Path, name: str, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_processor(name, folder)
+    if gives_vectors(adapter):
+        load_vectors(adapter, model.config, tokenizer).save(folder)

@@ -1,4 +1,4 @@
-"""Heads: what a model has in place of its output layer, where it labels or scores a text and does not write."""
+"""Heads: what a model has in place of its output layer, where it labels or scores a text, or gives its vector."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any, Literal
 from diablo.errors import UserError
 from diablo.models import forms
 
-HeadKind = Literal["classification", "regression", "reward", "token_classification"]
+HeadKind = Literal["classification", "regression", "reward", "token_classification", "embedding"]
 
 _PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 _SEVERAL = "multi_label_classification"
+_APART = ("token_classification", "embedding")
+"""Kinds of which a model has nothing that others could go on with."""
+MODULES = "modules.json"
+"""The file by which sentence-transformers knows its models."""
 HEADS = ("score", "classifier", "pooler", "head", "pre_classifier", "classification_head", "dense", "summary")
 """Names of modules that are a head, or a part of one, in models of transformers."""
 
@@ -24,7 +28,8 @@ class Head:
     """The head of a model.
 
     Attributes:
-        kind: what it says of a text: a label, a number, a score, or a label for each word.
+        kind: what it says of a text: a label, a number, a score, a label for each word, or a vector. A vector is made
+            of those of the tokens, and the model itself has no module for that.
         labels: the labels in their order; none where it says a number.
         several: whether a text may have several labels, or none.
     """
@@ -41,8 +46,10 @@ class Head:
     @classmethod
     def of(cls, config: Any) -> Head | None:
         """The head that a model's config names; None where it is that of a language model, or of another kind."""
-        form = forms.form_of_class(forms.named_class(getattr(config, "architectures", None)))
-        if form is None:
+        form = forms.form_of(config)
+        if form == forms.VECTORS:
+            return cls("embedding")
+        if not form.has_head:
             return None
         names: dict[int, str] = {int(index): str(name) for index, name in config.id2label.items()}
         labels = tuple(names[index] for index in sorted(names))
@@ -55,7 +62,7 @@ class Head:
 
     def is_as(self, other: Head | None) -> bool:
         """Whether another head says the same, so that its weights can be gone on with."""
-        if other is None or (self.kind == "token_classification") != (other.kind == "token_classification"):
+        if other is None or any((self.kind == kind) != (other.kind == kind) for kind in _APART):
             return False
         return self.several == other.several and self.labels == other.labels
 
@@ -71,6 +78,16 @@ class Head:
         """
         from transformers.models.auto import modeling_auto
 
+        if self.kind == "embedding":
+            name = forms.body_class(config.model_type)
+            if name is None or getattr(config, "is_encoder_decoder", False):
+                raise UserError(
+                    f"model: objective embedding takes an encoder or a decoder, and a {config.model_type!r} model is "
+                    "neither; give another model."
+                )
+            config.architectures = [name]
+            config.get_text_config().pad_token_id = pad_token_id
+            return
         of_words = self.kind == "token_classification"
         table: Any = (
             modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
@@ -91,11 +108,19 @@ class Head:
         config.get_text_config().pad_token_id = pad_token_id
 
 
+def said(outputs: Any) -> Any:
+    """What a model has made of tokens, of its outputs: logits, or, where it has none, a vector for each token."""
+    logits = getattr(outputs, "logits", None)
+    return outputs.last_hidden_state if logits is None else logits
+
+
 def head_modules(model: Any) -> list[str]:
     """The modules of a model with a head that are trained whole, by the last part of their names.
 
     They are all modules outside the body, and the body's pooler, which most checkpoints have no weights of.
     """
+    if forms.form_of(model.config) == forms.VECTORS:
+        return []
     body = getattr(model, model.base_model_prefix, None)
     outside = [
         name for name, part in model.named_children() if part is not body and any(True for _ in part.parameters())
@@ -140,7 +165,9 @@ def initialize(model: Any, names: Collection[str], seed: int) -> None:
 
 
 def output_parameters(model: Any, head: Head) -> list[str]:
-    """The names of the parameters that give the numbers of a head, a row for each label."""
+    """The names of the parameters that give the numbers of a head, a row for each label; none of vectors."""
+    if head.kind == "embedding":
+        return []
     body = f"{model.base_model_prefix}."
     return [
         name
@@ -150,8 +177,10 @@ def output_parameters(model: Any, head: Head) -> list[str]:
 
 
 def has_head(path: str | Path) -> bool:
-    """Whether a folder holds a model, an adapter or a run that labels or scores texts. No library is imported."""
-    for folder in (Path(path), Path(path) / "adapter", Path(path) / "model"):
+    """Whether a folder holds a model, an adapter or a run that writes no text. No library is imported."""
+    if gives_vectors(path):
+        return True
+    for folder in _folders(path):
         if _read(folder / "adapter_config.json").get("task_type") in forms.TASKS_OF_HEADS:
             return True
         if forms.form_of_class(forms.named_class(_read(folder / "config.json").get("architectures"))) is not None:
@@ -159,12 +188,22 @@ def has_head(path: str | Path) -> bool:
     return False
 
 
+def gives_vectors(path: str | Path) -> bool:
+    """Whether a folder holds a model, an adapter or a run that gives vectors of texts. No library is imported."""
+    return any((folder / MODULES).is_file() for folder in _folders(path))
+
+
 def check_writes(path: str | Path, verb: str) -> None:
     """Check that a model writes text.
 
     Raises:
-        UserError: it labels or scores texts.
+        UserError: it labels or scores texts, or gives vectors of them.
     """
+    if gives_vectors(path):
+        raise UserError(
+            f"model: {str(path)!r} gives vectors of texts and writes none, so that diablo {verb} has no use for it; "
+            f"ask it with: diablo embed {path} TEXT"
+        )
     if has_head(path):
         raise UserError(
             f"model: {str(path)!r} labels or scores texts and writes none, so that diablo {verb} has no use for it; "
@@ -178,6 +217,11 @@ def labels_of(adapter: Path) -> tuple[str, ...]:
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         return ()
     return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _folders(path: str | Path) -> tuple[Path, ...]:
+    """Where the files of a model, of an adapter or of a run may lie."""
+    return Path(path), Path(path) / "adapter", Path(path) / "model"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,17 +15,19 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     GPTQConfig,
     PretrainedConfig,
 )
+from transformers.utils import cached_file
 
 from diablo.devices import choose_device
-from diablo.errors import UserError, first_line
+from diablo.errors import UserError, first_line, shortened
 from diablo.models.builtin import PREFIX, builtin_model
-from diablo.models.forms import auto_class
+from diablo.models.forms import IMAGE_TEXT, VECTORS, auto_class, form_of
 from diablo.models.heads import Head, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
 
@@ -63,9 +68,65 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         raise UserError(_cannot_load(name, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None and (old := _file_of(name, _OLD_TEMPLATE)) is not None:
+        with suppress(ValueError, KeyError):
+            tokenizer.chat_template = json.loads(old.read_text(encoding="utf-8"))["chat_template"]
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def load_processor(name: str, tokenizer: Any) -> Any:
+    """What makes tokens and tensors of images for a model.
+
+    Args:
+        name: a folder or the id of a model on the hub.
+        tokenizer: the model's tokenizer, which takes the place of the processor's own.
+
+    Raises:
+        UserError: the model has none, or a package that it needs is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except ImportError as error:
+        needed = " ".join(str(error).split())
+        raise UserError(
+            f"model: the processor of {name!r} needs a package that is not installed ({shortened(needed)}); install "
+            "what it misses with: pip install 'diablo-peft[images]'."
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load(name, "processor", error)) from None
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"model: {name!r} has no processor of images beside its tokenizer; give a model that is whole.")
+    processor.tokenizer = tokenizer
+    return processor
+
+
+def write_processor(name: str, folder: Path) -> None:
+    """Copy the files of a model's processor beside its tokenizer's, where it has one; files that are there stay.
+
+    Args:
+        name: a folder or the id of the model on the hub.
+        folder: where the tokenizer is saved.
+    """
+    if form_of(load_config(name)) is not IMAGE_TEXT:
+        return
+    for file in _PROCESSOR_FILES:
+        if (source := _file_of(name, file)) is not None and not (folder / file).exists():
+            shutil.copyfile(source, folder / file)
+
+
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_OLD_TEMPLATE = "chat_template.json"
+"""Where processors had their chat template before tokenizers had the same file."""
+
+
+def _file_of(name: str, file: str) -> Path | None:
+    """A file of a model; None where it has none of that name, or the hub does not answer."""
+    with suppress(OSError):
+        found = cached_file(name, file)
+        return None if found is None else Path(found)
+    return None
 
 
 def longest_text(tokenizer: Any, config: PretrainedConfig) -> int | None:
@@ -133,13 +194,15 @@ def load_model(
             # That nothing but the kernel is taken from the settings which are given here.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             if config is None or (head := Head.of(config)) is None:
-                return auto_class(stored).from_pretrained(name, dtype=dtype, **options)
+                return _without_pooler(auto_class(stored).from_pretrained(name, dtype=dtype, **options))
             model, info = auto_class(config).from_pretrained(
                 name, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_cannot_load(name, "weights", error)) from None
-    new = {*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}
+    lost = {*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}
+    parameters = {*dict(_without_pooler(model).named_parameters())}
+    new = lost & parameters if head.kind == "embedding" else lost
     if stray := [name for name in new if not set(name.split(".")) & {*head_modules(model)}]:
         raise UserError(
             f"model: the weights of {name!r} lack {len(stray)} that are no part of a head, such as {sorted(stray)[0]}; "
@@ -148,6 +211,13 @@ def load_model(
     if not head.is_as(Head.of(stored)):
         new |= {*output_parameters(model, head)}
     initialize(model, new, seed)
+    return model
+
+
+def _without_pooler(model: Any) -> Any:
+    """The model without what makes one vector of a text's tokens in its own way, which most checkpoints lack."""
+    if form_of(model.config) == VECTORS and getattr(model, "pooler", None) is not None:
+        model.pooler = None
     return model
 
 
@@ -200,7 +270,7 @@ def meta_model(config: PretrainedConfig) -> Any:
     """
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(config)
+            return _without_pooler(auto_class(config).from_config(config))
     except ValueError:
         raise UserError(
             f"model: type {config.model_type!r} is not a causal language model; give one that is."

@@ -22,11 +22,14 @@ from peft import (
 from diablo.models.folders import (
     put_in_place,
 )
+from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.heads import Head
 from diablo.models.loading import (
     count_parameters,
+    write_processor,
 )
 from diablo.models.stored_weights import write_stop_tokens
+from diablo.models.vectors import Vectors
 from diablo.records.card import write_adapter_facts
 from diablo.tuner import DiabloConfig
 
@@ -93,6 +96,8 @@ def save_adapter(
     start: Path | None = None,
     trained: Mapping[str, torch.Tensor] | None = None,
     stops: Collection[int] = (),
+    source: str | None = None,
+    vectors: Vectors | None = None,
 ) -> None:
     """Save an adapter with its model card, or the whole model after full fine-tuning.
 
@@ -107,6 +112,8 @@ def save_adapter(
         start: what :func:`save_start` returned.
         trained: the trained parameters by name, where the model has them in parts; the model's own where None.
         stops: tokens that stop generation, beside those that the model names; saved with a whole model.
+        source: the model that it was made of, whose processor is saved with a whole model.
+        vectors: how texts become vectors, which is saved too, with the tokenizer; None where they do not.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -129,8 +136,13 @@ def save_adapter(
         else:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+            if source is not None:
+                write_processor(source, target)
             if not with_head:
                 write_stop_tokens(target, stops)
+        if vectors is not None:
+            vectors.save(target)
+            tokenizer.save_pretrained(target)
         put_in_place(target, folder)
 
 
@@ -151,7 +163,9 @@ def _describe(model: PeftModel, folder: Path) -> None:
     if targets:
         rows["target modules"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     rows["trained parameters"] = f"{trainable:,} of {total:,} ({trainable / total:.2%})"
-    write_adapter_facts(folder, str(config.peft_type.value), config.base_model_name_or_path, rows, config.task_type)
+    sees_images = form_of(model.config) is IMAGE_TEXT
+    base, kind = config.base_model_name_or_path, str(config.peft_type.value)
+    write_adapter_facts(folder, kind, base, rows, config.task_type, sees_images=sees_images)
 
 
 def _settings(config: PeftConfig) -> str:

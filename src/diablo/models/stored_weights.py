@@ -20,6 +20,7 @@ from diablo.models.loading import (
     load_tokenizer,
     resolve_model,
     stop_token_ids,
+    write_processor,
 )
 from diablo.records.results import write_json
 
@@ -160,6 +161,7 @@ def write_settings(
         config.dtype = dtype
     config.save_pretrained(folder)
     (tokenizer or load_tokenizer(stored.name)).save_pretrained(folder)
+    write_processor(stored.name, folder)
     if (stored.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(stored.folder).save_pretrained(folder)
 

@@ -10,6 +10,7 @@ from diablo.data.rows import Row
 from diablo.errors import UserError, shortened
 from diablo.models.folders import adapter_folder
 from diablo.models.heads import Head, labels_of
+from diablo.planning.compared import check_compared
 from diablo.planning.rows import Rows
 from diablo.recipes.recipe import Recipe
 
@@ -33,6 +34,8 @@ def find_head(recipe: Recipe, rows: Rows) -> Head | None:
     objective: Any = recipe.objective
     if objective.head is None:
         return None
+    if objective.rows == "texts":
+        check_compared(recipe, rows)
     if objective.rows not in ("labelled", "tagged"):
         return Head(objective.head)
     several = getattr(objective, "multi_label", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +22,16 @@ from diablo.models.heads import Head, head_modules
 from diablo.models.loading import (
     meta_model,
 )
+from diablo.models.vectors import Vectors
 from diablo.models.vocabulary import TrainedTokens
+from diablo.planning.compared import loss_of
 from diablo.planning.labels import describe_counts
 from diablo.planning.materials import ScoredTask
 from diablo.planning.optimizers import OptimizerChoice
 from diablo.planning.schedules import ScheduleChoice
 from diablo.planning.tokens import TokenCounts
 from diablo.recipes.applying import TargetKind
+from diablo.recipes.embedding import EmbeddingObjective
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.starting import prompts_of_another_form
 from diablo.scoring.rewards import Rewards
@@ -69,6 +73,7 @@ class Plan:
         rewards: what completions are worth that are written in training; None where none are.
         head: what the model has in place of its output layer; None where it keeps that.
         has_own_head: whether the model has that head already, and training goes on with its weights.
+        vectors: how texts become vectors; None where they do not.
     """
 
     recipe: Recipe
@@ -100,6 +105,7 @@ class Plan:
     rewards: Rewards | None = None
     head: Head | None = None
     has_own_head: bool = False
+    vectors: Vectors | None = None
 
     @property
     def effective_batch(self) -> int:
@@ -154,6 +160,11 @@ class Plan:
         return sum(row.tokens for row in self.train), sum(row.supervised for row in self.train)
 
     @property
+    def images(self) -> int:
+        """How many images the training rows have."""
+        return sum(len(row.images) for row in self.train)
+
+    @property
     def special_text(self) -> tuple[int, dict[str, int]]:
         """How many rows spell special tokens in their own text, and how often each token is spelled."""
         spelled = [row.special_text for row in (*self.train, *self.held_out, *self.general) if row.special_text]
@@ -201,7 +212,14 @@ class Plan:
             yield f"objective           {objective.describe()}"
         if objective.name == "grpo":
             yield f"completions         up to {self.recipe.max_new_tokens} tokens"
-        if self.head is not None:
+        if isinstance(objective, EmbeddingObjective) and self.vectors is not None:
+            yield f"vectors             {self.vectors.describe()}"
+            told = {name: self.vectors.prompts.get(name) for name in ("query", "document")}
+            if not self.is_scored and (prompts := [f"{name} {text!r}" for name, text in told.items() if text]):
+                yield f"prompts of texts    {', '.join(prompts)}"
+            loss = loss_of(objective, scored=self.is_scored)
+            yield f"loss                {loss}, of {len(self.train[0].sequences)} texts a row"
+        elif self.head is not None:
             modules = ", ".join(head_modules(meta_model(self.config)))
             whose = "the model's own, gone on with" if self.has_own_head else "new"
             yield f"head                {whose}: {modules}, trained whole"
@@ -226,6 +244,11 @@ class Plan:
             else:
                 counts.update([row.target] if isinstance(row.target, int) else [tag for tag in row.labels if tag >= 0])
         return {name: counts[index] for index, name in enumerate(names)}
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether rows are two texts with a number that says how near they are."""
+        return self.train[0].target is not None
 
     @property
     def cut(self) -> int:
@@ -271,7 +294,10 @@ class Plan:
         tokens, supervised = self.tokens
         if self.rewards is not None:
             return f"prompts             {len(self.train):,}: {tokens:,} tokens"
-        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised"
+        if self.vectors is not None:
+            return f"training rows       {len(self.train):,}: {tokens:,} tokens"
+        seen = "" if self.encoder.images is None else f"; {self.images:,} images, which are read batch by batch"
+        return f"training rows       {len(self.train):,}: {tokens:,} tokens, {supervised:,} of them supervised{seen}"
 
     def data_record(self) -> dict[str, Any]:
         """What rows there are, what they are for and which are left out, as values of JSON."""
@@ -281,6 +307,7 @@ class Plan:
             "rows": len(self.train),
             "tokens": tokens,
             "supervised_tokens": supervised,
+            "images": self.images,
             "held_out_rows": len(self.held_out),
             "validation_rows": self.validation,
             "train": [source.record() for source in self.sources],
@@ -337,19 +364,25 @@ class Plan:
 
     def said_of(self, row: EncodedRow) -> str:
         """What the model is to say of a row, in words; empty where it is to write."""
-        if self.head is None or row.rejected is not None:
+        if self.head is None or row.rejected is not None or (row.others and row.target is None):
             return ""
         labels = self.head.labels
         if isinstance(row.target, tuple):
             return ", ".join(label for label, value in zip(labels, row.target, strict=True) if value) or "none"
-        if isinstance(row.target, int):
+        if isinstance(row.target, int) and labels:
             return labels[row.target]
         return f"{row.target:g}" if row.target is not None else " ".join(labels[tag] for tag in row.labels if tag >= 0)
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
-        """Each token of a row as text, and whether it is supervised."""
-        decode = self.encoder.tokenizer.decode
-        return [(decode([token]), label != IGNORED) for token, label in zip(row.input_ids, row.labels, strict=True)]
+        """Each token of a row as text, and whether it is supervised; those that stand for one image are one entry."""
+        decode, images = self.encoder.tokenizer.decode, self.encoder.images
+        marked: list[tuple[str, bool]] = []
+        pairs = itertools.groupby(zip(row.input_ids, row.labels, strict=True))
+        for (token, label), group in pairs:
+            text, count = decode([token]), sum(1 for _ in group)
+            repeated = images is not None and token == images.repeated and count > 1
+            marked += [(f"{text} x {count}", False)] if repeated else [(text, label != IGNORED)] * count
+        return marked
 
 
 def _places(rows: Sequence[Placed]) -> list[int | str]:

@@ -14,6 +14,7 @@ from diablo.data.encoding import EncodedRow
 from diablo.data.faults import name_places
 from diablo.errors import UserError
 from diablo.models.forms import ENCODER_DECODER, form_of
+from diablo.models.heads import said
 from diablo.scoring.losses import summed_completion_loss
 
 
@@ -114,8 +115,8 @@ def check_gradients(model: Any, batch: dict[str, torch.Tensor], *, checkpointing
         UserError: no gradient arrives at some trainable parameter.
     """
     if has_head:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
-        loss = logits.float().square().sum()
+        given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        loss = said(model(**given)).float().square().sum()
     else:
         loss = summed_completion_loss(model, batch)
     reached = loss.requires_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from diablo.errors import UserError
@@ -19,11 +20,14 @@ def gather_rewards(recipe: Recipe, rows: Rows) -> Rewards | None:
     """Load the rewards of a recipe, and try them out on the first row; None where it has no rewards.
 
     Raises:
-        UserError: one cannot be used, or the batch does not hold whole groups of completions.
+        UserError: one cannot be used, the batch does not hold whole groups of completions, or the engine that is to
+            generate them is not installed.
     """
     objective = recipe.objective
     if objective.name != "grpo":
         return None
+    if objective.vllm is not None and not find_spec("vllm"):
+        raise UserError("objective.vllm: vLLM is not installed; install it with pip install vllm, or leave this out.")
     check_groups(recipe)
     asked: dict[int, Asked] = {}
     for name, problems in rows.problems.items():

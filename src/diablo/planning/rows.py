@@ -10,7 +10,7 @@ from typing import Any
 from diablo.data.documents import encode_document
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.faults import Place, RowError, RowFault, explain_faults, name_places
-from diablo.data.labelled import encode_labelled
+from diablo.data.labelled import encode_compared, encode_labelled
 from diablo.data.reading.sources import SourceRows, read_sources
 from diablo.data.rows import Row, RowKind
 from diablo.data.splits import cut_validation, distinct, take_turns
@@ -198,6 +198,7 @@ def encode_rows(
     left_out: list[RowFault],
     head: Head | None = None,
     most: int | None = None,
+    prompts: tuple[str, str] = ("", ""),
 ) -> tuple[list[EncodedRow], list[Place]]:
     """The rows as tokens; a document in as many pieces as it takes.
 
@@ -210,6 +211,7 @@ def encode_rows(
         head: the head that labels them, where they are labelled.
         most: the most tokens that the model can read, and the decoder of an encoder-decoder can write; None where it is
             not known.
+        prompts: what is put before a text that is compared, and before each of those that it is compared with.
 
     Returns:
         The rows as tokens, and where those stand that are too long and are left out.
@@ -233,6 +235,9 @@ def encode_rows(
             )
         if row.text:
             encoded += encode_document(row, encoder.texts, limit)
+            continue
+        if row.others:
+            encoded.append(encode_compared(row, encoder.texts, cut_at, prompts))
             continue
         if head is not None and row.label is not None:
             encoded.append(encode_labelled(row, encoder.texts, head.labels, cut_at, several=head.several))

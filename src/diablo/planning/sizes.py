@@ -22,8 +22,8 @@ from diablo.errors import UserError
 from diablo.layout import BlockLayout
 from diablo.models.checkpointing import enable_checkpointing, selective_contexts
 from diablo.models.choices import check_checkpointing
-from diablo.models.forms import ENCODER_DECODER, form_of
-from diablo.models.heads import Head
+from diablo.models.forms import ENCODER_DECODER, check_form, form_of
+from diablo.models.heads import Head, said
 from diablo.models.loading import (
     count_parameters,
     load_config,
@@ -87,6 +87,7 @@ class Sizes:
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
             LoRA of as many trained parameters.
+        length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
     """
 
@@ -97,6 +98,7 @@ class Sizes:
     total: int
     dtype: torch.dtype
     memory: list[Memory]
+    length: int
     tokens: TrainedTokens | None = None
 
     @property
@@ -162,6 +164,7 @@ def plan_sizes(
     if budget is not None and not 0 < budget < 1:
         raise UserError(f"--budget: found {budget:.3%}; give a share above 0 and below 100 %.")
     config = load_config(resolve_model(model))
+    check_form(config)
     if budget is not None:
         num_blocks = _fitting_num_blocks(config, budget, target_modules)
     method = DiabloMethod(num_blocks=num_blocks or 64, target_modules=target_modules)
@@ -222,6 +225,7 @@ def sizes_of(
         total=total,
         dtype=dtype,
         memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
+        length=length,
         tokens=tokens,
     )
 
@@ -244,14 +248,17 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         # The rows are not read for this. A head of more labels is hardly larger.
         labels = recipe.objective.labels or ["0", "1"] if isinstance(recipe.objective, LabelObjective) else []
         Head(kind, tuple(labels)).put_into(config, pad_token_id=0)
+    length = recipe.training.max_length
+    if kind is not None:
+        length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
     return sizes_of(
         config,
         recipe.method,
         # A pair is two sequences.
-        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows == "pairs" else 1),
-        length=recipe.training.max_length,
+        batch_size=recipe.training.batch_size * (2 if recipe.objective.rows in ("pairs", "texts") else 1),
+        length=length,
         dtype=dtype,
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
@@ -319,7 +326,8 @@ def _frozen_bytes(model: Any, quantization: str | None) -> int:
     if quantization is None:
         return frozen
     head = model.get_output_embeddings()
-    left = {id(parameter) for module in (head, model.get_input_embeddings()) for parameter in module.parameters()}
+    kept = [module for module in (head, model.get_input_embeddings()) if module is not None]
+    left = {id(parameter) for module in kept for parameter in module.parameters()}
     held = [
         module.weight
         for module in model.modules()
@@ -413,7 +421,7 @@ def _loss_on_meta(model: Any, batch_size: int, length: int) -> torch.Tensor:
         return model(input_ids=read, attention_mask=torch.ones_like(read), labels=written, use_cache=False).loss
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if Head.of(model.config) is not None:
-        return model(**given).logits.float().square().sum()
+        return said(model(**given)).float().square().sum()
     return model(**given, labels=ids, use_cache=False).loss
 
 

@@ -7,18 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PretrainedConfig
 
+from diablo.data.faults import name_places
+from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.models.forms import ENCODER_DECODER, form_of
+from diablo.models.forms import ENCODER_DECODER, IMAGE_TEXT, check_form, form_of
 from diablo.models.heads import Head
 from diablo.models.loading import stored_quantization
 from diablo.recipes.methods import AnyMethod, PeftMethod
 from diablo.recipes.new_tokens import check_trains_tokens
 from diablo.recipes.objectives import LabelObjective
-from diablo.recipes.peft_methods import check_packs, check_precision
+from diablo.recipes.peft_methods import check_merges, check_packs, check_precision, check_sees
 from diablo.recipes.recipe import Recipe
 
 
@@ -57,6 +60,7 @@ def is_encoder_decoder(recipe: Recipe, config: PretrainedConfig) -> bool:
     Raises:
         UserError: it is one, and the recipe asks for that.
     """
+    check_form(config)
     if form_of(config) != ENCODER_DECODER:
         return False
     training, objective = recipe.training, recipe.objective.name
@@ -83,6 +87,33 @@ def is_encoder_decoder(recipe: Recipe, config: PretrainedConfig) -> bool:
         if found:
             words = str(found).lower() if found is True else found
             raise UserError(f"{key}: found {words}, and {recipe.model!r} is an encoder-decoder, which {reason}.")
+    return True
+
+
+def check_images(recipe: Recipe, config: PretrainedConfig, rows: Sequence[Row]) -> bool:
+    """Check that images can be trained on as a recipe says, and say whether there are any.
+
+    Raises:
+        UserError: they cannot be.
+    """
+    seeing = [row for row in rows if row.images]
+    if not seeing:
+        return False
+    where = f"and {len(seeing)} of {len(rows)} rows have images ({name_places(seeing[:1])})"
+    if form_of(config) is not IMAGE_TEXT:
+        raise UserError(
+            f"model: found {recipe.model!r}, which sees none, {where}; take a model that sees images, or rows without."
+        )
+    if not recipe.chat:
+        raise UserError(f"chat: found false, {where}, whose places a chat template writes; set chat to true.")
+    without = "leave it out, or take rows without images"
+    if recipe.training.packing:
+        raise UserError(f"training.packing: found true, {where}, which are not packed; {without}.")
+    for switch in ("liger", "compile"):
+        if getattr(recipe.speed, switch):
+            raise UserError(f"speed.{switch}: found true, {where}, with which it has never run; {without}.")
+    if isinstance(recipe.method, PeftMethod):
+        check_sees(recipe.method.type)
     return True
 
 
@@ -130,6 +161,49 @@ def check_output_layer(recipe: Recipe, adapted: Any) -> None:
             f"method.target_modules: the output layer is among them, and objective {recipe.objective.name} is not "
             "computed with an adapted one; leave it out."
         )
+
+
+def check_handover(recipe: Recipe, config: PretrainedConfig, adapted: Any, device: torch.device) -> None:
+    """Check that an engine which generates can be given the trained weights.
+
+    Args:
+        recipe: the recipe.
+        config: the model's config.
+        adapted: the adapted model.
+        device: where the model is trained.
+
+    Raises:
+        UserError: it cannot.
+    """
+    vllm = recipe.objective.vllm if recipe.objective.name == "grpo" else None
+    if vllm is None:
+        return
+    if vllm.server and device.type != "cuda":
+        raise UserError(
+            f"objective.vllm.server: weights go from GPU to GPU, and the model is trained on {device.type}; leave "
+            "objective.vllm out, and transformers generates."
+        )
+    if how := recipe.quantization or stored_quantization(config).get("quant_method"):
+        raise UserError(
+            f"objective.vllm: {how} quantizes the weights, into which an adapter cannot be merged for each step; leave "
+            "objective.vllm out, and transformers generates."
+        )
+    if isinstance(recipe.method, PeftMethod):
+        check_merges(recipe.method.type, "objective.vllm: found a section")
+    if not isinstance(adapted, PeftModel):
+        return
+    handed = {
+        id(parameter)
+        for layer in adapted.modules()
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear)
+        for parameter in layer.parameters()
+    }
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and id(parameter) not in handed:
+            raise UserError(
+                f"objective.vllm: {name} is trained, and vLLM is handed the weights of linear layers alone; leave it "
+                "out, and transformers generates."
+            )
 
 
 def check_smoothing(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from diablo.errors import UserError
 from diablo.models.builtin import LICENSE, ORIGIN, PREFIX
-from diablo.models.forms import CAUSAL, ENCODER_DECODER
+from diablo.models.forms import CAUSAL, ENCODER_DECODER, IMAGE_TEXT, Form
 from diablo.recipes.recipe import Recipe
 from diablo.records.card import CARD, HERE, Card, EditedCardError, called, hub_id
 from diablo.records.results import kept_loss
@@ -66,10 +66,10 @@ def title_of(record: Mapping[str, Any], kind: Kind) -> str:
 def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """The YAML at the top of the card, as the hub reads it."""
     recipe = record["recipe"]
-    base = base_of(recipe["model"])
+    base, pipeline = base_of(recipe["model"]), _pipeline_of(record)
     results = [
         EvalResult(
-            task_type=_pipeline_of(record),
+            task_type=pipeline,
             dataset_type=_dataset_of(task) or task,
             dataset_name=task,
             dataset_split="test",
@@ -84,8 +84,8 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if kind == "adapter" else "finetune") if base else None,
-        library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag=_pipeline_of(record),
+        library_name="peft" if kind == "adapter" else _LIBRARY.get(pipeline, "transformers"),
+        pipeline_tag=pipeline,
         tags=[recipe["method"].get("type", recipe["method"]["name"]).lower(), "diablo-peft"],
         datasets=list(dict.fromkeys(datasets)) or None,
         eval_results=results or None,
@@ -95,12 +95,32 @@ def run_data(record: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     return data.to_dict()
 
 
+_VECTORS = "sentence-similarity"
+_PIPELINES = {
+    CAUSAL: "text-generation",
+    ENCODER_DECODER: "text2text-generation",
+    IMAGE_TEXT: "image-text-to-text",
+}
+"""What the hub calls the tasks of models that write."""
+_LIBRARY = {_VECTORS: "sentence-transformers"}
+"""The library that loads a model, by the model's task, where that is not transformers."""
+
+
 def _pipeline_of(record: Mapping[str, Any]) -> str:
     """What the hub calls the task of a run's model."""
     kind = (record["training"].get("head") or {}).get("kind")
+    if kind == "embedding":
+        return _VECTORS
     if kind is None:
-        return "text2text-generation" if record["training"].get("encoder_decoder") else "text-generation"
+        return _PIPELINES[_form_of(record)]
     return "token-classification" if kind in _OF_WORDS else "text-classification"
+
+
+def _form_of(record: Mapping[str, Any]) -> Form:
+    """The form of a run's model, where it writes."""
+    if record.get("sees_images"):
+        return IMAGE_TEXT
+    return ENCODER_DECODER if record["training"].get("encoder_decoder") else CAUSAL
 
 
 def license_of(model: str) -> dict[str, Any]:
@@ -292,27 +312,53 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
     form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
     lines = ["## Use", "", f"It was trained on prompts that are given {form}.", "", *_tokens(record, kind)]
     if kind == "adapter":
+        picture = " --image photo.jpg" if record["data"].get("images") else ""
         lines += [
             "```console",
             "$ pip install 'diablo-peft[cli]'",
-            f'$ diablo generate .{chat} "..."    # in the folder of these files',
+            f'$ diablo generate .{chat} "..."{picture}    # in the folder of these files',
             "$ diablo merge . merged    # a plain transformers model",
             "```",
         ]
     else:
-        auto_class = (ENCODER_DECODER if record["training"].get("encoder_decoder") else CAUSAL).auto_class
+        model = _form_of(record)
+        loader, reader = model.auto_class, "AutoProcessor" if model is IMAGE_TEXT else "AutoTokenizer"
         lines += [
             "```python",
-            f"from transformers import {auto_class}, AutoTokenizer",
+            f"from transformers import {loader}, {reader}",
             "",
-            f'model = {auto_class}.from_pretrained("{HERE}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{HERE}")',
+            f'model = {loader}.from_pretrained("{HERE}")',
+            f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("{HERE}")',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _use_of_vectors(kind: Kind) -> str:
+    lines = ["## Use", "", "It gives vectors of texts. Those of texts that belong together are near.", ""]
+    if kind == "adapter":
+        lines += [
+            "```console",
+            "$ pip install 'diablo-peft[cli,embeddings]'",
+            '$ diablo embed . "..."    # in the folder of these files',
+            "$ diablo merge . merged    # a plain model of sentence-transformers",
+            "```",
+        ]
+    else:
+        lines += [
+            "```python",
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f'model = SentenceTransformer("{HERE}")',
+            'vectors = model.encode(["..."])',
             "```",
         ]
     return "\n".join(lines)
 
 
 def _use_of_head(recipe: Mapping[str, Any], head: Mapping[str, Any], kind: Kind) -> str:
+    if head["kind"] == "embedding":
+        return _use_of_vectors(kind)
     form = "TokenClassification" if head["kind"] in _OF_WORDS else "SequenceClassification"
     what = {"reward": "scores a prompt with its completion", "regression": "gives a text a number"}
     text = what.get(head["kind"], "labels the words of a text" if form.startswith("Token") else "labels a text")

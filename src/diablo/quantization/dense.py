@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from diablo.errors import UserError
+from diablo.models.forms import auto_class
 from diablo.tuner.layers.quantized import check_backward, quantization_backend
 from diablo.tuner.weights import is_quantized
 
@@ -47,7 +47,7 @@ def dequantized_model(model: Any, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        plain = auto_class(config).from_config(config, dtype=dtype)
     cast = {name: tensor.to("cpu", dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()}
     plain.load_state_dict(cast, assign=True)
     plain.tie_weights()

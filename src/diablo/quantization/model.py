@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from diablo.devices import choose_device, choose_dtype
 from diablo.errors import UserError
 from diablo.models.folders import check_new_folder
-from diablo.models.forms import ENCODER_DECODER, form_of
+from diablo.models.forms import ENCODER_DECODER, IMAGE_TEXT, form_of
 from diablo.models.stored_weights import StoredWeights, write_index, write_settings, write_tensors
 from diablo.quantization.scheme import Scheme
 from diablo.quantization.weights import check_library, dequantize, quantize_weight
@@ -79,6 +79,11 @@ def quantize_model(
     if form_of(source.config) == ENCODER_DECODER:
         raise UserError(
             f"model: {model!r} is an encoder-decoder, whose blocks are in two lists; give a causal language model."
+        )
+    if form_of(source.config) is IMAGE_TEXT:
+        raise UserError(
+            f"model: {model!r} sees images, and diablo quantize takes models of text alone; set quantization: nf4 in a "
+            "recipe, which quantizes it while it is loaded."
         )
     device = choose_device()
     skeleton = _Skeleton(source, choose_dtype("auto", device), device)

@@ -159,7 +159,7 @@ def _default_targets(model: Any) -> list[str] | str:
         if not form_of(model.config).has_head:
             raise
         # Encoders have names of their own: all linear layers below the head.
-        targets = {*linear_kinds(getattr(model, model.base_model_prefix))}
+        targets = {*linear_kinds(getattr(model, model.base_model_prefix, model))}
     return sorted(targets) if isinstance(targets, set) else targets
 
 

@@ -125,8 +125,8 @@ class Data(Section):
     )
     on_long: Literal["error", "drop", "truncate"] = Field(
         "drop",
-        description="error, drop or, where texts or words are labelled, truncate: what is done about rows over "
-        "training.max_length",
+        description="error, drop or, where texts or words are labelled or compared, truncate: what is done about rows "
+        "over training.max_length; with objective embedding truncate if not given",
     )
     special_text: SpecialTextMode = Field(
         "keep", description="keep or plain: whether text that spells a special token becomes that token or stays text"

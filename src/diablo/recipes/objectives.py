@@ -9,36 +9,10 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from diablo.data.rows import RowKind
 from diablo.errors import UserError
 from diablo.models.heads import HeadKind
+from diablo.recipes.embedding import EmbeddingObjective
+from diablo.recipes.named_objective import NamedObjective
 from diablo.recipes.section import Section, explained
 from diablo.scoring.rewards import BY_TASK, NAMES, check_reward_name
-
-
-class NamedObjective(Section):
-    """What all objectives have in common."""
-
-    name: str = Field(description="the name of an objective")
-
-    rows: ClassVar[RowKind] = "completions"
-    loss_unit: ClassVar[str] = "nats per token"
-    """What the loss is counted in."""
-    head: ClassVar[HeadKind | None] = None
-    """What the model has in place of its output layer; None where it keeps that."""
-    score: ClassVar[str | None] = None
-    """The figure of held-out rows that says how good the model is, by its name; None where the loss alone does."""
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the loss compares the model with what it was before training."""
-        return False
-
-    def describe(self) -> str:
-        """The objective and its settings, in a line."""
-        told = {key: value for key, value in self.model_dump().items() if key not in ("name", "labels") and value}
-        listed = [
-            f"{key.replace('_', ' ')} {' and '.join(map(str, value)) if isinstance(value, list) else value}"
-            for key, value in told.items()
-        ]
-        return f"{self.name}: {', '.join(listed)}" if listed else self.name
 
 
 class SupervisedObjective(NamedObjective):
@@ -184,7 +158,7 @@ class ClassificationObjective(LabelObjective):
     rows: ClassVar[RowKind] = "labelled"
     loss_unit: ClassVar[str] = "nats per row"
     head: ClassVar[HeadKind | None] = "classification"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class RegressionObjective(NamedObjective):
@@ -195,7 +169,7 @@ class RegressionObjective(NamedObjective):
     rows: ClassVar[RowKind] = "numbered"
     loss_unit: ClassVar[str] = "squared error per row"
     head: ClassVar[HeadKind | None] = "regression"
-    score: ClassVar[str | None] = "pearson"
+    scores: ClassVar[tuple[str, ...]] = ("pearson",)
 
 
 class RewardObjective(NamedObjective):
@@ -209,7 +183,7 @@ class RewardObjective(NamedObjective):
     rows: ClassVar[RowKind] = "pairs"
     loss_unit: ClassVar[str] = "per pair"
     head: ClassVar[HeadKind | None] = "reward"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class TokenObjective(LabelObjective):
@@ -220,7 +194,7 @@ class TokenObjective(LabelObjective):
     rows: ClassVar[RowKind] = "tagged"
     loss_unit: ClassVar[str] = "nats per word"
     head: ClassVar[HeadKind | None] = "token_classification"
-    score: ClassVar[str | None] = "accuracy"
+    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 class RewardChoice(Section):
@@ -256,6 +230,37 @@ class RewardChoice(Section):
 def _as_rewards(value: Any) -> Any:
     several = value if isinstance(value, list) else [value]
     return [{"name": each} if isinstance(each, str) else each for each in several]
+
+
+class Vllm(Section):
+    """vLLM, which generates completions in the place of transformers."""
+
+    server: str | None = Field(
+        None,
+        description="text: the address of a server that serves the model, such as http://localhost:8000; without it, "
+        "vLLM runs in this process",
+    )
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="a number above 0 and below 1, without server: the share of the GPU's memory that vLLM takes; 0.3 "
+        "if not given",
+    )
+
+    @model_validator(mode="after")
+    @explained()
+    def _fits(self) -> Vllm:
+        if self.server is not None and not self.server.startswith(("http://", "https://")):
+            raise UserError(
+                f"objective.vllm.server: found {self.server!r}; give the whole address, such as http://localhost:8000."
+            )
+        if self.server and self.gpu_memory:
+            raise UserError(
+                f"objective.vllm.gpu_memory: found {self.gpu_memory:g} with a server, which was told its share when it "
+                "was started; leave it out."
+            )
+        return self
 
 
 class GroupObjective(NamedObjective):
@@ -308,6 +313,7 @@ class GroupObjective(NamedObjective):
         allow_inf_nan=False,
         description="a number above 0, with iterations: how far it may move upwards; epsilon if not given",
     )
+    vllm: Vllm | None = Field(None, description="vLLM generates: a section, {} where it runs in this process")
 
     rows: ClassVar[RowKind] = "prompts"
     loss_unit: ClassVar[str] = "per token"
@@ -329,6 +335,7 @@ class GroupObjective(NamedObjective):
             *(f"{name.replace('_', ' ')} {value:g}" for name, value in told.items()),
             f"loss {self.loss}, scaled by {self.scale_rewards}",
             *([f"{self.iterations} steps on the same completions"] if self.iterations > 1 else []),
+            *([f"generated by vLLM {self.vllm.server or 'in this process'}"] if self.vllm is not None else []),
         ]
         return f"{self.name}: {', '.join(parts)}"
 
@@ -357,6 +364,7 @@ OBJECTIVES: dict[str, type[NamedObjective]] = {
     "regression": RegressionObjective,
     "reward": RewardObjective,
     "token_classification": TokenObjective,
+    "embedding": EmbeddingObjective,
 }
 
 
@@ -374,6 +382,7 @@ AnyObjective = (
     | RegressionObjective
     | RewardObjective
     | TokenObjective
+    | EmbeddingObjective
 )
 _Name = Annotated[str, WithJsonSchema({"enum": list(OBJECTIVES)})]
 Objective = Annotated[

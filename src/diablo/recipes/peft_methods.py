@@ -217,6 +217,19 @@ def check_packs(kind: str) -> None:
         )
 
 
+def check_sees(kind: str) -> None:
+    """Check that a type can be trained on rows with images.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if _is_prompt(kind):
+        raise UserError(
+            f"method.type: found {kind}, whose prompt would move the places of images in a row; take another type, or "
+            "rows without images."
+        )
+
+
 def _is_prompt(kind: str) -> bool:
     return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig)
 

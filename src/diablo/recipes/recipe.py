@@ -6,6 +6,7 @@ A recipe is a short YAML file. Settings are grouped into sections; on the comman
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,16 @@ class Recipe(Section):
             own = method_of(settings["adapter"])
         return {"method": own, **settings}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _long_texts(cls, settings: Any) -> Any:
+        # Who uses such a model has it cut texts, and so does training where nothing else is said.
+        if not isinstance(settings, dict) or not isinstance(data := settings.get("data"), dict):
+            return settings
+        objective = settings.get("objective")
+        name = objective.get("name") if isinstance(objective, dict) else objective
+        return {**settings, "data": {"on_long": "truncate", **data}} if name == "embedding" else settings
+
     @model_validator(mode="after")
     def _goes_on_from_adapter(self) -> Recipe:
         if self.adapter is None:
@@ -223,7 +234,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _head_fits(self) -> Recipe:
         name, is_labelled = self.objective.name, self.objective.rows in ("labelled", "numbered", "tagged")
-        if self.data.on_long == "truncate" and not is_labelled:
+        is_compared = self.objective.rows == "texts"
+        if self.data.on_long == "truncate" and not (is_labelled or is_compared):
             raise ValueError(
                 f"data.on_long: found truncate, and with objective {name} the end of a row is what is learned; set "
                 "drop or error."
@@ -236,12 +248,17 @@ class Recipe(Section):
             "evaluation.general": self.evaluation.general,
             "speed.liger": self.speed.liger,
             "speed.activation_offloading": self.speed.activation_offloading,
-            "chat": self.chat and is_labelled,
+            "chat": self.chat and (is_labelled or is_compared),
         }
         if given := [key for key, value in generating.items() if value]:
             raise ValueError(
                 f"{given[0]}: found {shortened(generating[given[0]])}, which objective {name} has no use for; leave it "
                 "out."
+            )
+        if is_compared and find_spec("sentence_transformers") is None:
+            raise ValueError(
+                "objective: found embedding, which needs sentence-transformers; install it with: pip install "
+                "'diablo-peft[embeddings]'."
             )
         if isinstance(self.method, PeftMethod):
             from diablo.recipes.peft_methods import check_head
@@ -299,7 +316,7 @@ class Recipe(Section):
         if self.training.eval_steps and not self.has_held_out:
             raise ValueError("training.eval_steps: there are no held-out rows; give data.eval, or leave it out.")
         self.training.check()
-        has_score = self.objective.score is not None or (self.task and self.data.held_out == "validation")
+        has_score = bool(self.objective.scores) or (self.task and self.data.held_out == "validation")
         if self.training.best_by == "score" and not has_score:
             raise ValueError(
                 "training.best_by: found score, which is that of a task on rows that are kept out of training; give a "

@@ -156,7 +156,13 @@ def called(name: str | None) -> str:
 
 
 def write_adapter_facts(
-    folder: Path, method: str, base_model: str | None, rows: Mapping[str, str], task_type: str | None = None
+    folder: Path,
+    method: str,
+    base_model: str | None,
+    rows: Mapping[str, str],
+    task_type: str | None = None,
+    *,
+    sees_images: bool = False,
 ) -> None:
     """Put an adapter's facts into the model card of its folder.
 
@@ -169,6 +175,7 @@ def write_adapter_facts(
         base_model: folder or hub id of the base model; None if it is not known. A folder's path is not written.
         rows: further facts, by name.
         task_type: what PEFT calls the task of the model; a language model's where None.
+        sees_images: whether the model reads images beside text.
     """
     data = {
         "base_model": hub_id(base_model),
@@ -184,7 +191,7 @@ def write_adapter_facts(
 {table}
 
 ```python
-{import_line}{_loading(task_type)}
+{import_line}{_loading(task_type, sees_images)}
 ```"""
     try:
         card = Card.read(folder)
@@ -195,8 +202,15 @@ def write_adapter_facts(
     (folder / CARD).write_text(card.content(), encoding="utf-8")
 
 
-def _loading(task_type: str | None) -> str:
+def _loading(task_type: str | None, sees_images: bool) -> str:
     """How an adapter is loaded, in Python; what its head says stands in a config beside it."""
+    if sees_images:
+        return f"""from peft import PeftConfig, PeftModel
+from transformers import AutoModelForImageTextToText
+
+base = PeftConfig.from_pretrained("{HERE}").base_model_name_or_path
+model = AutoModelForImageTextToText.from_pretrained(base)
+model = PeftModel.from_pretrained(model, "{HERE}")"""
     form = _FORMS.get(task_type or "")
     if form is None:
         kind = "AutoPeftModelForSeq2SeqLM" if task_type == "SEQ_2_SEQ_LM" else "AutoPeftModelForCausalLM"

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from diablo.data.batching import collate
+from diablo.data.batching import collate_rows
 from diablo.data.encoding import EncodedRow, RowEncoder
+from diablo.data.vision import ImageProcessor
 from diablo.scoring.asking import Decoding, decoding_for
 from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import Problem, Protocol, Task
@@ -21,7 +22,14 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, batch_size: int = 32) -> float:
+def held_out_loss(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    pad_token_id: int,
+    *,
+    batch_size: int = 32,
+    images: ImageProcessor | None = None,
+) -> float:
     """Mean loss per supervised token over rows, in nats. Every token counts the same, whatever its row and batch.
 
     Args:
@@ -29,14 +37,15 @@ def held_out_loss(model: Any, rows: Sequence[EncodedRow], pad_token_id: int, *, 
         rows: encoded rows; at least one token is supervised.
         pad_token_id: id of the padding token.
         batch_size: rows of a forward.
+        images: reads the pixels of rows that have images; None where none has any.
     """
     by_length = sorted(rows, key=lambda row: len(row.input_ids))
     total = 0.0
     with evaluating(model):
         for first in range(0, len(by_length), batch_size):
-            features = [row.features for row in by_length[first : first + batch_size]]
-            batch = {name: values.to(model.device) for name, values in collate(features, pad_token_id).items()}
-            total += summed_completion_loss(model, batch).item()
+            batch = collate_rows(by_length[first : first + batch_size], pad_token_id, images)
+            moved = {name: values.to(model.device) for name, values in batch.items()}
+            total += summed_completion_loss(model, moved).item()
     return total / sum(row.supervised for row in rows)
 
 
@@ -182,6 +191,22 @@ def generate(model: Any, encoder: RowEncoder, prompts: Sequence[list[int]], **op
     return [completion.text for completion in complete(model, encoder, prompts, **options)]
 
 
+def complete_row(model: Any, encoder: RowEncoder, row: EncodedRow, **options: Any) -> Completion:
+    """Complete the prompt of a row, which may have images.
+
+    Args:
+        model: as for :func:`complete`.
+        encoder: likewise.
+        row: the prompt's tokens and images.
+        options: what :func:`complete` takes.
+    """
+    given: dict[str, Any] = {}
+    if encoder.images is not None:
+        given = encoder.images.tensors([row.images], torch.tensor([row.input_ids]))
+    moved: dict[str, Any] = {name: values.to(model.device) for name, values in given.items()}
+    return complete(model, encoder, [row.input_ids], **moved, **options)[0]
+
+
 @torch.no_grad()
 def complete(
     model: Any,
@@ -207,7 +232,8 @@ def complete(
         stop_at_newline: end a completion at its first token with a line break, and take away the line break at its end.
         batch_size: number of prompts that are completed together.
         progress: called after each batch, in prompts.
-        sampling: further options of transformers' ``generate``; greedy where none are given.
+        sampling: further options of transformers' ``generate``, and what the model is given of images; greedy where
+            no options are given.
 
     Returns:
         The completions, in the order of the prompts.

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 _CHUNK = 1024
 """Number of supervised tokens whose logits are cast to fp32 at a time."""
 
-_GIVEN = ("input_ids", "position_ids")
-"""What of a batch the model is given."""
+_NOT_GIVEN = ("attention_mask", "labels", "predicting")
+"""What of a batch a causal language model is not given."""
 
 
 def summed_completion_loss(
@@ -25,7 +25,7 @@ def summed_completion_loss(
     Args:
         model: a causal language model or an encoder-decoder, adapted or not, possibly wrapped for distributed
             training.
-        batch: what :func:`diablo.data.batching.collate` makes.
+        batch: what :func:`diablo.data.batching.collate` makes; and what the model is given of images.
         label_smoothing: the share of a token's target that is spread evenly over the vocabulary, from 0 to below 1.
 
     Returns:
@@ -81,7 +81,7 @@ def _supervised_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[t
     An encoder sees what is behind a token, and is given the mask. The model's own shift makes the decoder's inputs.
     """
     base, positions, labels = _base_of(model), batch["predicting"], batch["labels"]
-    length, given = labels.shape[1], {name: batch[name] for name in _GIVEN if name in batch}
+    length, given = labels.shape[1], {name: batch[name] for name in batch if name not in _NOT_GIVEN}
     targets = labels.flatten().index_select(0, positions if base.config.is_encoder_decoder else positions + 1)
     if base.config.is_encoder_decoder:
         given |= {

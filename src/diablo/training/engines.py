@@ -278,6 +278,8 @@ def check_shardable(plan: Plan) -> None:
             f"objective: found {objective}, which is not trained on a sharded model; {without}: several processes can "
             "train copies of it, under torchrun."
         )
+    if plan.encoder.images is not None:
+        raise UserError(f"data: the rows have images, which are not trained on with a sharded model; {without}.")
     method, quantization = plan.recipe.method.name, plan.recipe.quantization
     if method in ("full", "pissa"):
         raise UserError(

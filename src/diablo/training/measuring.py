@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainerCallback
 
-from diablo.data.batching import collate
+from diablo.data.batching import collate, collate_rows
 from diablo.data.packing import flatten
 from diablo.models.compiling import as_if_not_compiled
 from diablo.planning.plan import Plan
@@ -171,8 +171,9 @@ class HeldOutLoss(TrainerCallback):
             return
         if self.plan.held_out:
             losses.take_held_out(step, self.figures())
-        if training.best_by == "score" and (score_of := self.plan.recipe.objective.score) is not None:
-            losses.scores.append((step, losses.figures[score_of][-1][1]))
+        if training.best_by == "score":
+            measured = [name for name in self.plan.recipe.objective.scores if name in losses.figures]
+            losses.scores += [(step, losses.figures[name][-1][1]) for name in measured]
         losses.measure_score(model, self.plan, step)
         if losses.knows(step):
             others = {f"held_out_{name}": values[-1][1] for name, values in losses.figures.items()}
@@ -193,17 +194,22 @@ class MeteredCollator:
     """Makes batches that know the numbers of their rows, and counts their tokens.
 
     Args:
-        pad_token_id: fills rows up.
+        plan: has the rows, whose pixels are read here.
         meter: counts the tokens.
-        flat: put sequences of packed rows one behind the other, for attention that needs no padding.
     """
 
-    def __init__(self, pad_token_id: int, meter: TokenMeter, *, flat: bool = False) -> None:
-        self.pad_token_id, self.meter, self.flat = pad_token_id, meter, flat
+    def __init__(self, plan: Plan, meter: TokenMeter) -> None:
+        self.plan, self.meter = plan, meter
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of some sequences, with the ``numbers`` of their rows, a list, beside the tensors."""
-        batch = collate([flatten(features)] if self.flat else features, self.pad_token_id)
+        pad_token_id, images = self.plan.encoder.tokenizer.pad_token_id, self.plan.encoder.images
+        if images is None:
+            # Attention that needs no padding takes packed rows one behind the other.
+            batch = collate([flatten(features)] if self.plan.is_flat else features, pad_token_id)
+        else:
+            rows = [row for sequence in features for row in self.plan.rows_of(sequence["sequence"])]
+            batch = collate_rows(rows, pad_token_id, images)
         tokens = sum(len(sequence["input_ids"]) + len(sequence.get("written", ())) for sequence in features)
         # The labels of an encoder-decoder are those of other tokens, which its decoder writes.
         padded = batch["input_ids"].numel() + (batch["labels"].numel() if "written" in features[0] else 0)

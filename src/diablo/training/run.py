@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from diablo.data.batching import collate
+from diablo.data.batching import collate, collate_rows
 from diablo.data.packing import join
 from diablo.data.special_text import describe_special_text
 from diablo.devices import peak_memory_bytes
@@ -23,6 +23,7 @@ from diablo.models.adapters import load_values
 from diablo.models.checkpointing import checkpointing_options, enable_checkpointing
 from diablo.models.compiling import compiled_layers
 from diablo.models.folders import adapter_folder
+from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.liger import apply_liger
 from diablo.models.loading import count_parameters, is_placed, load_model
 from diablo.models.saving import save_adapter
@@ -161,6 +162,8 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
                 start=adapter_start,
                 trained=trained,
                 stops=plan.encoder.stop_token_ids,
+                source=plan.model_name,
+                vectors=plan.vectors,
             )
     if recipe.evaluation.after:
         result.after = _score(model, plan, console, "after", write=processes.is_main)
@@ -243,8 +246,9 @@ def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
     else:
         # A prompt in the place of the completions, which are not there yet.
         rows = [replace(row, labels=row.input_ids) for row in rows]
-    shortest = min(rows, key=lambda row: len(row.input_ids))
-    probe = collate([shortest.features], pad_token_id)
+    # A row with images reaches whatever is trained of what sees them.
+    shortest = min(rows, key=lambda row: (not row.images, len(row.input_ids)))
+    probe = collate_rows([shortest], pad_token_id, plan.encoder.images)
     options = checkpointing_options(plan.recipe.training.gradient_checkpointing)
     model.train()
     if options is not None:
@@ -351,6 +355,7 @@ def _record(
         "precision": str(plan.dtype).removeprefix("torch."),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "trained_tokens": plan.token_counts and plan.token_counts.record(),
+        "sees_images": form_of(plan.config) is IMAGE_TEXT,
         "data": plan.data_record() | {"padding_share": meter.padding_share},
         "training": {
             "optimizer": plan.optimizer.describe(),

@@ -114,6 +114,7 @@ class DiabloConfig(PeftConfig):
         # How many parameters the blocks and the base model have, once the adapter is on a model. It is no setting, and
         # so no field.
         self._trained_of_all: tuple[int, int] | None = None
+        self._sees_images = False
         # Digest of the weights that the adapter is on. One configuration may serve several models, so it is no field
         # either.
         self._made_for: str | None = None
@@ -181,7 +182,8 @@ class DiabloConfig(PeftConfig):
             **({"tokens with trained rows": ", ".join(map(str, tokens))} if tokens else {}),
             "trained in blocks": f"{trained:,} parameters" + (f", {trained / total:.2%} of {total:,}" if total else ""),
         }
-        write_adapter_facts(Path(save_directory), "DIABLO", self.base_model_name_or_path, rows, self.task_type)
+        base, task = self.base_model_name_or_path, self.task_type
+        write_adapter_facts(Path(save_directory), "DIABLO", base, rows, task, sees_images=self._sees_images)
 
     @property
     def ids_of_tokens(self) -> set[int]:

@@ -38,6 +38,7 @@ from diablo.tuner.rows import BASE, names_for_rows
 from diablo.tuner.targets import (
     default_target_modules,
     resolve_targets,
+    sees_images,
     with_replicated_layers,
 )
 from diablo.tuner.tokens import check_tokens, token_layers, unmerged_tokens
@@ -104,6 +105,7 @@ class DiabloModel(BaseTuner):
         base = [parameter.numel() for name, parameter in model.named_parameters() if ".diablo_" not in name]
         trained = sum(target.layout.num_parameters for target in targets)
         peft_config._trained_of_all = (trained, 0 if packed else sum(base))
+        peft_config._sees_images = sees_images(model)
         if ranges:
             replicate_layers(model, ranges)
         keep_backward(model)

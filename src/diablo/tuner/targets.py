@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from diablo.layout import BlockLayout
 from diablo.tuner.config import DiabloConfig, config_obstacle
@@ -76,27 +79,49 @@ def default_target_modules(model: nn.Module, model_type: str | None) -> set[str]
 
     Returns:
         The paper's five projections if the model has them all, also by the names that they have in encoder-decoders,
-        and otherwise PEFT's choice for ``model_type``.
+        and otherwise PEFT's choice for ``model_type``. Of a model that reads more than text, such as images, it is a
+        regular expression that matches in the text part alone.
 
     Raises:
         ValueError: there is neither. The message lists the kinds of linear layers that the model has.
     """
     from_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
-    kinds = linear_kinds(model)
-    # Where PEFT's choice is an expression, it is confined to one tower of a multimodal model. Plain names would match
-    # in all towers.
-    if not isinstance(from_peft, str) and kinds.keys() >= set(PAPER_TARGETS):
-        return set(PAPER_TARGETS)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        for names in ENCODER_DECODER_TARGETS:
-            if kinds.keys() >= set(names):
-                return set(names)
-    if from_peft is None:
-        raise ValueError(
-            f"target_modules is not given and no default is known for model type {model_type!r}: "
-            f"name some of the model's linear layers, {listed(kinds)}, or 'all-linear'."
-        )
-    return from_peft if isinstance(from_peft, str) else set(from_peft) & kinds.keys() or set(from_peft)
+    # Where PEFT's choice is an expression, it is confined to one tower of a multimodal model.
+    if isinstance(from_peft, str):
+        return from_peft
+    name, part = text_part(model)
+    if name and from_peft is None:
+        own: Any = part.config
+        from_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(own.model_type)
+    kinds = linear_kinds(part)
+    has_decoder = getattr(getattr(part, "config", None), "is_encoder_decoder", False)
+    known = (PAPER_TARGETS, *(ENCODER_DECODER_TARGETS if has_decoder else ()))
+    chosen = next((set(names) for names in known if kinds.keys() >= set(names)), None)
+    if chosen is None:
+        if from_peft is None:
+            raise ValueError(
+                f"target_modules is not given and no default is known for model type {model_type!r}: "
+                f"name some of the model's linear layers, {listed(kinds)}, or 'all-linear'."
+            )
+        if isinstance(from_peft, str):
+            return from_peft
+        chosen = set(from_peft) & kinds.keys() or set(from_peft)
+    # Plain names would match in all towers. Where the text part stands differs between classes and versions.
+    return rf"(?:.*\.)?{re.escape(name.rpartition('.')[2])}\..*\.(?:{'|'.join(sorted(chosen))})" if name else chosen
+
+
+def text_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that reads text, and its name; the model itself and no name where that is all it reads."""
+    text = getattr(getattr(model, "config", None), "text_config", None)
+    if not isinstance(text, PretrainedConfig):
+        return "", model
+    parts = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    return next(((name, part) for name, part in parts if name and type(part.config) is type(text)), ("", model))
+
+
+def sees_images(model: nn.Module) -> bool:
+    """Whether a model's class is one of those that transformers makes for texts with images."""
+    return bool(text_part(model)[0]) and type(model).__name__ in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def linear_kinds(model: nn.Module) -> Counter[str]:

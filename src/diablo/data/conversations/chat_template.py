@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError, UndefinedError
@@ -26,6 +26,7 @@ from diablo.data.conversations.messages import (
     text_of,
 )
 from diablo.data.faults import OPENS_WITH_ANSWER, RowError, RowFault
+from diablo.data.images import PLACE
 from diablo.errors import first_line, shortened
 
 Tools = Sequence[dict[str, Any]]
@@ -40,11 +41,13 @@ class Turn:
         context: all that precedes it, as generation asks for it.
         answer: what the template writes of it, through the token that ends the turn.
         ends: whether there is such a token.
+        images: how many images precede it.
     """
 
     context: str
     answer: str
     ends: bool
+    images: int = 0
 
 
 class ChatTemplate:
@@ -92,7 +95,8 @@ class ChatTemplate:
             context = self._render(number, messages[:index], tools, add_generation_prompt=True)
             self._check_context(number, messages[:index], tools, first, context.removeprefix(said))
             answer = self._answer(number, messages[: index + 1], tools, context)
-            turns.append(self._ended(messages, index, tools, context, answer))
+            images = sum(len(message.get("images", ())) for message in messages[:index])
+            turns.append(replace(self._ended(messages, index, tools, context, answer), images=images))
             first, said = index + 1, turns[-1].context + turns[-1].answer
         if not turns:
             raise _refused(number, "has no answer that is trained on", "take train: false off a turn")
@@ -198,7 +202,7 @@ class ChatTemplate:
                     "take a model whose template has tools, or give such a chat_template",
                 )
         for index, message in enumerate(messages[first:], start=first):
-            if message["role"] == "assistant" or _holds(context, text_of(message)):
+            if message["role"] == "assistant" or all(_holds(context, text) for text in text_of(message).split(PLACE)):
                 continue
             if not self._has_place(number, messages, tools, index):
                 raise _refused(

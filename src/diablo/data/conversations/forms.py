@@ -22,6 +22,7 @@ from diablo.data.conversations.messages import (
     text_of,
     with_calls,
 )
+from diablo.data.images import PLACE
 from diablo.errors import UserError, first_line
 
 # Texts that no template writes of itself, and that no change between capitals and small letters alters.
@@ -47,6 +48,15 @@ _TOOLS: tuple[dict[str, Any], ...] = (
     },
 )
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def _with_images(content: str) -> list[dict[str, str]]:
+    """A text with places for images as the parts that templates read."""
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(content.split(PLACE)):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,10 @@ class TemplateRenderer:
             put["reasoning_content"] = reasoning
         if message.get("tool_calls"):
             put["tool_calls"] = with_calls(message, as_text=forms.arguments_as_text)
-        put["content"] = [{"type": "text", "text": content}] if forms.in_parts else content
+        if message.get("images"):
+            put["content"] = _with_images(content)
+        else:
+            put["content"] = [{"type": "text", "text": content}] if forms.in_parts else content
         return put
 
     def _try(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str | None:

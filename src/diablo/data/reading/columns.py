@@ -87,7 +87,8 @@ def _check_format(mapping: Mapping[str, str], kind: RowKind) -> None:
         if set(each.required) <= mapping.keys() <= {*each.required, *each.optional}:
             return
     forms = "; ".join(
-        " and ".join(each.required) + "".join(f", with {key} or without" for key in each.optional) for each in formats
+        " and ".join(each.required) + (f", with or without {', '.join(each.optional)}" if each.optional else "")
+        for each in formats
     )
     raise UserError(f"columns: found {', '.join(mapping) or 'none'}; give those of one format: {forms}.")
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from diablo.data.faults import NoRowError
+from diablo.data.reading.images import column_images, place_images
 from diablo.data.reading.turns import read_conversation, read_tools, read_turns
 from diablo.data.reading.values import text_of, texts_of
 from diablo.data.rows import Row, Turn, instruction_row
+
+_ROLES = ("user", "assistant")
 
 
 def from_messages(number: int, record: Mapping[str, Any]) -> Row:
@@ -22,7 +25,8 @@ def from_conversations(number: int, record: Mapping[str, Any]) -> Row:
 
 
 def _conversation(number: int, key: str, record: Mapping[str, Any]) -> Row:
-    return Row(number, messages=read_conversation(key, record[key]), tools=read_tools(record.get("tools")))
+    messages = place_images(record, read_conversation(key, record[key]))
+    return Row(number, messages=messages, tools=read_tools(record.get("tools")))
 
 
 def from_prompt(number: int, record: Mapping[str, Any]) -> Row:
@@ -30,10 +34,14 @@ def from_prompt(number: int, record: Mapping[str, Any]) -> Row:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         whole = read_conversation("completion", [*as_context(prompt), *read_turns("completion", completion)])
-        return Row(number, messages=whole, tools=read_tools(record.get("tools")))
+        return Row(number, messages=place_images(record, whole), tools=read_tools(record.get("tools")))
     texts = texts_of(record, "prompt", "completion")
     if read_tools(record.get("tools")):
         raise NoRowError("has tools and a prompt that is text", "give prompt and completion as lists of messages")
+    if column_images(record):
+        # An image stands in a turn.
+        asked, answered = ({"role": role, "content": text} for role, text in zip(_ROLES, texts, strict=True))
+        return Row(number, messages=place_images(record, [asked, answered]))
     return Row(number, *texts)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diablo.data.faults import NoRowError
-from diablo.data.reading import completions, labels, preferences, prompts
+from diablo.data.reading import completions, labels, preferences, prompts, similar
+from diablo.data.reading.images import COLUMNS, WITHOUT_IMAGES, column_images
 from diablo.data.reading.values import MissingColumnError
 from diablo.data.rows import Row, RowKind, kind_of
 
@@ -31,6 +32,10 @@ _OTHER_NAMES: dict[RowKind, dict[str, tuple[str, ...]]] = {
     "prompts": {"prompt": _PROMPTS},
     "labelled": {"text": _TEXTS, "label": ("label", "labels", "class", "category", "sentiment", "intent", "topic")},
     "numbered": {"text": _TEXTS, "label": ("label", "score", "rating", "value", "target", "stars")},
+    "texts": {
+        "anchor": ("anchor", "query", "question", "title", "premise", "sentence1", "text1", "text"),
+        "positive": ("positive", "pos", "answer", "passage", "document", "context", "abstract", "body", "sentence2"),
+    },
     "tagged": {"tokens": ("tokens", "words"), "labels": ("labels", "ner_tags", "tags", "pos_tags", "chunk_tags")},
 }
 
@@ -52,9 +57,9 @@ class Format:
 
 FORMATS: dict[RowKind, dict[str, Format]] = {
     "completions": {
-        "messages": Format(("messages",), ("tools",), completions.from_messages),
-        "ShareGPT": Format(("conversations",), ("tools",), completions.from_conversations),
-        "prompt/completion": Format(("prompt", "completion"), ("tools",), completions.from_prompt),
+        "messages": Format(("messages",), ("tools", *COLUMNS), completions.from_messages),
+        "ShareGPT": Format(("conversations",), ("tools", *COLUMNS), completions.from_conversations),
+        "prompt/completion": Format(("prompt", "completion"), ("tools", *COLUMNS), completions.from_prompt),
         "Alpaca": Format(("instruction", "output"), ("input",), completions.from_instruction),
         "text": Format(("text",), (), completions.from_text),
     },
@@ -71,6 +76,11 @@ FORMATS: dict[RowKind, dict[str, Format]] = {
         "tagged": Format(("tokens", "labels"), (), labels.from_tagged),
         "CoNLL": Format(("tokens", "ner_tags"), (), labels.from_tagged),
     },
+    "texts": {
+        "anchors": Format(("anchor", "positive"), similar.NEGATIVES, similar.from_anchor),
+        "scored": Format(("sentence1", "sentence2", "score"), (), similar.from_scored),
+        "labelled pairs": Format(("sentence1", "sentence2", "label"), (), similar.from_scored),
+    },
 }
 """The formats by name, for each kind of rows. A record that could have several has the first of them."""
 
@@ -82,10 +92,12 @@ _NEEDED: dict[RowKind, str] = {
     "labelled": "text and label",
     "numbered": "text and label, a number",
     "tagged": "tokens and labels, or tokens and ner_tags",
+    "texts": "anchor and positive, or sentence1, sentence2 and score",
 }
 # The kinds that have columns of their own, by which a record tells that it is one of them.
 _TOLD_BY: dict[RowKind, tuple[str, ...]] = {
     "tagged": (),
+    "texts": (),
     "judged": ("label",),
     "pairs": (),
     "labelled": (),
@@ -97,6 +109,7 @@ _OBJECTIVES: dict[RowKind, str] = {
     "judged": "kto",
     "labelled": "classification",
     "tagged": "token_classification",
+    "texts": "embedding",
 }
 
 
@@ -132,10 +145,18 @@ def to_row(number: int, record: Any, kind: RowKind = "completions") -> tuple[Row
     other = _other_kind(record, kind)
     if name is None or (other and not set(FORMATS[kind][name].required) <= record.keys()):
         raise NoRowError(f"has {name_columns(record)}", f"needs {_NEEDED[kind]}{other or _proposal(record, kind)}")
+    form = FORMATS[kind][name]
+    if column_images(record) and not {*COLUMNS} <= {*form.optional}:
+        raise NoRowError(*(WITHOUT_IMAGES if kind != "completions" else _of_no_turn(name)))
     try:
-        return FORMATS[kind][name].read(number, record), name
+        return form.read(number, record), name
     except MissingColumnError as error:
         raise NoRowError(error.reason, f"{error.mend}{_proposal(record, kind)}") from None
+
+
+def _of_no_turn(name: str) -> tuple[str, str]:
+    """What is wrong with images in a format that has no place for them, and how to mend it."""
+    return f"has images, which rows of the format {name} have no place for", "give messages, or prompt and completion"
 
 
 def _other_kind(record: Mapping[str, Any], kind: RowKind) -> str:

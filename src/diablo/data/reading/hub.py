@@ -10,6 +10,20 @@ from diablo.data.reading.files import without_nulls
 from diablo.errors import UserError, first_line
 
 
+def _undecoded(feature: Any) -> Any:
+    """Features of a dataset in which images stay the bytes or the path that they are stored as."""
+    from datasets import Features, Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        inner = {key: _undecoded(value) for key, value in feature.items()}
+        return Features(inner) if isinstance(feature, Features) else inner
+    return feature
+
+
 @dataclass(frozen=True)
 class HubDataset:
     """A split of a dataset on the hub.
@@ -49,6 +63,9 @@ def read_hub(dataset: HubDataset) -> Iterator[tuple[int, Any]]:
             revision=dataset.revision,
             streaming=dataset.streaming,
         )
+        # Decoded, all images would be held in memory.
+        if records.features is not None and (stored := _undecoded(records.features)) != records.features:
+            records = records.cast(stored)
         for number, record in enumerate(records, start=1):
             yield number, without_nulls(record) | dict.fromkeys(key for key in record if record[key] is None)
     except (ConnectionError, TimeoutError) as error:

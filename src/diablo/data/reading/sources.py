@@ -13,6 +13,7 @@ from diablo.data.reading.columns import Columns
 from diablo.data.reading.files import files_of, read_records_of
 from diablo.data.reading.formats import to_row
 from diablo.data.reading.hub import HubDataset, read_hub
+from diablo.data.reading.images import with_images
 from diablo.data.rows import Row, RowKind
 from diablo.errors import UserError
 
@@ -142,6 +143,7 @@ def _read_into(
                 # Rewards are told of all that the record has.
                 chosen = record | chosen
             row, form = to_row(number, chosen, kind)
+            row = with_images(row, place.parent if isinstance(place, Path) else None, kind)
         except NoRowError as error:
             faults.append(replace(error.at(number), source=name))
         else:

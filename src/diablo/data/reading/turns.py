@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diablo.data.faults import OPENS_WITH_ANSWER, NoRowError
+from diablo.data.images import PLACE
+from diablo.data.reading.images import part_image
 from diablo.data.rows import MEND_UNICODE, Turn, is_unicode, kind_of
 from diablo.errors import shortened
 
@@ -87,7 +89,7 @@ def _read_turn(turn: Any) -> Turn:
     # Tables have every key in every turn, with null where it was not given.
     turn = {key: value for key, value in turn.items() if value is not None}
     named = turn.get("role", turn.get("from"))
-    content = _content(turn.get("content", turn.get("value")))
+    content, images = _content(turn.get("content", turn.get("value")))
     calls = turn.get("tool_calls")
     if named == "function_call":
         calls, content = _calls_of(content), ""
@@ -103,6 +105,10 @@ def _read_turn(turn: Any) -> Turn:
     if role == "assistant" and not (content or "").strip() and not calls:
         raise NoRowError(*_EMPTY)
     result: Turn = {"role": role, "content": content or ""}
+    if images:
+        if role not in ("user", "tool"):
+            raise NoRowError(f"a turn of the {role} has an image", "put it into a turn of the user")
+        result["images"] = images
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in turn:
             if not isinstance(turn[key], str):
@@ -110,24 +116,30 @@ def _read_turn(turn: Any) -> Turn:
             result[key] = turn[key]
     if calls:
         result["tool_calls"] = _tool_calls(calls)
-    _check_unicode("a turn", result)
+    _check_unicode("a turn", {key: value for key, value in result.items() if key != "images"})
     if not _is_trained(role, turn):
         result["train"] = False
     return result
 
 
-def _content(value: Any) -> str | None:
-    """The text of a turn, which may be in parts; None where there is none."""
+def _content(value: Any) -> tuple[str | None, tuple[Any, ...]]:
+    """The text of a turn, which may be in parts, and what it says of its images; None where there is no text."""
     if not isinstance(value, list):
-        return value if isinstance(value, str) else None
-    texts = []
+        return (value if isinstance(value, str) else None), ()
+    texts, images = [], []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image", "image_url"):
+            images.append(part_image(part))
+            texts.append(PLACE)
+            continue
         if kind != "text" or not isinstance(part.get("text"), str):
             found = f"of the type {shortened(kind)}" if kind != "text" else "without a text"
-            raise NoRowError(f"a turn has a part {found}", 'give parts such as {"type": "text", "text": "..."} alone')
+            raise NoRowError(
+                f"a turn has a part {found}", 'give parts such as {"type": "text", "text": "..."}, or of the type image'
+            )
         texts.append(part["text"])
-    return "".join(texts)
+    return "".join(texts), tuple(images)
 
 
 def _is_trained(role: str, turn: Mapping[str, Any]) -> bool:

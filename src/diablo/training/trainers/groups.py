@@ -21,6 +21,7 @@ from diablo.scoring.rewards import Reward, Rewards
 from diablo.training import saving
 from diablo.training.averaging import with_values
 from diablo.training.engines import Tensors, trained_parameters
+from diablo.training.handover import changed_weights
 from diablo.training.tracking import Tracked
 from diablo.training.trainers.base import RunTrainer, number_of
 
@@ -43,6 +44,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
     _step: int
     _buffered_inputs: Any
     ref_model: Any
+    vllm_generation: Any
 
     def __init__(self, *, data_collator: Any, **options: Any) -> None:
         plan: Plan = options["plan"]
@@ -53,10 +55,14 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
         self._extremes: list[str] = []
         # TRL makes the batches itself.
         super().__init__(reward_funcs=[self._as_trl_calls_it(reward) for reward in self.rewards.each], **options)
-        self.stop_at_newline = all(self.rewards.asked_by(_row(encoded)).is_of_one_line for encoded in plan.train)
-        self.eos_token_ids = sorted(stops_of(plan.encoder, stop_at_newline=self.stop_at_newline))
-        self.generation_config.eos_token_id = self.eos_token_ids
+        self.stop_at_newline = _has_answers_of_one_line(plan)
+        self.eos_token_ids = _stops(plan)
         objective: Any = plan.recipe.objective
+        if objective.vllm is None:
+            self.generation_config.eos_token_id = self.eos_token_ids
+        else:
+            # TRL would send all weights of the model in each step.
+            self.vllm_generation._iter_named_params = lambda: changed_weights(options["model"])
         # TRL would add a copy of the adapter for the reference, or take the base model for it.
         self.beta = options["args"].beta = objective.beta
         self.ref_model = _AT_START if self.beta else None
@@ -82,6 +88,7 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
             "reward_weights": [reward.weight for reward in plan.rewards.each],
             # A completion's likelihood is to be the one that it was sampled with.
             "disable_dropout": True,
+            **({} if objective.vllm is None else _settings_of_vllm(plan)),
         }
 
     @staticmethod
@@ -209,6 +216,29 @@ class GroupTrainer(RunTrainer, GRPOTrainer):
                 for key, values in batch.items()
             }
             saving.write_tensors(staged / _COMPLETIONS, tensors)
+
+
+def _has_answers_of_one_line(plan: Plan) -> bool:
+    assert plan.rewards is not None
+    return all(plan.rewards.asked_by(_row(encoded)).is_of_one_line for encoded in plan.train)
+
+
+def _stops(plan: Plan) -> list[int]:
+    """The tokens that end a completion."""
+    return sorted(stops_of(plan.encoder, stop_at_newline=_has_answers_of_one_line(plan)))
+
+
+def _settings_of_vllm(plan: Plan) -> dict[str, Any]:
+    vllm = plan.recipe.objective.vllm  # type: ignore[union-attr]
+    assert vllm is not None
+    return {
+        "use_vllm": True,
+        "vllm_mode": "server" if vllm.server else "colocate",
+        "vllm_server_base_url": vllm.server,
+        "vllm_gpu_memory_utilization": vllm.gpu_memory or 0.3,
+        "vllm_max_model_length": plan.recipe.training.max_length,
+        "generation_kwargs": {"stop_token_ids": _stops(plan)},
+    }
 
 
 class _AtStart:

@@ -25,6 +25,7 @@ from diablo.training.trainers.groups import GroupTrainer
 from diablo.training.trainers.heads import LabelTrainer, RewardModelTrainer
 from diablo.training.trainers.preferences import JudgedTrainer, OddsRatioTrainer, PairTrainer
 from diablo.training.trainers.supervised import CompletionTrainer, adapted_head_allowed
+from diablo.training.trainers.vectors import VectorTrainer
 
 _TRAINERS: dict[str, Any] = {
     "sft": CompletionTrainer,
@@ -36,6 +37,7 @@ _TRAINERS: dict[str, Any] = {
     "regression": LabelTrainer,
     "reward": RewardModelTrainer,
     "token_classification": LabelTrainer,
+    "embedding": VectorTrainer,
 }
 
 

@@ -41,19 +41,24 @@ class CompletionTrainer(RunTrainer, SFTTrainer):
     def columns(plan: Plan) -> list[dict[str, Any]]:
         """What the collator takes of each training sequence."""
         return [
-            {**plan.features_of(sequence), "numbers": [number_of(row) for row in plan.rows_of(sequence)]}
+            {
+                **plan.features_of(sequence),
+                "numbers": [number_of(row) for row in plan.rows_of(sequence)],
+                "sequence": sequence,
+            }
             for sequence in range(len(plan.sequences))
         ]
 
     @staticmethod
     def collator(plan: Plan, meter: TokenMeter) -> MeteredCollator:
         """Makes batches, and counts their tokens."""
-        return MeteredCollator(plan.encoder.tokenizer.pad_token_id, meter, flat=plan.is_flat)
+        return MeteredCollator(plan, meter)
 
     def held_out_figures(self) -> dict[str, float]:
         """The mean loss of a held-out token, in nats."""
         plan = self.plan
-        return {"loss": held_out_loss(self.model, plan.held_out, plan.encoder.tokenizer.pad_token_id)}
+        encoder = plan.encoder
+        return {"loss": held_out_loss(self.model, plan.held_out, encoder.tokenizer.pad_token_id, images=encoder.images)}
 
     def compute_loss(
         self,

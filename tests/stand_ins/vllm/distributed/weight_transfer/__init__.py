@@ -1,0 +1,1 @@
+"""What TRL imports from here."""
