@@ -35,7 +35,7 @@ from benchmarks.methods import BESIDE, FROZEN, IN_PLACE, build
 from benchmarks.step import language_model
 from diablo.models.checkpointing import checkpointing_options
 from diablo.models.loading import count_parameters
-from diablo.planning.sizes import kept_for_backward
+from diablo.planning.kept import kept_for_backward
 from diablo.records.results import write_record
 from diablo.tuner.targets import PAPER_TARGETS
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from diablo.models.loading import count_parameters, load_model
+from diablo.planning.kept import kept_for_backward
 from diablo.planning.plan import Plan
-from diablo.planning.sizes import kept_for_backward
 from experiments.finetuning import Trajectory, batch_of, completion_loss, finetune, plan_data
 from experiments.harness import Experiment, Model, Seed
 from experiments.patterns import PATTERNS, apply_pattern

@@ -15,7 +15,7 @@ import yaml
 from diablo.recipes.data import Data, DataSource
 from diablo.recipes.methods import METHODS
 from diablo.recipes.new_tokens import NewToken
-from diablo.recipes.objectives import OBJECTIVES, RewardChoice
+from diablo.recipes.objectives import OBJECTIVES, RewardChoice, Vllm
 from diablo.recipes.publishing import PushToHub
 from diablo.recipes.reading import shipped_recipes
 from diablo.recipes.recipe import Evaluation, Recipe
@@ -67,6 +67,7 @@ def test_every_key_is_there_with_its_description():
         *METHODS.values(),
         *OBJECTIVES.values(),
         RewardChoice,
+        Vllm,
     )
     assert found.keys() == {key for section in sections for key in section.model_fields}
     for key, schema in properties(recipe_schema()):

@@ -15,7 +15,8 @@ from diablo import DiabloConfig
 from diablo.errors import UserError
 from diablo.models.checkpointing import checkpointing_options
 from diablo.models.loading import load_config
-from diablo.planning.sizes import Sizes, kept_for_backward, plan_sizes, sizes_of
+from diablo.planning.kept import kept_for_backward
+from diablo.planning.sizes import Sizes, plan_sizes, sizes_of
 from diablo.recipes.applying import TargetKind
 from diablo.recipes.methods import LoraMethod
 
