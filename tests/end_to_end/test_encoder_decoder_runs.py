@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSeq2SeqLM
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_tiny_t5
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    Florence2Config,
+    T5Gemma2Config,
+)
 
 from diablo.errors import Interrupted
 from diablo.recipes.reading import load_recipe
@@ -162,6 +170,12 @@ REFUSED = {
         "objective: found grpo, and ",
         "set sft.",
     ),
+    "vectors": (
+        [{"anchor": "a", "positive": "b"}],
+        ["objective=embedding"],
+        "objective: found embedding, and ",
+        "set sft.",
+    ),
     "packing": (None, ["training.packing=true"], "training.packing: found true, and ", "leave it out."),
     "noise": (
         None,
@@ -191,6 +205,37 @@ def test_what_an_encoder_decoder_cannot_do_is_refused_before_it_is_loaded(
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"error: {begins}")
     assert last.endswith(ends)
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+def test_rows_with_images_are_refused_since_an_encoder_decoder_sees_none(diablo, t5, recipe, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "a"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "b"}]
+    write(tmp_path / "rows.jsonl", [{"messages": messages}] * 4)
+    status, _, err = diablo("train", recipe, "data.eval=null")
+    assert status == 2
+    assert f"model: found '{t5}', which sees none, and 4 of 4 rows have images (row 1)" in err
+
+
+@pytest.mark.parametrize("t5", [False], indirect=True)
+@pytest.mark.parametrize(
+    "seeing",
+    [
+        Florence2Config(architectures=["Florence2ForConditionalGeneration"]),
+        T5Gemma2Config(architectures=["T5Gemma2ForConditionalGeneration"]),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_an_encoder_decoder_that_sees_images_is_neither_trained_nor_asked(diablo, recipe, tmp_path, seeing):
+    seeing.save_pretrained(tmp_path / "seeing")
+    for verb in (("train", recipe, f"model={tmp_path / 'seeing'}"), ("plan", tmp_path / "seeing")):
+        status, _, err = diablo(*verb)
+        assert status == 2
+        assert f"model: a {seeing.model_type!r} model is an encoder-decoder that sees images, and models of " in err
+    status, _, err = diablo("generate", tmp_path / "seeing", "a")
+    assert status == 2
+    assert "is an encoder-decoder that sees images" in err
 
 
 @pytest.mark.parametrize("t5", [False], indirect=True)
