@@ -121,6 +121,19 @@ def test_the_reference_is_the_model_that_training_starts_from(diablo, recipe, tm
         assert training["held_out_figures"]["margin"][-1][1] > 0.01
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_model_that_is_trained_whole_has_no_second_model_beside_it(diablo, recipe, tmp_path, monkeypatch, objective):
+    loaded = []
+    for kind in ("dpo", "kto"):
+        load = f"trl.trainer.{kind}_trainer.create_model_from_path"
+        monkeypatch.setattr(load, lambda name, **options: loaded.append(name))
+    run = tmp_path / "run"
+    status, _, error = diablo("train", recipe, *of(objective, tmp_path)[:2], "method=full", f"output={run}")
+    assert status == 0, error
+    assert loaded == []
+    assert record_of(run)["training"]["held_out_figures"]["margin"][-1][1] > 0.01
+
+
 def test_an_adapter_that_was_trained_with_dropout_goes_on_without(diablo, recipe, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     method = "method={name: diablo, num_blocks: 4, dropout: 0.5}"

@@ -81,6 +81,11 @@ class Collator:
         return {**batch, "numbers": [number for row in rows for number in row["numbers"]]}
 
 
+def _without_second_model(plan: Plan) -> dict[str, Any]:
+    """What TRL is told so that it loads no reference: of an adapted model it loads none anyway, and asks for a hash."""
+    return {"precompute_ref_log_probs": plan.recipe.method.name == "full"}
+
+
 class PreferenceTrainer(RunTrainer):
     """What the trainers of preferences have in common; a class beside it has the loss and ``compute_ref_log_probs``.
 
@@ -115,6 +120,10 @@ class PreferenceTrainer(RunTrainer):
         return cls.columns_of(plan.train)
 
     def _prepare_dataset(self, dataset: Dataset, *arguments: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *arguments: Any) -> Dataset:
+        # TRL would ask here, with its own batches; see prepare_for_rows.
         return dataset
 
     def prepare_for_rows(self) -> None:
@@ -249,6 +258,7 @@ class PairTrainer(TrainerOfPairs, DPOTrainer):
             "loss_weights": objective.loss_weights,
             "label_smoothing": objective.label_smoothing,
             "max_length": None,
+            **_without_second_model(plan),
         }
 
     @staticmethod
@@ -267,7 +277,7 @@ class OddsRatioTrainer(PairTrainer):
     def settings(plan: Plan) -> dict[str, Any]:
         """Arguments of the config that are of this trainer alone."""
         objective: Any = plan.recipe.objective
-        return {"beta": objective.beta, "max_length": None}
+        return {"beta": objective.beta, "max_length": None, **_without_second_model(plan)}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> torch.Tensor:
         """The mean loss of a chosen token, and the weighted mean of minus the log-sigmoid of the odds' log-ratio.
@@ -319,6 +329,7 @@ class JudgedTrainer(PreferenceTrainer, KTOTrainer):
             "max_length": None,
             # The pairs of the estimate are fixed, whatever the sampler; TRL's own depend on the order.
             "train_sampling_strategy": "sequential",
+            **_without_second_model(plan),
         }
 
     @staticmethod
