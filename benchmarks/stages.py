@@ -34,6 +34,8 @@ QUESTION = (
     "share of the test problems of MAWPS that are solved after supervised training, and after DPO or GRPO from there"
 )
 RECIPE = Path(__file__).parent / "quality" / "mawps.yaml"
+RAISED = {"dpo": "rewards/accuracies", "grpo": "reward"}
+"""What is logged of each step of an objective that training is to raise."""
 METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
@@ -129,6 +131,29 @@ def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(line["step"], line[name]) for line in lines if name in line] for name in names}
 
 
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what each objective raises, by step: one line a method, the mean over the seeds, and a thin one for each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    objectives = list(dict.fromkeys(each["objective"] for each in results))
+    figure, panels = pyplot.subplots(1, len(objectives), figsize=(5 * len(objectives), 3.5), squeeze=False)
+    for panel, objective in zip(panels[0], objectives, strict=True):
+        for color, each in enumerate(each for each in results if each["objective"] == objective):
+            curves = [[value for _, value in run["curve"][RAISED[objective]]] for run in each["runs"]]
+            steps = [step for step, _ in each["runs"][0]["curve"][RAISED[objective]]]
+            for values in curves:
+                panel.plot(steps, values, color=f"C{color}", linewidth=0.5)
+            means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+            panel.plot(steps, means, color=f"C{color}", linewidth=2, label=each["method"])
+        panel.set(title=objective, xlabel="step", ylabel=RAISED[objective])
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main(
     folder: Path = Path("runs/stages"),
     seeds: int = 3,
@@ -162,6 +187,7 @@ def main(
             )
             settings = {"recipe": RECIPE.name, "objectives": OBJECTIVES, "samples": samples, "seeds": seeds}
             write_record(out, QUESTION, settings, results)
+            draw(results, out.with_suffix(".png"))
     print_table(
         ["objective", "method", "rate", "before", "after", "gain"],
         [[each["objective"], each["method"], f"{each['rate']:g}", *_figures(each["runs"])] for each in results],
