@@ -281,7 +281,7 @@ def _print_losses(out: Console, record: dict[str, Any]) -> None:
         out.print(f"stopped early    after step {training['steps']}: the {judge} did not become better")
     if training["kept_step"] != training["steps"]:
         out.print(f"kept             step {training['kept_step']}, of the best {judge}")
-    if training["validation_score"] and of_rows is None:
+    if training["validation_score"] and not of_rows:
         score = dict(training["validation_score"])[training["kept_step"]]
         out.print(f"validation       {score:.1%} at step {training['kept_step']}")
     if record["general_loss"]:

@@ -348,6 +348,7 @@ JSON = st.recursive(
 @given(key=st.sampled_from(sorted(DiabloConfig().to_dict())), value=JSON)
 @example(key="target_modules", value="(a+)+$")
 @example(key="modules_to_save", value=["no_such_module"])
+@example(key="trainable_token_indices", value=[2**32])
 def test_any_value_of_any_key_of_a_config_is_an_error_or_harmless(good, tiny_model, tmp_path_factory, key, value):
     folder = tmp_path_factory.mktemp("fuzz") / "adapter"
     shutil.copytree(good, folder)

@@ -151,10 +151,11 @@ def tokens_of_adapter(adapter: Path, name: str, config: PretrainedConfig) -> Tra
     if not indices:
         return None
     ids = {token for own in (indices.values() if isinstance(indices, dict) else [indices]) for token in own}
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise UserError(f"{adapter / ADAPTER_CONFIG} has trainable_token_indices that are no token ids.")
     base = load_tokenizer(name)
     tokenizer = load_tokenizer(str(adapter)) if (adapter / TOKENIZER_CONFIG_FILE).is_file() else base
+    rows = max(len(tokenizer), config.get_text_config().vocab_size)
+    if not all(isinstance(token, int) and 0 <= token < rows for token in ids):
+        raise UserError(f"{adapter / ADAPTER_CONFIG} has trainable_token_indices that are no token ids.")
     texts = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ids)}
     known = base.get_vocab()
     added = tokenizer.added_tokens_decoder

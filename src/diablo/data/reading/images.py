@@ -21,6 +21,8 @@ _A_PART = '{"type": "image", "image": "..."}'
 _SPELLED = "<image>"
 """What stands for an image in the texts of data that has images in a column."""
 _DATA, _BASE64 = "data:", ";base64,"
+_PATH = 300
+"""How much of a path a message shows: enough to find the file, and not all of what was meant to be its content."""
 
 
 def part_image(part: Mapping[str, Any]) -> Any:
@@ -155,7 +157,7 @@ def read_image(value: Any, folder: Path | None) -> Image:
     path = Path(given) if folder is None else folder / given
     if not path.is_file():
         raise NoRowError(
-            f"there is no image {shortened(str(path))}", "paths in rows count from the folder of the data file"
+            f"there is no image {shortened(str(path), _PATH)}", "paths in rows count from the folder of the data file"
         )
     return _inspected(str(path), path)
 
@@ -196,7 +198,7 @@ def _inspected(name: str, path: Path | None, content: bytes = b"") -> Image:
     except ImportError:
         raise NoRowError("has images, and Pillow is not installed", "install it with: pip install pillow") from None
     except Exception as error:  # what a decoder raises on what is no image is open-ended
-        what = "an image in the row" if path is None else f"the image {shortened(name)}"
+        what = "an image in the row" if path is None else f"the image {shortened(name, _PATH)}"
         reason = "is no image that can be read"
         if path is not None and isinstance(error, OSError) and error.errno is not None:
             reason = f"cannot be read ({first_line(error)})"
