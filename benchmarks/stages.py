@@ -40,7 +40,7 @@ METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
 }
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = {"dpo": (3e-5, 1e-4, 3e-4), "grpo": (3e-5, 1e-4)}
 OBJECTIVES: dict[str, dict[str, str | int]] = {
     "dpo": {"objective": "{name: dpo, beta: 0.1}", "training.max_steps": 24},
     # Four prompts a step, with eight completions of each.
@@ -167,7 +167,7 @@ def main(
     for objective in objectives.split(","):
         for method in methods.split(","):
             first = supervised(folder, method, 0)
-            swept = {rate: validation_accuracy(stage(first, objective, rate, 0, samples)) for rate in RATES}
+            swept = {rate: validation_accuracy(stage(first, objective, rate, 0, samples)) for rate in RATES[objective]}
             best = max(swept, key=lambda rate: swept[rate])
             runs = []
             for seed in range(seeds):
