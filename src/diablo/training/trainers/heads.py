@@ -53,12 +53,21 @@ class LabelCollator:
         return {**batch, "numbers": [number for row in rows for number in row["numbers"]]}
 
 
-class LabelTrainer(HeadTrainer):
-    """Trains a model to label texts or words, or to give a number; see :class:`RunTrainer` for its arguments."""
+class OwnLossTrainer(HeadTrainer):
+    """What the trainers have in common whose loss is none of TRL's: they are transformers' Trainer alone."""
 
     config_class = TrackedArguments
     # The loss is scaled here, so that a step that is left out counts as what it is.
     loss_is_scaled_for_ga: Any = True
+
+    @staticmethod
+    def settings(plan: Plan) -> dict[str, Any]:
+        """Arguments of the config that are of this trainer alone: none."""
+        return {}
+
+
+class LabelTrainer(OwnLossTrainer):
+    """Trains a model to label texts or words, or to give a number; see :class:`RunTrainer` for its arguments."""
 
     @property
     def head(self) -> Head:
@@ -66,11 +75,6 @@ class LabelTrainer(HeadTrainer):
         head = self.plan.head
         assert head is not None  # the objective has one
         return head
-
-    @staticmethod
-    def settings(plan: Plan) -> dict[str, Any]:
-        """Arguments of the config that are of this trainer alone."""
-        return {}
 
     @staticmethod
     def columns(plan: Plan) -> Columns:

@@ -15,7 +15,7 @@ from diablo.recipes.embedding import EmbeddingObjective
 from diablo.records.progress import TokenMeter
 from diablo.scoring.vectors import Loss, embed, make_loss, targets_of, text_batch, vector_figures
 from diablo.training.trainers.base import number_of
-from diablo.training.trainers.heads import HeadTrainer, TrackedArguments
+from diablo.training.trainers.heads import OwnLossTrainer
 from diablo.training.trainers.preferences import Columns
 
 
@@ -45,15 +45,11 @@ class TextCollator:
         return {"columns": batches, "targets": targets_of(rows), "numbers": [number_of(row) for row in rows]}
 
 
-class VectorTrainer(HeadTrainer):
+class VectorTrainer(OwnLossTrainer):
     """Trains a model to give near vectors to texts that belong together; see :class:`RunTrainer` for its arguments.
 
     The loss is that of sentence-transformers. The rows are the plan's, so that what is trained on is what was checked.
     """
-
-    config_class = TrackedArguments
-    # The loss is scaled here, so that a step that is left out counts as what it is.
-    loss_is_scaled_for_ga: Any = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -70,11 +66,6 @@ class VectorTrainer(HeadTrainer):
         vectors = self.plan.vectors
         assert vectors is not None  # the objective has some
         return vectors
-
-    @staticmethod
-    def settings(plan: Plan) -> dict[str, Any]:
-        """Arguments of the config that are of this trainer alone."""
-        return {}
 
     @staticmethod
     def columns(plan: Plan) -> Columns:
