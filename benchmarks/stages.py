@@ -40,7 +40,7 @@ METHODS = {
     "diablo": ("{name: diablo, num_blocks: 16}", 3e-3),
     "lora": ("{name: lora, r: 21}", 1e-3),
 }
-RATES = {"dpo": (3e-5, 1e-4, 3e-4), "grpo": (3e-5, 1e-4)}
+RATES = {"dpo": (3e-5, 1e-4, 3e-4), "grpo": (1e-5, 3e-5, 1e-4, 3e-4)}
 OBJECTIVES: dict[str, dict[str, str | int]] = {
     "dpo": {"objective": "{name: dpo, beta: 0.1}", "training.max_steps": 24},
     # Four prompts a step, with eight completions of each.
