@@ -83,7 +83,10 @@ def pairs(start: Path, seed: int, samples: int) -> Path:
     if not file.is_file():
         options = ("--samples", samples, "--temperature", 1.0, "--seed", seed, "--limit", 384)
         more = ("--pairs-per-problem", 2, "--batch-size", 64, "--json")
-        diablo("pairs", start, file, *options, *more, log=file.with_suffix(".log"))
+        # Rows are written as they come: the file has its name only when it is whole.
+        half = file.with_name("pairs-so-far.jsonl")
+        diablo("pairs", start, half, *options, *more, "--overwrite", log=file.with_suffix(".log"))
+        half.rename(file)
     return file
 
 
