@@ -31,9 +31,11 @@ if TYPE_CHECKING:
         DiabloParameters,
         DiabloQuantizedLinear,
         LoraConversion,
+        LowLearningRateWarning,
         convert_to_lora,
         hotswap_adapter,
         preview_targets,
+        suggested_learning_rate,
     )
 
 __all__ = [
@@ -47,12 +49,14 @@ __all__ = [
     "DiabloParameters",
     "DiabloQuantizedLinear",
     "LoraConversion",
+    "LowLearningRateWarning",
     "__version__",
     "block_diagonal_linear",
     "block_diagonal_linear_reference",
     "convert_to_lora",
     "hotswap_adapter",
     "preview_targets",
+    "suggested_learning_rate",
 ]
 
 # PEFT and torch take seconds to import. What is in these rooms is imported when it is first asked for.

@@ -12,6 +12,7 @@ from diablo.tuner.layers import (
 )
 from diablo.tuner.model import DiabloModel
 from diablo.tuner.preview import TargetPreview, preview_targets
+from diablo.tuner.rates import LowLearningRateWarning, suggested_learning_rate
 from diablo.tuner.register import register
 from diablo.tuner.swapping import hotswap_adapter
 
@@ -25,11 +26,13 @@ __all__ = [
     "DiabloParameters",
     "DiabloQuantizedLinear",
     "LoraConversion",
+    "LowLearningRateWarning",
     "TargetPreview",
     "convert_to_lora",
     "hotswap_adapter",
     "preview_targets",
     "register",
+    "suggested_learning_rate",
 ]
 
 # At the end, when everything is there that PEFT is told of.

@@ -34,6 +34,7 @@ from diablo.tuner.layers.quantized import check_backward, keep_backward
 from diablo.tuner.layers.tensor_parallel import check_saved_modules
 from diablo.tuner.openers import adapted_layers, connect, disconnect
 from diablo.tuner.passes import left
+from diablo.tuner.rates import watch_learning_rate
 from diablo.tuner.rows import BASE, names_for_rows
 from diablo.tuner.targets import (
     default_target_modules,
@@ -67,6 +68,8 @@ class DiabloModel(BaseTuner):
 
     prefix: str = "diablo_"
     tuner_layer_cls = DiabloLayer
+    # Whether somebody looks at the learning rate of the first step.
+    _is_watched = False
 
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: DiabloConfig, model_config: dict[str, Any]
@@ -172,6 +175,9 @@ class DiabloModel(BaseTuner):
                 parameters = layer.get_base_layer()._parameters
                 layer.settle(is_shared=any(len(owners.of(parameters.get(name))) > 1 for name in layer.weights))
         config._made_for = self.digest_base(adapter_name)
+        if not (config.inference_mode or self._is_watched):
+            self._is_watched = True
+            watch_learning_rate(self)
 
     def note_base(self, adapter_name: str, saved: Any) -> None:
         """Warn if the weights that a saved adapter was made for differ from those that it is loaded onto.
