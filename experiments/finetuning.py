@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from diablo.data.batching import collate
@@ -55,15 +56,23 @@ def plan_data(model: str, rows: int, held_out: int, batch_size: int, num_blocks:
     )
 
 
-def load_adapted(plan: Plan, method: AnyMethod, dtype: torch.dtype | None = None) -> Any:
+def load_adapted(
+    plan: Plan,
+    method: AnyMethod,
+    dtype: torch.dtype | None = None,
+    change: Callable[[nn.Module], None] | None = None,
+) -> Any:
     """A fresh model with a method applied, on its device.
 
     Args:
         plan: whose model it is.
         method: the method.
         dtype: dtype of the frozen weights; the plan's where None.
+        change: changes the model before the method is applied.
     """
     model = load_model(plan.model_name, dtype or plan.dtype, plan.recipe.attention).to(plan.device)
+    if change is not None:
+        change(model)
     return apply_method(model, method)
 
 
@@ -103,7 +112,7 @@ class Trajectory:
 def finetune(
     model: Any,
     plan: Plan,
-    rate: float,
+    rate: float | list[dict[str, Any]],
     *,
     warmup: int = 4,
     watch: Callable[[Any], dict[str, float]] | None = None,
@@ -113,13 +122,14 @@ def finetune(
     Args:
         model: an adapted model.
         plan: the data.
-        rate: learning rate.
+        rate: learning rate; or the groups of parameters of the optimizer, each with its ``lr``.
         warmup: steps of warm-up.
         watch: called with the model after each backward.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = plan.sampler.batches()
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    groups = rate if isinstance(rate, list) else [{"params": parameters, "lr": rate}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
     found = Trajectory()
     model.train()

@@ -1,38 +1,35 @@
-"""Which learning rate is right for blocks, whatever their number, the width of the model and the kind of layer?
+"""Which learning rate is right for blocks, whatever their number, the kind of layer and the scale of its inputs?
 
     python -m experiments.learning_rate
 
-Small models of several widths learn the text of this project's pages, byte by byte, and go on with the word problems of
-MAWPS by blocks. Every setting is trained at rates in steps of two around the rule's, until the best one is inside.
+A real model is trained on word problems of MAWPS, at rates in steps of two around a rule's, until the best one is
+inside. The rate that is given goes as one over the rows of a block; what else it could go with is tried beside that.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
 
-from diablo import DiabloConfig, DiabloLayer
-from experiments.harness import Experiment, Seed
+from diablo import DiabloLayer
+from diablo.planning.plan import Plan
+from diablo.recipes.methods import DiabloMethod
+from diablo.scoring.generation import held_out_loss
+from experiments.finetuning import finetune, load_adapted, plan_data
+from experiments.harness import Experiment, Model, Seed
 
-QUESTION = "the best learning rate over the number of blocks, the width of the model, the kind of layer and the steps"
+QUESTION = "the best learning rate over the number of blocks, the kind of layer and the scale of its inputs"
 
-WIDTHS = (64, 128, 256)
-NUM_BLOCKS = (4, 8, 16, 32, 64)
+NUM_BLOCKS = (16, 64, 8, 32, 128)
 FACTORS = ("rows", "one", "gain")
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-LENGTH, ROWS = 96, 8
 RULE = 0.1
-"""The rate times the rows of a block, as the rule of today has it."""
+"""The rule's rate, times the rows of a block."""
 
 
 @dataclass(frozen=True)
@@ -40,98 +37,17 @@ class Setting:
     """What is trained.
 
     Attributes:
-        width: hidden size of the model.
         num_blocks: N.
         targets: names of the layers that have blocks.
-        steps: steps of training.
         factors: how the rates of the layers differ; see :func:`groups_of`.
+        scale: what the weights of q, k, v, gate and up are multiplied by, and the norms before them divided by. The
+            model computes the same.
     """
 
-    width: int = 128
     num_blocks: int = 16
     targets: tuple[str, ...] = KINDS
-    steps: int = 80
     factors: str = "rows"
-
-
-def text_of_pages() -> torch.Tensor:
-    """The bytes of this project's pages."""
-    pages = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
-    return torch.tensor(list("\n\n".join(page.read_text(encoding="utf-8") for page in pages).encode()))
-
-
-def text_of_problems(split: str) -> torch.Tensor:
-    """The bytes of a split of MAWPS."""
-    return torch.tensor(list((resources.files("diablo") / "data" / "mawps" / f"{split}.jsonl").read_bytes()))
-
-
-def batches(text: torch.Tensor, number: int, seed: int) -> Iterator[torch.Tensor]:
-    """Pieces of a text at random places, of shape (rows, length)."""
-    drawn = torch.Generator().manual_seed(seed)
-    for _ in range(number):
-        starts = torch.randint(len(text) - LENGTH, (ROWS,), generator=drawn)
-        yield torch.stack([text[start : start + LENGTH] for start in starts.tolist()])
-
-
-def train(model: nn.Module, groups: list[dict[str, Any]], text: torch.Tensor, steps: int, seed: int) -> None:
-    """AdamW with a linear schedule, a short warm-up and clipped gradients."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-    model.train()
-    for batch in batches(text, steps, seed):
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_([each for group in groups for each in group["params"]], 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-@torch.no_grad()
-def loss_on(model: nn.Module, text: torch.Tensor) -> float:
-    """Loss per byte, in nats, on the first 32 batches of a text."""
-    model.eval()
-    pieces = text[: 32 * ROWS * LENGTH].unfold(0, LENGTH, LENGTH)
-    losses = [model(input_ids=batch, labels=batch).loss.item() for batch in pieces.split(ROWS)]
-    return sum(losses) / len(losses)
-
-
-def pretrained(width: int, steps: int, seed: int) -> LlamaForCausalLM:
-    """A Llama of four layers that has read the pages."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=4,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-    )
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config)
-    train(model, [{"params": list(model.parameters()), "lr": 3e-3 * 128 / width}], text_of_pages(), steps, seed)
-    return model
-
-
-def groups_of(model: nn.Module, rate: float, factors: str) -> list[dict[str, Any]]:
-    """Each trained parameter with a rate of its own.
-
-    Args:
-        model: has blocks.
-        rate: times the rows of a block: what a step can move an output by, for inputs of size one.
-        factors: ``"rows"`` divides by the rows of a layer's own blocks, and ``"one"`` by the median of all layers.
-            ``"gain"`` divides by its own rows and goes with how strongly the layer itself answers, which is the length
-            of a row of its weight, beside the median of all layers.
-    """
-    trained = [(layer, layer.diablo_blocks["default"]) for layer in layers_of(model)]
-    rows = [blocks.shape[-2] for _, blocks in trained]
-    gains = [layer.get_base_layer().get_parameter("weight").norm(dim=1).mean().item() for layer, _ in trained]
-    groups = []
-    for own, gain, (_, blocks) in zip(rows, gains, trained, strict=True):
-        share = gain / statistics.median(gains) if factors == "gain" else 1.0
-        groups.append({"params": [blocks], "lr": share * rate / (statistics.median(rows) if factors == "one" else own)})
-    return groups
+    scale: float = 1.0
 
 
 def layers_of(model: nn.Module) -> list[DiabloLayer]:
@@ -139,125 +55,175 @@ def layers_of(model: nn.Module) -> list[DiabloLayer]:
     return [module for module in model.modules() if isinstance(module, DiabloLayer)]
 
 
-def sweep(base: LlamaForCausalLM, setting: Setting, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train a setting at rates in steps of two, until the best one is inside.
+def gain_of(layer: DiabloLayer) -> float:
+    """How strongly a layer answers to inputs of size one: the mean length of the rows of its weight."""
+    return layer.get_base_layer().get_parameter("weight").float().norm(dim=1).mean().item()
+
+
+def groups_of(model: nn.Module, step: float, factors: str, usual: float = 1.0) -> list[dict[str, Any]]:
+    """The blocks of each layer with a rate of their own.
+
+    Args:
+        model: has blocks.
+        step: the rate times the rows of a block: what a step of Adam can move an output by, for inputs of size one.
+        factors: ``"rows"`` divides by the rows of a layer's own blocks, and ``"one"`` by the median of all layers.
+            ``"gain"`` divides by its own rows and multiplies by its gain, in units of the usual one.
+        usual: the gain at which ``"gain"`` and ``"rows"`` are the same.
+    """
+    layers = layers_of(model)
+    rows = [layer.diablo_layout["default"].block_in for layer in layers]
+    groups = []
+    for layer, own in zip(layers, rows, strict=True):
+        share = gain_of(layer) / usual if factors == "gain" else 1.0
+        rate = share * step / (statistics.median(rows) if factors == "one" else own)
+        groups.append({"params": [layer.diablo_blocks["default"]], "lr": rate})
+    return groups
+
+
+def sweep(loss_at: Callable[[float], float], before: float) -> dict[str, Any]:
+    """Find the best multiple of a rule's rate, in steps of two, until it is inside of what was tried.
+
+    Args:
+        loss_at: the loss after training at a multiple.
+        before: the loss before training.
 
     Returns:
-        The setting, the mean loss by the multiple of the rule's rate, and what the rule's rate loses to the best one.
+        The losses by multiple, the best multiple by the parabola through the lowest three, and by how much the loss at
+        the rule's own rate is above the lowest, as a share of that and of what training gains.
     """
     losses: dict[int, float] = {}
 
-    def loss_at(power: int) -> float:
+    def measured(power: int) -> float:
         if power not in losses:
-            losses[power] = statistics.fmean(tuned(base, setting, RULE * 2.0**power, seed) for seed in seeds)
+            losses[power] = loss_at(2.0**power)
         return losses[power]
 
-    best = min((-1, 0, 1), key=loss_at)
+    best = min((-1, 0, 1), key=measured)
     while best in (min(losses), max(losses)):
-        best = min((best - 1, best, best + 1), key=loss_at)
-    before = loss_on(base, text_of_problems("test"))
+        best = min((best - 1, best, best + 1), key=measured)
     return {
-        **asdict(setting),
         "before": before,
         "losses": {f"{2.0**power:g}": losses[power] for power in sorted(losses)},
-        "best": 2.0 ** vertex([losses[best + step] for step in (-1, 0, 1)], best),
+        "best": 2.0 ** (best + vertex([losses[best + step] for step in (-1, 0, 1)])),
         "best_loss": losses[best],
         "rule_loss": losses[0],
         "behind": losses[0] / losses[best] - 1,
-        "share_of_gain": (before - losses[0]) / (before - losses[best]),
+        "gain_lost": (losses[0] - losses[best]) / (before - losses[best]),
     }
 
 
-def vertex(losses: Sequence[float], middle: int) -> float:
-    """Where the parabola through three losses, a step apart, is lowest."""
+def vertex(losses: Sequence[float]) -> float:
+    """Where the parabola through three losses, a step apart, is lowest: in steps from the middle one."""
     left, centre, right = losses
     bend = left - 2 * centre + right
-    return middle + (0.5 * (left - right) / bend if bend > 0 else 0.0)
+    return 0.5 * (left - right) / bend if bend > 0 else 0.0
 
 
-def tuned(base: LlamaForCausalLM, setting: Setting, rate: float, seed: int) -> float:
-    """The loss on test problems after training blocks."""
-    config = DiabloConfig(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
-    model = get_peft_model(copy.deepcopy(base), config)
-    train(model, groups_of(model, rate, setting.factors), text_of_problems("train"), setting.steps, seed)
-    return loss_on(model, text_of_problems("test"))
+@torch.no_grad()
+def rescale(model: nn.Module, scale: float) -> None:
+    """Divide the norms of a Llama by a scale, and multiply the weights that read them by it: an equal model."""
+    for layer in model.get_submodule("model.layers").children():
+        for norm, readers in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            layer.get_parameter(f"{norm}.weight").div_(scale)
+            for reader in readers:
+                layer.get_parameter(f"{reader}.weight").mul_(scale)
 
 
-def settings_of(widths: Sequence[int], num_blocks: Sequence[int], steps: int) -> dict[str, list[Setting]]:
+def tuned(plan: Plan, setting: Setting, multiple: float, usual: float) -> float:
+    """The held-out loss after training a setting."""
+    method = DiabloMethod(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
+    model = load_adapted(plan, method, change=lambda model: rescale(model, setting.scale))
+    return finetune(model, plan, groups_of(model, multiple * RULE, setting.factors, usual)).held_out_loss
+
+
+def settings_of(num_blocks: Sequence[int], kinds: Sequence[str], scale: float) -> dict[str, list[Setting]]:
     """The settings of each question."""
-    plain = Setting(steps=steps)
     return {
-        "width": [replace(plain, width=width) for width in widths],
-        "N": [replace(plain, num_blocks=number) for number in num_blocks],
-        "kind": [replace(plain, targets=(kind,)) for kind in KINDS],
-        "factors": [replace(plain, factors=factors) for factors in FACTORS],
-        "steps": [replace(plain, steps=steps * times) for times in (1, 4)],
+        "factors": [Setting(factors=factors) for factors in FACTORS],
+        "scale": [Setting(factors=factors, scale=scale) for factors in ("rows", "gain")],
+        "kind": [Setting(targets=(kind,)) for kind in kinds],
+        "N": [Setting(num_blocks=number) for number in num_blocks],
     }
 
 
 def run(
-    widths: Sequence[int] = WIDTHS,
+    model: Model = "builtin:smollm2-135m",
+    rows: int = 192,
+    held_out: int = 128,
     num_blocks: Sequence[int] = NUM_BLOCKS,
-    steps: int = 80,
-    pretraining: int = 500,
-    seeds: int = 2,
+    kinds: Sequence[str] = ("down_proj",),
+    scale: float = 4.0,
     seed: Seed = 0,
 ) -> dict[str, Any]:
     """Sweep every setting.
 
     Args:
-        widths: hidden sizes of the models; N, kinds and steps are tried with ``Setting.width``.
+        model: a folder, a hub id or ``builtin:NAME``, of a Llama.
+        rows: training rows, in batches of 8.
+        held_out: test rows for the loss.
         num_blocks: the N to try.
-        steps: steps of training on the problems.
-        pretraining: steps of training on the pages.
-        seeds: runs of each rate.
-        seed: the first seed.
+        kinds: the kinds of layers to try, each alone.
+        scale: the scale to try.
+        seed: seed of the order of the rows.
     """
-    asked = settings_of(widths, num_blocks, steps)
-    used = dict.fromkeys(each.width for settings in asked.values() for each in settings)
-    bases = {width: pretrained(width, pretraining, seed) for width in used}
+    plan = plan_data(model, rows, held_out, 8, NUM_BLOCKS[0], seed)
+    plain = load_adapted(plan, DiabloMethod(num_blocks=NUM_BLOCKS[0]))
+    before = held_out_loss(plain, plan.held_out, plan.encoder.tokenizer.pad_token_id)
+    usual = statistics.median(gain_of(layer) for layer in layers_of(plain))
+    asked = settings_of(num_blocks, kinds, scale)
     found: dict[Setting, dict[str, Any]] = {}
     for setting in dict.fromkeys(each for settings in asked.values() for each in settings):
-        found[setting] = sweep(bases[setting.width], setting, range(seed, seed + seeds))
-        print(next(report({"": [found[setting]]})), found[setting]["losses"], flush=True)
+
+        def loss_at(multiple: float, setting: Setting = setting) -> float:
+            loss = tuned(plan, setting, multiple, usual)
+            print(f"{setting} at {multiple:g}: {loss:.4f}", flush=True)
+            return loss
+
+        found[setting] = {**asdict(setting), **sweep(loss_at, before)}
     return {name: [found[each] for each in settings] for name, settings in asked.items()}
+
+
+def label(found: Mapping[str, Any], question: str) -> str:
+    """What a setting has that others of the same question have not."""
+    if question == "kind":
+        return str(found["targets"][0])
+    if question == "width":
+        return str(found["width"])
+    if question == "scale":
+        return f"x {found['scale']:g}, {found['factors']}"
+    return str(found["num_blocks"] if question == "N" else found[question])
 
 
 def draw(figure: Any, results: dict[str, Any]) -> None:
     """The loss over the multiple of the rule's rate, a panel for each question."""
-    panels = figure.subplots(1, len(results), sharey=True)
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for panel, (name, settings) in zip(panels, results.items(), strict=True):
         for each in settings:
             multiples = [float(multiple) for multiple in each["losses"]]
-            panel.plot(
-                multiples, [loss / each["best_loss"] for loss in each["losses"].values()], "o-", label=label(each, name)
-            )
-        panel.set(xscale="log", title=name, xlabel="rate / the rule's rate", ylim=(0.995, 1.15))
+            losses = [loss / each["best_loss"] for loss in each["losses"].values()]
+            panel.plot(multiples, losses, "o-", label=label(each, name))
+        panel.set(title=name, xlabel="rate / the rule's rate", ylim=(0.99, 1.2))
         panel.set_xscale("log", base=2)
         panel.axvline(1, color="grey", linewidth=0.5)
         panel.legend()
-    panels[0].set(ylabel="loss / the best loss")
-
-
-def label(found: Mapping[str, Any], question: str) -> str:
-    """What a line is of."""
-    key = {"N": "num_blocks", "kind": "targets"}.get(question, question)
-    return found[key][0] if key == "targets" else str(found[key])
+    panels[0].set(ylabel="held-out loss / the best")
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
     """The figures in words."""
     for name, settings in results.items():
         for each in settings:
-            targets = each["targets"][0] if len(each["targets"]) == 1 else "all"
             yield (
-                f"{name}: width {each['width']}, N {each['num_blocks']}, {targets}, {each['steps']} steps, factors "
-                f"{each['factors']}: {each['before']:.3f} -> {each['best_loss']:.4f} at {each['best']:.2f} times the "
-                f"rule's rate; the rule's {each['rule_loss']:.4f}, {each['behind']:.2%} behind"
+                f"{name} {label(each, name)}: {each['before']:.3f} -> {each['best_loss']:.4f} at {each['best']:.2f} "
+                f"times the rule's rate; at the rule's {each['rule_loss']:.4f}, {each['behind']:.1%} above, "
+                f"{each['gain_lost']:.1%} of the gain lost"
             )
 
 
-EXPERIMENT = Experiment("learning-rate", QUESTION, run, report, draw, size=(18, 4))
+EXPERIMENT = Experiment("learning-rate", QUESTION, run, report, draw, size=(16, 4))
 
 if __name__ == "__main__":
     EXPERIMENT.main()
