@@ -60,6 +60,11 @@ def gain_of(layer: DiabloLayer) -> float:
     return layer.get_base_layer().get_parameter("weight").float().norm(dim=1).mean().item()
 
 
+def median_gain(model: nn.Module) -> float:
+    """The median gain of the layers that have blocks."""
+    return statistics.median(gain_of(layer) for layer in layers_of(model))
+
+
 def groups_of(model: nn.Module, step: float, factors: str, usual: float = 1.0) -> list[dict[str, Any]]:
     """The blocks of each layer with a rate of their own.
 
@@ -108,7 +113,7 @@ def sweep(loss_at: Callable[[float], float], before: float) -> dict[str, Any]:
         "best_loss": losses[best],
         "rule_loss": losses[0],
         "behind": losses[0] / losses[best] - 1,
-        "gain_lost": (losses[0] - losses[best]) / (before - losses[best]),
+        "lost": (losses[0] - losses[best]) / (before - losses[best]),
     }
 
 
@@ -132,10 +137,15 @@ def rescale(model: nn.Module, scale: float) -> None:
                 layer.get_parameter(f"{reader}.weight").mul_(scale)
 
 
+def adapted(plan: Plan, setting: Setting) -> Any:
+    """A fresh model with the blocks of a setting."""
+    method = DiabloMethod(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
+    return load_adapted(plan, method, change=lambda model: rescale(model, setting.scale))
+
+
 def tuned(plan: Plan, setting: Setting, multiple: float, usual: float) -> float:
     """The held-out loss after training a setting."""
-    method = DiabloMethod(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
-    model = load_adapted(plan, method, change=lambda model: rescale(model, setting.scale))
+    model = adapted(plan, setting)
     return finetune(model, plan, groups_of(model, multiple * RULE, setting.factors, usual)).held_out_loss
 
 
@@ -170,9 +180,9 @@ def run(
         seed: seed of the order of the rows.
     """
     plan = plan_data(model, rows, held_out, 8, NUM_BLOCKS[0], seed)
-    plain = load_adapted(plan, DiabloMethod(num_blocks=NUM_BLOCKS[0]))
+    plain = adapted(plan, Setting())
     before = held_out_loss(plain, plan.held_out, plan.encoder.tokenizer.pad_token_id)
-    usual = statistics.median(gain_of(layer) for layer in layers_of(plain))
+    usual = median_gain(plain)
     asked = settings_of(num_blocks, kinds, scale)
     found: dict[Setting, dict[str, Any]] = {}
     for setting in dict.fromkeys(each for settings in asked.values() for each in settings):
@@ -182,7 +192,8 @@ def run(
             print(f"{setting} at {multiple:g}: {loss:.4f}", flush=True)
             return loss
 
-        found[setting] = {**asdict(setting), **sweep(loss_at, before)}
+        layers = {"gain": median_gain(adapted(plan, setting))}
+        found[setting] = {**asdict(setting), **layers, **sweep(loss_at, before)}
     return {name: [found[each] for each in settings] for name, settings in asked.items()}
 
 
@@ -217,9 +228,9 @@ def report(results: dict[str, Any]) -> Iterator[str]:
     for name, settings in results.items():
         for each in settings:
             yield (
-                f"{name} {label(each, name)}: {each['before']:.3f} -> {each['best_loss']:.4f} at {each['best']:.2f} "
+                f"{name} {label(each, name)}, gain {each['gain']:.2f}: {each['before']:.3f} -> {each['best_loss']:.4f} at {each['best']:.2f} "
                 f"times the rule's rate; at the rule's {each['rule_loss']:.4f}, {each['behind']:.1%} above, "
-                f"{each['gain_lost']:.1%} of the gain lost"
+                f"{each['lost']:.1%} of the gain lost"
             )
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with
 from diablo import DiabloConfig
 from experiments import learning_rate
 from experiments.harness import Experiment, Seed
-from experiments.learning_rate import KINDS, RULE, groups_of, sweep
+from experiments.learning_rate import KINDS, RULE, groups_of, median_gain, sweep
 
 QUESTION = "the best learning rate over the width of the model, the number of blocks and the kind of layer"
 
@@ -151,14 +151,20 @@ def run(
             print(f"{setting} at {multiple:g}: {statistics.fmean(losses):.4f}", flush=True)
             return statistics.fmean(losses)
 
-        found[setting] = {**asdict(setting), **sweep(loss_at, loss_on(base, texts.judged))}
+        layers = {"gain": median_gain(adapted(base, setting))}
+        found[setting] = {**asdict(setting), **layers, **sweep(loss_at, loss_on(base, texts.judged))}
     return {name: [found[each] for each in settings] for name, settings in asked.items()}
+
+
+def adapted(base: nn.Module, setting: Setting) -> nn.Module:
+    """A copy of a model with the blocks of a setting."""
+    config = DiabloConfig(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
+    return get_peft_model(copy.deepcopy(base), config)
 
 
 def tuned(base: nn.Module, setting: Setting, multiple: float, texts: Texts, steps: int, seed: int) -> float:
     """The loss after training blocks."""
-    config = DiabloConfig(num_blocks=setting.num_blocks, target_modules=list(setting.targets))
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = adapted(base, setting)
     train(model, groups_of(model, multiple * RULE, "rows"), texts.trained, steps, seed)
     return loss_on(model, texts.judged)
 
