@@ -227,9 +227,10 @@ def report(results: dict[str, Any]) -> Iterator[str]:
     """The figures in words."""
     for name, settings in results.items():
         for each in settings:
+            before, best = each["before"], each["best_loss"]
             yield (
-                f"{name} {label(each, name)}, gain {each['gain']:.2f}: {each['before']:.3f} -> {each['best_loss']:.4f} at {each['best']:.2f} "
-                f"times the rule's rate; at the rule's {each['rule_loss']:.4f}, {each['behind']:.1%} above, "
+                f"{name} {label(each, name)}, gain {each['gain']:.2f}: {before:.3f} -> {best:.4f} "
+                f"at {each['best']:.2f} times the rule's rate; at the rule's {each['rule_loss']:.4f}, {each['behind']:.1%} above, "
                 f"{each['lost']:.1%} of the gain lost"
             )
 

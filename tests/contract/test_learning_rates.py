@@ -14,13 +14,14 @@ from peft import get_peft_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import diablo
 from diablo import DiabloConfig, LowLearningRateWarning, suggested_learning_rate
 
 
 class Layers(nn.Module):
-    """Layers with 32, 32 and 128 inputs, and a table of 50 rows."""
+    """Layers with 32, 32 and 128 inputs, rows of length 5, 5 and 10, and a table of 50 vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +29,9 @@ class Layers(nn.Module):
         self.wide = nn.Linear(32, 128)
         self.flat = nn.Linear(32, 32)
         self.down = nn.Linear(128, 32)
+        with torch.no_grad():
+            for layer, gain in ((self.wide, 5.0), (self.flat, 5.0), (self.down, 10.0)):
+                layer.weight.mul_(gain / layer.weight.norm(dim=1, keepdim=True))
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         found = self.down(torch.relu(self.wide(self.flat(self.table(ids)))))
@@ -57,22 +61,49 @@ def step_of(model: Any, optimizer: torch.optim.Optimizer) -> Any:
 @pytest.mark.parametrize(
     ("targets", "num_blocks", "rate"),
     [
-        (("flat",), 4, 0.1 / 8),
-        (("flat",), 8, 0.1 / 4),
-        (("down",), 4, 0.1 / 32),
-        (("wide", "flat", "down"), 4, 0.1 / 8),
-        (("table", "down"), 4, 0.1 / 32),
+        (("flat",), 4, 0.022 * 5 / 8),
+        (("flat",), 8, 0.022 * 5 / 4),
+        (("down",), 4, 0.022 * 10 / 32),
+        (("wide", "flat", "down"), 4, 0.022 * 5 / 8),
+        (("table", "down"), 4, 0.022 * 10 / 32),
     ],
 )
-def test_the_suggested_rate_is_a_tenth_over_the_rows_of_the_median_block(
+def test_the_suggested_rate_moves_the_output_of_the_median_layer_by_2_percent(
     targets: tuple[str, ...], num_blocks: int, rate: float
 ) -> None:
     assert suggested_learning_rate(adapted(*targets, num_blocks=num_blocks)) == pytest.approx(rate, rel=0.05)
 
 
-def test_a_model_without_blocks_that_add_up_inputs_has_no_suggested_rate() -> None:
+def test_the_suggested_rate_goes_with_the_scale_that_an_equal_model_gives_its_inputs() -> None:
+    model = adapted("flat", "wide")
+    before = suggested_learning_rate(model)
+    for layer in (model.base_model.model.flat, model.base_model.model.wide):
+        layer.get_base_layer().weight.data.mul_(4)
+    assert suggested_learning_rate(model) == pytest.approx(4 * before, rel=0.05)
+
+
+def test_the_suggested_rate_reads_rows_the_same_in_every_kind_of_layer() -> None:
+    linear = nn.Sequential(nn.Linear(32, 128))
+    turned = nn.Sequential(Conv1D(128, 32))
+    turned[0].weight.data = linear[0].weight.data.T.contiguous()
+    config = {"num_blocks": 4, "target_modules": ["0"]}
+    rates = [
+        suggested_learning_rate(get_peft_model(each, DiabloConfig(**config)))  # type: ignore[arg-type]
+        for each in (linear, turned)
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_weights_that_are_not_there_have_no_suggested_rate() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(Layers(), DiabloConfig(num_blocks=4, target_modules=["flat"]))
+    with pytest.raises(ValueError, match="whose weights are in memory and whole"):
+        suggested_learning_rate(model)
+
+
+def test_a_model_without_blocks_on_linear_layers_has_no_suggested_rate() -> None:
     for model, name in ((Layers(), "default"), (adapted("flat"), "other"), (adapted("table"), "default")):
-        with pytest.raises(ValueError, match=f"no adapter '{name}' of DiaBlo on a layer that adds up its inputs"):
+        with pytest.raises(ValueError, match=f"no blocks of an adapter '{name}' on linear layers"):
             suggested_learning_rate(model, name)
 
 
@@ -81,7 +112,7 @@ def test_a_rate_that_suits_lora_is_warned_of_once_with_the_rate_to_take() -> Non
     step = step_of(model, torch.optim.AdamW(model.parameters(), lr=2e-4))
     (message,) = rates_warned_of(step, times=3)
     assert message.startswith("The learning rate is 0.0002")
-    assert "start from 0.013," in message
+    assert "start from 0.014," in message
     assert not rates_warned_of(step_of(model, torch.optim.AdamW(model.parameters(), lr=2e-4)))
 
 
@@ -108,7 +139,7 @@ def test_an_adapter_that_is_added_later_is_looked_at_too() -> None:
     model.set_adapter("second")
     trained = [each for each in model.parameters() if each.requires_grad]
     (message,) = rates_warned_of(step_of(model, torch.optim.Adam(trained, lr=2e-4)))
-    assert "start from 0.025," in message
+    assert "start from 0.027," in message
 
 
 def test_looking_keeps_no_model_alive_and_ends_with_it() -> None:

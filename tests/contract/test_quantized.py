@@ -20,7 +20,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from diablo import DiabloConfig, DiabloQuantizedLinear, hotswap_adapter, preview_targets
+from diablo import DiabloConfig, DiabloQuantizedLinear, hotswap_adapter, preview_targets, suggested_learning_rate
 
 pytest.importorskip("peft.utils.quantization_utils", reason="PEFT before 0.20 has no quantization backends")
 pytestmark = [
@@ -168,6 +168,13 @@ def test_training_lowers_the_loss_and_moves_the_blocks_alone(folder, library):
     assert all((p != 0).any() for p in trained.values())
     with model.eval().disable_adapter():
         assert difference(output(model), plain) < 1e-5
+
+
+@every_library
+def test_the_suggested_learning_rate_is_that_over_the_plain_weights(folder, library):
+    plain = get_peft_model(LlamaForCausalLM.from_pretrained(folder), config())
+    expected = suggested_learning_rate(plain)
+    assert suggested_learning_rate(adapted(folder, library)) == pytest.approx(expected, rel=0.1)
 
 
 @every_library

@@ -12,56 +12,72 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from diablo.tuner.layers import DiabloEmbedding, DiabloLayer
+from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer
 
-OUTPUT_STEP = 0.1
-"""How far a step of Adam may move an output of a block at the highest rate, where all inputs have size one and agree in
-sign: the rate times the rows of the block. Measured: ``docs/experiments/learning-rate.md``."""
+RELATIVE_STEP = 0.022
+"""How much a step of Adam may change an output of a layer at the highest rate, as a share of the output's size.
+Measured: ``docs/experiments/learning-rate.md``."""
 FAR_BELOW = 0.25
 """The share of the suggested rate below which a rate is warned of."""
+SAMPLED_ROWS = 64
+"""Rows of a weight whose length is measured. They stand for all of its rows."""
+STEPS_BY_THE_RATE = ("Adam", "Lion", "Adafactor")
+"""Parts of the names of optimizers that move every entry by about the rate."""
 
 
 class LowLearningRateWarning(UserWarning):
     """An optimizer has a learning rate that suits LoRA's factors, and is far below what suits blocks."""
 
 
-def learning_rate_for(rows: Iterable[int]) -> float:
-    """The learning rate to start from: 0.1 over the rows of a block, to two digits.
-
-    A step of Adam moves every entry by about the rate, and an output by the sum over the rows of its block, which are
-    the layer's inputs divided by N. So the rate that suits goes as one over the rows, whatever N, the width and the
-    kind of layer.
+def gain_of(matrix: torch.Tensor) -> float:
+    """How strongly a layer answers to inputs of size one: the mean length of the rows of its weight.
 
     Args:
-        rows: the rows of the blocks of each layer. The median counts.
+        matrix: the weight, as ``(*stack, out_features, in_features)``. Of each matrix 64 rows are read.
     """
-    return float(f"{OUTPUT_STEP / statistics.median(rows):.1e}")
+    step = max(1, matrix.shape[-2] // SAMPLED_ROWS)
+    return matrix[..., ::step, :].detach().float().norm(dim=-1).mean().item()
+
+
+def learning_rate_for(layers: Iterable[tuple[int, float]]) -> float:
+    """The highest learning rate of a schedule to start from, for an optimizer of Adam's kind, to two digits.
+
+    A step moves every entry of a block by about the rate. So an output, which is a sum over the rows of the block,
+    moves by up to rate x rows, for inputs of size one. The layer's own output has the size of its gain. The rate is
+    such that a step changes outputs by 2.2 % of themselves: 0.022 x gain / rows.
+
+    Args:
+        layers: for each adapted weight the rows of a block, and its gain, as :func:`gain_of` measures it. The median
+            of what suits them is taken.
+    """
+    return float(f"{statistics.median(RELATIVE_STEP * gain / rows for rows, gain in layers):.1e}")
 
 
 def suggested_learning_rate(model: nn.Module, adapter_name: str = "default") -> float:
-    """The learning rate of Adam, AdamW, Lion or Adafactor to start from, for the adapter of a model.
+    """The learning rate to start from, for an adapter of a model and Adam, AdamW, Lion or Adafactor.
 
-    It is to be the highest rate of the schedule: ``TrainingArguments(learning_rate=...)`` takes it as it is.
+    It is to be the highest rate of the schedule: ``TrainingArguments(learning_rate=...)`` takes it as it is. It comes
+    from the number of rows of the blocks, and from the weights: :func:`learning_rate_for`.
 
     Args:
-        model: has the adapter, as ``get_peft_model`` makes it.
-        adapter_name: its name.
+        model: has the adapter, as ``get_peft_model`` makes it. Its weights are in memory, and not sharded.
+        adapter_name: the adapter's name.
 
     Raises:
-        ValueError: the model has no blocks of this adapter in a layer that adds up its inputs. Embeddings add up none.
+        ValueError: the adapter has no blocks on a linear layer, or their weights are out of reach.
 
     Example::
 
         model = get_peft_model(model, diablo.DiabloConfig(num_blocks=64))
         arguments = TrainingArguments("out", learning_rate=diablo.suggested_learning_rate(model))
     """
-    rows = _rows_of(model, adapter_name)
-    if not rows:
+    if not (layers := _measured(model, adapter_name)):
         raise ValueError(
-            f"The model has no adapter {adapter_name!r} of DiaBlo on a layer that adds up its inputs; give the name of "
-            "one that it has, or choose a rate by trying several."
+            f"The model has no blocks of an adapter {adapter_name!r} on linear layers whose weights are in memory and "
+            "whole; ask before the model is sharded, with the name of an adapter of DiaBlo, or choose a rate by trying "
+            "several."
         )
-    return learning_rate_for(rows)
+    return learning_rate_for(layers)
 
 
 def watch_learning_rate(model: nn.Module) -> None:
@@ -88,11 +104,23 @@ def watch_learning_rate(model: nn.Module) -> None:
     weakref.finalize(model, handle.remove)
 
 
-def _rows_of(model: nn.Module, adapter_name: str) -> list[int]:
-    """The rows of an adapter's blocks, for each weight whose outputs are sums over its inputs."""
-    layers = [module for module in model.modules() if isinstance(module, DiabloLayer)]
-    adding = [layer for layer in layers if not isinstance(layer, DiabloEmbedding)]
-    return [layout.blocks_shape[-2] for layer in adding for layout in layer.layouts_of(adapter_name).values()]
+def _measured(model: nn.Module, adapter_name: str) -> list[tuple[int, float]]:
+    """Rows of a block and gain of each weight that an adapter changes, where they are in reach.
+
+    Convolutions and embeddings are left out: the one adds up its inputs over a kernel too, and the other none.
+    """
+    found = []
+    for layer in model.modules():
+        if not isinstance(layer, DiabloLayer) or isinstance(layer, DiabloConv | DiabloEmbedding):
+            continue
+        for name, layout in layer.layouts_of(adapter_name).items():
+            try:
+                matrix = layer.base_matrix(name)
+            except RuntimeError:  # computed anew in each forward, or sharded
+                continue
+            if not matrix.is_meta:
+                found.append((layout.blocks_shape[-2], gain_of(matrix)))
+    return found
 
 
 def _looked_at(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
@@ -108,11 +136,11 @@ def _looked_at(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     found = [(group, of_blocks[member]) for group, member in members if member in of_blocks]
     if not found:
         return False
-    rows = _rows_of(model, found[0][1])
-    if rows and any(word in type(optimizer).__name__ for word in ("Adam", "Lion", "Adafactor")):
+    layers = _measured(model, found[0][1])
+    if layers and any(word in type(optimizer).__name__ for word in STEPS_BY_THE_RATE):
         # A scheduler has set the rate of the first step, which warm-up makes small, and noted the highest one.
         highest = max(float(group.get("initial_lr") or group.get("lr") or 0) for group, _ in found)
-        suggested = learning_rate_for(rows)
+        suggested = learning_rate_for(layers)
         if 0 < highest < FAR_BELOW * suggested:
             warnings.warn(
                 f"The learning rate is {highest:g}, which suits LoRA. DiaBlo's blocks learn more slowly with it than "
