@@ -230,8 +230,8 @@ def report(results: dict[str, Any]) -> Iterator[str]:
             before, best = each["before"], each["best_loss"]
             yield (
                 f"{name} {label(each, name)}, gain {each['gain']:.2f}: {before:.3f} -> {best:.4f} "
-                f"at {each['best']:.2f} times the rule's rate; at the rule's {each['rule_loss']:.4f}, {each['behind']:.1%} above, "
-                f"{each['lost']:.1%} of the gain lost"
+                f"at {each['best']:.2f} times the rule's rate; at the rule's {each['rule_loss']:.4f}, "
+                f"{each['behind']:.1%} above, {each['lost']:.1%} of the gain lost"
             )
 
 
