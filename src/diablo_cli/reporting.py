@@ -81,6 +81,8 @@ def _optimization(training: Training, scores: Sequence[str]) -> list[str]:
     """What of the optimisation is not as it is by default, in lines of a plan."""
     default = Training()
     lines = []
+    if training.learning_rate == "auto":
+        lines.append("learning rate       auto: found in the weights, when they are loaded")
     if training.optimizer != default.optimizer:
         chosen = training.optimizer
         told = {"betas": chosen.betas, "epsilon": chosen.epsilon, **chosen.options}
@@ -128,8 +130,7 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         out.print(f"trained tokens      {texts}; {sizes.tokens.describe()}", markup=False)
     if sizes.learning_rate is not None:
         out.print(
-            f"learning rate       sweep around {sizes.learning_rate:.0e} in a run of tens of steps, a third of it in "
-            "one of thousands"
+            f"learning rate       {sizes.learning_rate:g} suits the blocks and weights: training.learning_rate: auto"
         )
     out.print()
     table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")

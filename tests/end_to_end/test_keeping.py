@@ -271,6 +271,7 @@ GROUPS = (
         pytest.param([GROUPS, "training.schedule=cosine", "training.min_learning_rate=0.01"], 7, id="groups in 8 bits"),
         pytest.param(["training.optimizer=adafactor", "training.neftune_noise_alpha=5"], 7, id="adafactor and noise"),
         pytest.param(["training.optimizer=lion_32bit"], 7, id="lion"),
+        pytest.param(["training.learning_rate=auto"], 7, id="a rate that is found in the weights"),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_to_the_bit(

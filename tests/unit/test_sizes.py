@@ -11,13 +11,14 @@ from peft import get_peft_model
 from references import SavedBytes, allocations
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from diablo import DiabloConfig
+from diablo import DiabloConfig, suggested_learning_rate
 from diablo.errors import UserError
 from diablo.models.checkpointing import checkpointing_options
 from diablo.models.loading import load_config
+from diablo.models.stored_weights import StoredWeights
+from diablo.planning import rates
 from diablo.planning.kept import kept_for_backward
-from diablo.planning.sizes import Sizes, plan_sizes, sizes_of
-from diablo.recipes.applying import TargetKind
+from diablo.planning.sizes import plan_sizes, sizes_of
 from diablo.recipes.methods import LoraMethod
 
 
@@ -101,11 +102,26 @@ def test_what_does_not_fit_is_refused(tiny_model, settings, match):
         plan_sizes(str(tiny_model), length=8, **settings)
 
 
-@pytest.mark.parametrize(("num_blocks", "rate"), [(4, 7e-4), (16, 3e-3), (64, 1e-2), (192, 3e-2)])
-def test_the_learning_rate_grows_with_the_number_of_blocks(num_blocks, rate):
-    # Most of SmolLM2-135M's layers have 576 inputs: 144, 36, 9 and 3 rows a block.
-    kinds = [TargetKind("up_proj", 4, (576, 1536), "", 0), TargetKind("down_proj", 1, (1536, 576), "", 0)]
-    assert Sizes("DiaBlo", num_blocks, kinds, 0, 0, torch.bfloat16, [], 8).learning_rate == rate
+@pytest.mark.parametrize("num_blocks", [4, 16])
+def test_the_learning_rate_is_that_of_the_loaded_model(tiny_model, num_blocks):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = suggested_learning_rate(get_peft_model(model, DiabloConfig(num_blocks=num_blocks)))
+    assert plan_sizes(str(tiny_model), num_blocks=num_blocks, length=8).learning_rate == expected
+
+
+def test_of_a_large_model_some_of_the_weights_tell_the_learning_rate(tiny_model, monkeypatch):
+    every = plan_sizes(str(tiny_model), num_blocks=4, length=8).learning_rate
+    monkeypatch.setattr(rates, "MOST_BYTES", 20_000)
+    read = []
+    whole = StoredWeights.read
+    monkeypatch.setattr(StoredWeights, "read", lambda self, names: read.extend(names) or whole(self, names))
+    assert plan_sizes(str(tiny_model), num_blocks=4, length=8).learning_rate == pytest.approx(every, rel=0.3)
+    assert 0 < len(read) < 10
+
+
+def test_where_no_weights_are_at_hand_no_learning_rate_is_told(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    assert plan_sizes(str(tmp_path), num_blocks=4, length=8).learning_rate is None
 
 
 @pytest.mark.parametrize(("quantization", "bytes_each"), [(None, 4), ("int8", 1), ("nf4", 0.5 + 4 / 64)])

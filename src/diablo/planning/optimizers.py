@@ -88,7 +88,7 @@ def choose_optimizer(training: Training, device: torch.device) -> OptimizerChoic
 
 def _ours(training: Training) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The class and the arguments of Muon."""
-    return Muon, {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    return Muon, {"lr": training.rate, "weight_decay": training.weight_decay}
 
 
 def _of_transformers(training: Training) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -97,7 +97,7 @@ def _of_transformers(training: Training) -> tuple[type[torch.optim.Optimizer], d
     told: Any = SimpleNamespace(
         optim=OptimizerNames(training.optimizer.name),
         optim_args=None,
-        learning_rate=training.learning_rate,
+        learning_rate=training.rate,
         weight_decay=training.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.999,

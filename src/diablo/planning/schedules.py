@@ -72,7 +72,7 @@ def choose_schedule(training: Training, steps: int) -> ScheduleChoice:
                 "it out."
             )
         key, is_share = _FLOORS[name]
-        options[key] = floor / training.learning_rate if is_share else floor
+        options[key] = floor / training.rate if is_share else floor
     elif name == "cosine_warmup_with_min_lr":
         raise UserError("training.schedule: cosine_warmup_with_min_lr needs training.min_learning_rate.")
     if name in ("polynomial", "warmup_stable_decay"):
@@ -111,7 +111,7 @@ def _try(choice: ScheduleChoice, training: Training, steps: int) -> None:
     try:
         schedule: Any = get_scheduler(
             choice.name,
-            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.rate),
             num_warmup_steps=training.warmup_steps,
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(choice.options),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from diablo.models.loading import (
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning.kept import ATTENTION, kept_on_meta
+from diablo.planning.rates import stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
@@ -82,6 +82,8 @@ class Sizes:
             LoRA of as many trained parameters.
         length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
+        learning_rate: the rate that suits DiaBlo's blocks, from the model's files; None for another method, or where
+            the files are not here, or hold quantized weights.
     """
 
     method: str
@@ -93,20 +95,7 @@ class Sizes:
     memory: list[Memory]
     length: int
     tokens: TrainedTokens | None = None
-
-    @property
-    def learning_rate(self) -> float | None:
-        """A rate to start a sweep of a short run from, to one digit: 0.1 over the rows of a block; None without blocks.
-
-        A step of Adam moves every entry by about the rate, and an output by the sum over the rows of its block. Larger
-        N, which makes blocks smaller, therefore takes a larger rate; ``docs/experiments/choice-of-n.md`` has it from
-        32 steps of SmolLM2-135M.
-        """
-        if self.num_blocks is None:
-            return None
-        shapes = shapes_of(self.targets).items()
-        rows = [BlockLayout(*shape, self.num_blocks).block_in for shape, count in shapes for _ in range(count)]
-        return float(f"{0.1 / statistics.median(rows):.0e}")
+    learning_rate: float | None = None
 
     def record(self) -> dict[str, Any]:
         """The same as values of JSON. Memory is in bytes."""
@@ -161,7 +150,15 @@ def plan_sizes(
     if budget is not None:
         num_blocks = _fitting_num_blocks(config, budget, target_modules)
     method = DiabloMethod(num_blocks=num_blocks or 64, target_modules=target_modules)
-    return sizes_of(config, method, batch_size=batch_size, length=length, dtype=dtype, checkpointing=checkpointing)
+    return sizes_of(
+        config,
+        method,
+        batch_size=batch_size,
+        length=length,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        files_of=resolve_model(model),
+    )
 
 
 def sizes_of(
@@ -174,6 +171,7 @@ def sizes_of(
     checkpointing: str = "none",
     quantization: str | None = None,
     tokens: TrainedTokens | None = None,
+    files_of: str | None = None,
 ) -> Sizes:
     """Work out what training a model by a method would take, on the meta device.
 
@@ -187,6 +185,8 @@ def sizes_of(
         quantization: how bitsandbytes holds the frozen weights of linear layers: ``"nf4"``, ``"int8"`` or, for as they
             are, None.
         tokens: tokens whose rows are trained too; the config has these rows.
+        files_of: the folder or hub id of the model, whose weights say which learning rate suits; they are not asked
+            where None.
 
     Raises:
         UserError: the method does not fit the model.
@@ -220,6 +220,7 @@ def sizes_of(
         memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
         length=length,
         tokens=tokens,
+        learning_rate=None if files_of is None else stored_learning_rate(files_of, adapted),
     )
 
 
@@ -256,6 +257,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
         tokens=tokens,
+        files_of=name,
     )
 
 

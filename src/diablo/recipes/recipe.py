@@ -288,6 +288,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _rate_is_known(self) -> Recipe:
+        if self.training.learning_rate == "auto" and not isinstance(self.method, DiabloMethod):
+            raise ValueError(
+                f"training.learning_rate: found auto, which is known for DiaBlo, and the method is "
+                f"{self.method.title}; give a number, such as 2e-4."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tasks(self) -> Recipe:
         from diablo.tasks import check_code_execution, check_folder, check_split
 

@@ -114,6 +114,9 @@ def _plain(value: Any) -> Any:
     raise ValueError("not plain")
 
 
+UNTIL_LOADED = 1e-3
+"""What stands for a learning rate that is found in the weights, until they are loaded."""
+
 Options = dict[str, Annotated[Any, BeforeValidator(_plain)]]
 
 
@@ -156,8 +159,9 @@ def _optimizer_by_name(value: Any) -> Any:
 class Training(Section):
     """The optimisation."""
 
-    learning_rate: float = Field(
-        5e-4, gt=0, allow_inf_nan=False, description="a number above 0: the highest of the schedule"
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        5e-4,
+        description="a number above 0: the highest of the schedule; or auto, which finds one for DiaBlo in the weights",
     )
     epochs: float = Field(
         1, gt=0, allow_inf_nan=False, description="a number above 0: how often all rows are trained on"
@@ -234,6 +238,11 @@ class Training(Section):
     )
 
     @property
+    def rate(self) -> float:
+        """The highest learning rate. Where it is still to be found in the weights, one to try other settings with."""
+        return UNTIL_LOADED if self.learning_rate == "auto" else self.learning_rate
+
+    @property
     def depends_on_held_out(self) -> bool:
         """Whether held-out losses decide what the run ends with."""
         return self.early_stopping_patience is not None or self.keep == "best"
@@ -246,7 +255,9 @@ class Training(Section):
         """
         check_optimizer_name("training.optimizer", self.optimizer.name)
         _check_name("training.schedule", self.schedule, SCHEDULES, REFUSED_SCHEDULES)
-        if self.min_learning_rate is not None and self.min_learning_rate >= self.learning_rate:
+        if self.learning_rate == "auto":
+            self._check_auto()
+        elif self.min_learning_rate is not None and self.min_learning_rate >= self.learning_rate:
             raise ValueError(
                 f"training.min_learning_rate: found {self.min_learning_rate:g}; it must be below "
                 f"training.learning_rate, which is {self.learning_rate:g}."
@@ -258,6 +269,18 @@ class Training(Section):
             raise ValueError(
                 "training.best_by: found score, and nothing goes by it; set training.keep to best, or "
                 "training.early_stopping_patience, or leave it out."
+            )
+
+    def _check_auto(self) -> None:
+        if not any(kind in self.optimizer.name for kind in ("adam", "lion", "adafactor")):
+            raise ValueError(
+                f"training.learning_rate: found auto, which is known for AdamW, Lion and Adafactor, and the optimizer "
+                f"is {self.optimizer.name}; give a number."
+            )
+        if self.min_learning_rate is not None:
+            raise ValueError(
+                "training.learning_rate: found auto, which is known when the weights are loaded, and "
+                "training.min_learning_rate has to be below it; give numbers for both."
             )
 
 

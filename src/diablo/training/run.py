@@ -32,6 +32,7 @@ from diablo.planning import preflight
 from diablo.planning.making import make_plan
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan
+from diablo.planning.rates import with_learning_rate
 from diablo.publishing.card import Kind, write_run_card
 from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method
@@ -122,6 +123,7 @@ def _carry_out(plan: Plan, processes: Processes, console: Console, log: RunLog, 
     is_full = isinstance(recipe.method, FullMethod)
     model, load_seconds = _load(plan, processes.engine)
     timings = {"load_seconds": load_seconds}
+    plan = _settle_learning_rate(plan, model, console)
 
     adapter_start = start_output(processes, recipe, model, log, resume=resume)
     result = RunResult(recipe.output, recipe.output / ("model" if is_full else "adapter"))
@@ -229,6 +231,14 @@ def _load(plan: Plan, engine: Engine) -> tuple[Any, float]:
     if not (is_placed(model) or engine.shards):
         model = model.to(plan.device)
     return model, time.perf_counter() - start
+
+
+def _settle_learning_rate(plan: Plan, model: Any, console: Console) -> Plan:
+    """The plan with a number for the learning rate, which is said where it was found in the weights."""
+    settled = with_learning_rate(plan, model)
+    if settled is not plan:
+        say(console, f"learning rate: {settled.recipe.training.rate:g}, found in the weights for these blocks")
+    return settled
 
 
 def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:

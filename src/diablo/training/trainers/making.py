@@ -67,7 +67,7 @@ def make_trainer(
     on_cpu = plan.device.type == "cpu"
     config = kind.config_class(
         output_dir=str(plan.recipe.output / "checkpoints"),
-        learning_rate=training.learning_rate,
+        learning_rate=training.rate,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
