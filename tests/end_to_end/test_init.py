@@ -47,6 +47,7 @@ def test_what_is_written_from_options_trains(diablo, tiny_model, folder, row, ch
     recipe = load_recipe("recipe.yaml")
     assert (recipe.data.train, recipe.data.eval) == ((DataSource(path=rows.name),), (DataSource(path=held_out.name),))
     assert recipe.chat is chat
+    assert recipe.training.learning_rate == "auto"
     assert recipe.output == Path("runs/a: #1")
     status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")
     assert status == 0

@@ -59,6 +59,9 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
         faults[str(found.source.place)] = found.faults
         has_conversations |= any(row.messages for row in found.rows)
     recipe = check_settings({"chat": has_conversations, **settings})
+    if recipe.method.name == "diablo":
+        training = {"learning_rate": "auto", **settings.get("training", {})}
+        recipe = check_settings({"chat": has_conversations, **settings, "training": training})
     lines = list(_lines(recipe, _KEYS))
     width = min(_COLUMN, max(len(line) for line, _ in lines))
     return "".join(f"{line:<{width}}  # {comment}\n" for line, comment in lines) + _END, faults
