@@ -103,9 +103,9 @@ def test_several_tasks_and_the_defaults(diablo):
     assert diablo("init", "--yes")[0] == 0
     recipe = load_recipe("recipe.yaml")
     assert (recipe.task, recipe.output) == (["mawps"], Path("runs/mawps"))
-    # What is written is what a recipe of the same few keys has.
+    # What is written is what a recipe of the same few keys has, with a rate that suits DiaBlo.
     (Path("short.yaml")).write_text(f"model: {recipe.model}\ntask: mawps\noutput: runs/mawps\n")
-    assert recipe == load_recipe("short.yaml")
+    assert recipe == load_recipe("short.yaml", ["training.learning_rate=auto"])
 
 
 def test_every_line_says_what_its_key_does_and_the_last_where_to_look(diablo):
