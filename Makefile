@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest-peft fuzz lint schema clean
+.PHONY: quickstart test test-all test-oldest-peft fuzz lint schema wheel clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -26,6 +26,13 @@ test-oldest-peft: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oldest-peft peft==$(OLDEST_PEFT)
 	PYTHONPATH=.venv/oldest-peft $(BIN)/python -c "import peft; assert peft.__version__ == '$(OLDEST_PEFT)'"
 	PYTHONPATH=.venv/oldest-peft $(PYTEST) -m "not slow"
+
+# The sdist and the wheel, and what they do in a new environment outside of the repository.
+wheel: .venv/installed
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wheel/checks.py
 
 # A minute for each reader of files of others; what is found lands in .venv/fuzz.
 fuzz: .venv/installed
