@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest-peft fuzz lint schema clean
+.PHONY: quickstart test test-all test-oldest fuzz lint schema wheel clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -19,13 +19,26 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
-# The oldest PEFT that pyproject.toml allows, put in front of the installed one.
-OLDEST_PEFT := 0.19.0
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+OLDEST := .venv-oldest/bin/python
+OLDEST_EXTRAS := cli,embeddings,harness,quantized
 
-test-oldest-peft: .venv/installed
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/oldest-peft peft==$(OLDEST_PEFT)
-	PYTHONPATH=.venv/oldest-peft $(BIN)/python -c "import peft; assert peft.__version__ == '$(OLDEST_PEFT)'"
-	PYTHONPATH=.venv/oldest-peft $(PYTEST) -m "not slow"
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(WORKERS) -m "not slow" tests/unit tests/numerical tests/contract \
+		tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet --constraint constraints-oldest.txt --editable ".[$(OLDEST_EXTRAS)]" \
+		hypothesis jsonschema pytest pytest-timeout pytest-xdist
+	touch $@
+
+# The sdist and the wheel, and what they do in a new environment outside of the repository.
+wheel: .venv/installed
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/wheel/checks.py
 
 # A minute for each reader of files of others; what is found lands in .venv/fuzz.
 fuzz: .venv/installed
@@ -51,4 +64,4 @@ schema: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest

@@ -13,7 +13,7 @@ process of ``fsdp`` reads the whole model into the memory of its machine before 
 from __future__ import annotations
 
 import contextlib
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from diablo.scoring.losses import summed_completion_loss
 from diablo.training.engines import check_shardable
 
 
-class Shard(str, Enum):
+class Shard(StrEnum):
     """How the model is spread over the processes."""
 
     tensor = "tensor"

@@ -16,7 +16,7 @@ import pytest
 # The command line's console would keep the width that workers of the tests are given.
 os.environ.pop("COLUMNS", None)
 
-import diablo_cli
+import diablo_cli.verbs
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,14 +10,7 @@ import logging
 import os
 import sys
 
-# isort: off
-# Verbs are listed in the order in which their modules are imported.
-from diablo_cli import recipes, training, scoring, models, classifying, embedding, publishing
-from diablo_cli.shell import app
-
-# isort: on
-
-__all__ = ["app", "classifying", "embedding", "main", "models", "publishing", "recipes", "scoring", "training"]
+from diablo_cli.requirements import missing_packages
 
 
 def main() -> None:
@@ -29,6 +22,12 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # DeepSpeed sets the level of its log itself, and writes to standard output.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # The verbs import some of these packages where they begin.
+    if reason := missing_packages():
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+    from diablo_cli.verbs import app
+
     try:
         app(standalone_mode=True)
     except Exception as error:

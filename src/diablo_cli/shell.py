@@ -19,6 +19,32 @@ app = App(
     pretty_exceptions_enable=False,
 )
 
+
+def _print_versions(asked: bool) -> None:
+    if not asked:
+        return
+    import platform
+
+    from diablo.records.results import describe_versions
+
+    versions = describe_versions()
+    own, commit = versions.pop("diablo"), versions.pop("commit")
+    others = [f"{name} {version or 'not installed'}" for name, version in versions.items()]
+    print(f"diablo {own}{f' at commit {commit}' if commit else ''}")
+    print(", ".join([f"python {platform.python_version()}", *others]))
+    raise typer.Exit
+
+
+@app.callback()
+def _options_of_diablo(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the versions, for a report.", is_eager=True, callback=_print_versions),
+    ] = False,
+) -> None:
+    pass
+
+
 Base = Annotated[str | None, typer.Option(help="Base model to use in place of the one that the adapter names.")]
 
 

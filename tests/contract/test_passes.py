@@ -77,13 +77,15 @@ def cases():
         if "compiled" in name or "under_the_compiler" in name or "moves_under" in name or "replaced" in str(parameters):
             continue
         marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        skips = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "skipif"]
         for values in itertools.product(*(mark.args[1] for mark in marks)):
             arguments = {}
             for mark, value in zip(marks, values, strict=True):
                 names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
                 arguments |= dict(zip(map(str.strip, names), value if len(names) > 1 else [value], strict=True))
             if set(arguments) == set(parameters):
-                yield pytest.param(test, arguments, id=f"{name}-{'-'.join(map(str, arguments.values()))}")
+                label = f"{name}-{'-'.join(map(str, arguments.values()))}"
+                yield pytest.param(test, arguments, id=label, marks=skips)
 
 
 @pytest.mark.parametrize(("test", "arguments"), list(cases()))

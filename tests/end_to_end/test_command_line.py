@@ -314,7 +314,7 @@ def test_the_installed_command_shows_no_traceback_and_help_is_light():
     assert result.returncode == 2
     assert result.stderr.startswith("error: There is no recipe file 'nowhere.yaml'")
     assert "Traceback" not in result.stderr
-    light = "import sys, diablo_cli; sys.exit(any(name in sys.modules for name in ('torch', 'peft', 'diablo')))"
+    light = "import sys, diablo_cli.verbs; sys.exit(any(name in sys.modules for name in ('torch', 'peft', 'diablo')))"
     assert subprocess.run([sys.executable, "-c", light], check=False).returncode == 0
 
 

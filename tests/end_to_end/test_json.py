@@ -14,7 +14,7 @@ import typer
 import yaml
 from test_command_line import quickstart_on
 
-from diablo_cli import app
+from diablo_cli.verbs import app
 
 OF_A_RUN = {"train", "evaluate", "generate", "merge", "to-lora", "inspect"}
 OF_NO_RUN = {"plan", "import", "quantize", "init", "schema", "tasks", "compare"}
@@ -28,8 +28,9 @@ LOUD = """
 import atexit, logging, math, os, subprocess, sys
 from pathlib import Path
 logging.basicConfig(stream=sys.stdout)
-from diablo_cli import app, main
+from diablo_cli import main
 from diablo_cli.output import answer, out
+from diablo_cli.verbs import app
 
 @app.command()
 def loud():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = pytest.mark.parametrize(
-    "page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.name
+    "page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.name
 )
 MOST_CHARACTERS = 120
 # A line that cannot be wrapped: a row of a table, a heading, or nothing but a link or an image.
@@ -57,6 +58,19 @@ def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name} links to {link}"
+
+
+def test_what_pypi_shows_of_the_readme_leads_into_the_repository_at_the_version() -> None:
+    script = runpy.run_path(str(ROOT / "setup.py"))
+    text = script["for_pypi"]((ROOT / "README.md").read_text(encoding="utf-8"), "https://forge/us", "v1.2")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    own = [link.removeprefix("https://forge/us/") for link in links if link.startswith("https://forge/us/")]
+    assert len(own) > 20
+    for link in own:
+        kind, tag, path = link.split("/", 2)
+        assert (kind, tag) == ("raw" if path.endswith(".png") else "blob", "v1.2")
+        assert (ROOT / path.partition("#")[0]).is_file(), link
+    assert [link for link in links if not link.startswith("https://")] == []
 
 
 def test_every_test_that_a_page_names_exists() -> None:

@@ -23,7 +23,7 @@ from diablo.comparison.summary import describe_run, summarize, write_comparison
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
-from diablo.records.results import changed_settings, kept_loss, write_json
+from diablo.records.results import changed_settings, kept_loss, read_run, write_json
 
 if TYPE_CHECKING:
     from diablo.comparison.contenders import Contender
@@ -129,7 +129,7 @@ def finished_record(run: Run) -> dict[str, Any]:
     path = run.recipe.output / "run.json"
     if not path.is_file():
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_run(path)
     changed = changed_settings(record["recipe"], run.recipe.model_dump(mode="json"))
     return record if set(changed) <= {"output"} else {}
 

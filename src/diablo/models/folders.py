@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo.errors import UserError, first_line
+from diablo.records.formats import ADAPTER_FORMAT, FORMAT_KEY, format_fault
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +41,7 @@ def read_settings(adapter: Path) -> dict[str, Any]:
         adapter: the adapter's folder.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is of a newer format.
     """
     path = adapter / ADAPTER_CONFIG
     try:
@@ -49,6 +50,8 @@ def read_settings(adapter: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} cannot be read: it holds a {type(settings).__name__} in place of an object.")
+    if settings.get("peft_type") == "DIABLO" and (fault := format_fault(settings.get(FORMAT_KEY), ADAPTER_FORMAT)):
+        raise UserError(f"{path} cannot be read: {fault}.")
     return settings
 
 

@@ -43,7 +43,7 @@ _IN_OWN_PRECISION = {"ADAPTION_PROMPT", "LN_TUNING"}
 # Fields without a default that would do, and settings that no recipe can make use of.
 _NEEDED = ("num_virtual_tokens", "adapter_len", "adapter_layers", "token_indices")
 _LEFT_OUT = {
-    *("base_digest", "megatron_config", "megatron_core", "alora_invocation_tokens"),
+    *("base_digest", "format_version", "megatron_config", "megatron_core", "alora_invocation_tokens"),
     *("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
 }
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")

@@ -14,7 +14,15 @@ from diablo.records.results import recipe_of_run
 
 # What a config says of where an adapter comes from, and how it has begun.
 _NOT_OF_THE_METHOD = {
-    *("auto_mapping", "base_digest", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *(
+        "auto_mapping",
+        "base_digest",
+        "base_model_name_or_path",
+        "format_version",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+    ),
     *("revision", "task_type", "init_weights"),
     # They are read where the tokenizer is.
     "trainable_token_indices",

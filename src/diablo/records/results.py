@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diablo.errors import UserError
+from diablo.records.formats import FORMAT_KEY, RUN_FORMAT, format_fault
+
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 
@@ -75,11 +78,27 @@ def write_record(path: Path, question: str, settings: Mapping[str, Any], results
     print(f"Wrote {path}.")
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """The record of a run, given its ``run.json``.
+
+    Raises:
+        UserError: it is of a newer format.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if fault := format_fault(record.get(FORMAT_KEY), RUN_FORMAT):
+        raise UserError(f"{path} cannot be read: {fault}.")
+    return record
+
+
 def recipe_of_run(model: str | Path) -> dict[str, Any]:
-    """The recipe of a run, given the run's folder or a folder inside it; empty where neither belongs to a run."""
+    """The recipe of a run, given the run's folder or a folder inside it; empty where neither belongs to a run.
+
+    Raises:
+        UserError: the run's record is of a newer format.
+    """
     for folder in (Path(model), Path(model).parent):
         if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+            return read_run(folder / "run.json")["recipe"]
     return {}
 
 

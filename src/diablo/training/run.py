@@ -38,6 +38,7 @@ from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import FullMethod
 from diablo.recipes.recipe import Recipe
+from diablo.records.formats import FORMAT_KEY, RUN_FORMAT
 from diablo.records.log import LOGGER, RunLog, say
 from diablo.records.progress import TokenMeter
 from diablo.records.results import describe_machine, describe_versions
@@ -359,6 +360,7 @@ def _record(
     trainable, total = count_parameters(model)
     adapter_bytes = sum(path.stat().st_size for path in result.adapter.glob("*.safetensors"))
     return {
+        FORMAT_KEY: RUN_FORMAT,
         "recipe": plan.recipe.model_dump(mode="json"),
         "versions": describe_versions(),
         "machine": describe_machine(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from diablo.errors import UserError, first_line
+from diablo.records.formats import FORMAT_KEY, RUN_FORMAT, format_fault
 from diablo.records.results import write_json
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def publish(folder: Path, about: Mapping[str, Any]) -> list[Path]:
     for staged in sorted((folder / STAGING).glob("checkpoint-*")):
         files = sorted(path for path in staged.rglob("*") if path.is_file())
         described = {str(path.relative_to(staged)): _describe(path) for path in files}
-        write_json(staged / _MANIFEST, {"about": dict(about), "files": described})
+        write_json(staged / _MANIFEST, {FORMAT_KEY: RUN_FORMAT, "about": dict(about), "files": described})
         for path in [*files, staged / _MANIFEST]:
             _sync(path)
         for path in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
@@ -77,6 +78,9 @@ def last_whole(folder: Path) -> tuple[Path | None, dict[str, str]]:
     Returns:
         The folder of the checkpoint, or None where none is whole; and for each later checkpoint, by its name, why it is
         not whole.
+
+    Raises:
+        UserError: a checkpoint is of a newer format, by which alone it can be told whether it is whole.
     """
     found = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
@@ -139,10 +143,13 @@ def _fault(checkpoint: Path) -> str | None:
     path = checkpoint / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        newer = format_fault(manifest.get(FORMAT_KEY), RUN_FORMAT)
         expected = {str(name): dict(entry) for name, entry in manifest["files"].items()}
         dict(manifest["about"])
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"it has no readable {_MANIFEST}"
+    if newer is not None:
+        raise UserError(f"{path} cannot be read: {newer}.")
     for name, entry in expected.items():
         file = checkpoint / name
         if not file.is_file():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType
 
 from diablo.records.card import write_adapter_facts
+from diablo.records.formats import ADAPTER_FORMAT, FORMAT_KEY, format_fault
 
 _LISTS = (
     "target_parameters",
@@ -60,6 +61,8 @@ class DiabloConfig(PeftConfig):
             where it is not possible. False never writes them.
         base_digest: digest of the base weights that a saved adapter was made for. ``save_pretrained`` writes it and
             loading compares it. Do not give it.
+        format_version: the format that a saved adapter is written in. ``save_pretrained`` writes it. Loading reads
+            older formats and refuses newer ones. Do not give it.
 
     Raises:
         TypeError: ``block_pattern`` is no mapping.
@@ -108,9 +111,15 @@ class DiabloConfig(PeftConfig):
         default=None,
         metadata={"help": "Digest of the base weights that a saved adapter was made for; written by saving."},
     )
+    format_version: int | None = field(
+        default=None, metadata={"help": "The format that a saved adapter is written in; written by saving."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # First: what is wrong with other settings of a newer format is wrong for that reason.
+        if fault := format_fault(self.format_version, ADAPTER_FORMAT):
+            raise ValueError(f"{fault}.")
         # How many parameters the blocks and the base model have, once the adapter is on a model. It is no setting, and
         # so no field.
         self._trained_of_all: tuple[int, int] | None = None
@@ -150,7 +159,8 @@ class DiabloConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they are saved."""
-        return {**super().to_dict(), "base_digest": self._made_for or self.base_digest}
+        written = {"base_digest": self._made_for or self.base_digest, FORMAT_KEY: ADAPTER_FORMAT}
+        return {**super().to_dict(), **written}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the settings. For an adapter that is on a model, also write its facts into the folder's model card.
