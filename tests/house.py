@@ -33,6 +33,7 @@ ROOMS = (
     "diablo/publishing",
     "diablo/training",
     "diablo/comparison",
+    "diablo/serving",
     "diablo_cli",
 )
 BESIDE = {"benchmarks": "__init__.py", "experiments": "__init__.py", "tests": "conftest.py"}
