@@ -34,6 +34,7 @@ ROOMS = (
     "diablo/training",
     "diablo/comparison",
     "diablo/serving",
+    "diablo/web",
     "diablo_cli",
 )
 BESIDE = {"benchmarks": "__init__.py", "experiments": "__init__.py", "tests": "conftest.py"}

@@ -10,10 +10,9 @@ from queue import SimpleQueue
 
 import pytest
 import torch
-from peft import get_peft_model
+from adapters_to_serve import PROMPTS, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from diablo import DiabloConfig
 from diablo.data import RowEncoder
 from diablo.errors import UserError
 from diablo.models.adapters import load_adapter
@@ -25,21 +24,6 @@ from diablo.serving.sampling import Sampling
 from diablo.serving.scheduling import Limits
 from diablo.serving.text import TextStream
 from diablo.serving.weights import Weights
-
-PROMPTS = ("Ann had 3 apples.", "The quick brown fox", "user asks", "Equation: x", "a", "Problem: Bob gave her 4 more.")
-
-
-def make_adapter(model: Path, folder: Path, seed: int, num_blocks: int = 4) -> Path:
-    """Save an adapter of random blocks, large enough that it changes what the model writes."""
-    config = DiabloConfig(num_blocks=num_blocks, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(std=0.3)
-    adapted.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

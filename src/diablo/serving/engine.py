@@ -122,6 +122,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         """The number of rows that wait."""
         with self._changed:
