@@ -63,6 +63,7 @@ class Counts:
         rows_forwarded: rows of all forwards together, so that the mean batch is known.
         turns: turns of adapters.
         busy: seconds in which there was something to do.
+        switching: seconds of these in which adapters were read, placed and written into the weights.
         faults: rows that ended with a fault.
     """
 
@@ -72,6 +73,7 @@ class Counts:
     rows_forwarded: int = 0
     turns: int = 0
     busy: float = 0.0
+    switching: float = 0.0
     faults: int = 0
 
 
@@ -246,7 +248,9 @@ class Engine:
     def _turn(self, adapter: Adapter | None) -> None:
         self.counts.turns += 1
         with self._failing(adapter):
+            start = time.perf_counter()
             self.weights.put(self.adapters.place(adapter))
+            self.counts.switching += time.perf_counter() - start
             batch = self._batches.setdefault(adapter, Batch(self.weights.model))
             while self._forward(adapter, batch):
                 self._do_tasks()

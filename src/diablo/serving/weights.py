@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ class Weights:
     Attributes:
         written: what stands in the weights now; None for the base values.
         switches: how often that has changed.
-        seconds: how long all of these changes took.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -72,7 +70,6 @@ class Weights:
         self.device: torch.device = model.device
         self.written: DiagonalSweep | None = None
         self.switches = 0
-        self.seconds = 0.0
         self._owners = Owners(model)
         self._digests: dict[tuple[Target, ...], str | None] = {}
         # One sweep of each set of targets keeps the memory for base values that all of them share.
@@ -118,12 +115,10 @@ class Weights:
         """Have an adapter's blocks in the weights and nothing else; with None, the base values, to the bit."""
         if sweep is self.written:
             return
-        start = time.perf_counter()
         self._change(sweep)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.switches += 1
-        self.seconds += time.perf_counter() - start
 
     @contextmanager
     def at_base(self) -> Iterator[None]:

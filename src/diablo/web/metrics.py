@@ -72,7 +72,7 @@ class Metrics:
             "diablo_completion_tokens_total": ("Tokens that were written.", counts.written_tokens),
             "diablo_turns_total": ("Turns of adapters.", counts.turns),
             "diablo_switches_total": ("Changes of the adapter in the weights.", weights.switches),
-            "diablo_switch_seconds_total": ("Seconds that these took.", round(weights.seconds, 6)),
+            "diablo_switch_seconds_total": ("Seconds that these took, with reading.", round(counts.switching, 6)),
             "diablo_busy_seconds_total": ("Seconds in which there was something to do.", round(counts.busy, 6)),
             "diablo_adapter_reads_total": ("Adapters that were read from disk.", adapters.loads),
             "diablo_row_faults_total": ("Rows that ended with an error.", counts.faults),
