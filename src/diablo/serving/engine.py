@@ -214,18 +214,23 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        with torch.no_grad():
-            while self._wait():
-                start = time.perf_counter()
-                self._do_tasks()
-                with self._changed:
-                    whose: Any = self._scheduler.begin_turn()
-                if whose is not None:
-                    self._turn(None if whose == _BASE else whose)
-                self.counts.busy += time.perf_counter() - start
-        self._fail_all(Fault("The server has ended.", "closed"))
-        self.weights.put(None)
-        self._do_tasks()
+        try:
+            with torch.no_grad():
+                while self._wait():
+                    start = time.perf_counter()
+                    self._do_tasks()
+                    with self._changed:
+                        whose: Any = self._scheduler.begin_turn()
+                    if whose is not None:
+                        self._turn(None if whose == _BASE else whose)
+                    self.counts.busy += time.perf_counter() - start
+        finally:
+            # Nobody is left waiting, whatever has ended the loop.
+            with self._changed:
+                self._is_closed = self._is_stopped = True
+            self._fail_all(Fault("The server has ended.", "closed"))
+            self.weights.put(None)
+            self._do_tasks()
 
     def _wait(self) -> bool:
         """Wait for something to do; whether there will be more."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from diablo.data import Row, RowEncoder
-from diablo.data.rows import MEND_UNICODE, is_unicode
 from diablo.errors import UserError
 from diablo.records.results import recipe_of_run
 from diablo.serving.adapters import Adapter
@@ -49,9 +48,8 @@ class Prompts:
         """The tokens of a text that is gone on with, and those that end what is written.
 
         Raises:
-            UserError: the text is empty, or is no Unicode.
+            UserError: the text is empty.
         """
-        _check_text(text, "prompt")
         return _some(self._plain.prompt(Row(1, text, "?")), "prompt"), self._plain.stop_token_ids
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], frozenset[int]]:
@@ -65,8 +63,6 @@ class Prompts:
         """
         if self._chat is None:
             raise UserError("messages: this model has no chat template; use /v1/completions with a prompt.")
-        for message in messages:
-            _check_text(message["content"], "messages")
         turns = [dict(message) for message in messages]
         row = Row(1, messages=(*turns, {"role": "assistant", "content": "?"}))
         return _some(self._chat.prompt(row), "messages"), self._chat.stop_token_ids
@@ -85,6 +81,8 @@ class PromptsByAdapter:
         has_template = bool(tokenizer.chat_template)
         self._base = Prompts(tokenizer, self._stops, form="chat" if has_template else "completions")
         self._own: WeakKeyDictionary[Adapter, Prompts] = WeakKeyDictionary()
+        # Many adapters were trained alike, and a chat template takes a while to be looked into.
+        self._alike: dict[tuple[Any, ...], Prompts] = {}
 
     def of(self, adapter: Adapter | None) -> Prompts:
         """The prompts of an adapter; those of the base model for None.
@@ -105,17 +103,14 @@ class PromptsByAdapter:
             raise UserError(f"The run of the adapter {adapter.name!r} cannot be read: {error}.") from None
         if not recipe:
             return self._base
-        tokenizer = self._base.tokenizer
-        if (template := recipe.get("chat_template")) is not None:
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = template
+        template, form = recipe.get("chat_template"), "chat" if recipe.get("chat") else "completions"
         special_text = (recipe.get("data") or {}).get("special_text", "keep")
-        return Prompts(tokenizer, self._stops, special_text, "chat" if recipe.get("chat") else "completions")
-
-
-def _check_text(text: str, key: str) -> None:
-    if not is_unicode(text):
-        raise UserError(f"{key}: found text that is no Unicode: {MEND_UNICODE}.")
+        if (template, special_text, form) not in self._alike:
+            tokenizer = copy.copy(self._base.tokenizer)
+            tokenizer.chat_template = template or tokenizer.chat_template
+            made = Prompts(tokenizer, self._stops, special_text, "chat" if recipe.get("chat") else "completions")
+            self._alike[template, special_text, form] = made
+        return self._alike[template, special_text, form]
 
 
 def _some(tokens: list[int], key: str) -> list[int]:

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from diablo.data.rows import MEND_UNICODE, is_unicode
 from diablo.errors import UserError
 from diablo.serving.adapters import Adapter
 from diablo.serving.engine import ClosedError, Engine
@@ -144,7 +145,9 @@ class Server:
         return PlainTextResponse(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _list_models(self, _: Request) -> Response:
-        data = [self._model(None), *map(self._model, self._engine.adapters.known())]
+        known = [None, *self._engine.adapters.known()]
+        async with self._reading:
+            data = await asyncio.to_thread(lambda: list(map(self._model, known)))
         return JSONResponse({"object": "list", "data": data})
 
     async def _show_model(self, request: Request) -> Response:
@@ -323,9 +326,12 @@ class Server:
                 raise ApiError(413, message, code="body_too_large")
             parts.append(part)
         try:
-            return json.loads(b"".join(parts))
+            given = json.loads(b"".join(parts))
         except (ValueError, RecursionError) as error:
             raise refused(f"The body is no JSON: {error}.", None, "invalid_json") from None
+        if not is_unicode(json.dumps(given, ensure_ascii=False)):
+            raise refused(f"The body has text that is no Unicode: {MEND_UNICODE}.", None, "invalid_json")
+        return given
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
