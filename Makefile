@@ -60,7 +60,7 @@ schema: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,harness,quantized,gptq,deepspeed,liger,embeddings,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,harness,quantized,gptq,deepspeed,liger,embeddings,serve,dev]"
 	touch $@
 
 clean:

@@ -33,6 +33,8 @@ ROOMS = (
     "diablo/publishing",
     "diablo/training",
     "diablo/comparison",
+    "diablo/serving",
+    "diablo/web",
     "diablo_cli",
 )
 BESIDE = {"benchmarks": "__init__.py", "experiments": "__init__.py", "tests": "conftest.py"}

@@ -56,6 +56,8 @@ def folder(tmp_path_factory, tiny_model) -> Path:
     (folder / "full" / "file").write_text("")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "good").mkdir()
+    (folder / "good" / "adapter_config.json").write_text('{"peft_type": "DIABLO"}')
     (folder / "r.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.xlsx}}\n")
     (folder / "full.yaml").write_text(f"model: {tiny_model}\noutput: full\ntask: mawps\n")
     (folder / "rows.yaml").write_text(f"model: {tiny_model}\noutput: out\ndata: {{train: t.jsonl}}\n")
@@ -140,6 +142,17 @@ def test_every_verb_refuses_before_it_imports_what_is_heavy(folder, tiny_model):
         (["embed", tiny, "x", "--similarity"], "--similarity: found 1 text"),
         (["embed", tiny, "--file", "none.txt"], "--file: there is no file 'none.txt'"),
         (["chat", "./none"], "model: there is no folder './none'"),
+        (["serve", "./none"], "model: there is no folder './none'"),
+        (["serve", tiny, "--adapter", "a"], "--adapter: found 'a'; give NAME=FOLDER"),
+        (["serve", tiny, "--adapter", "a=none"], "'none' is no adapter"),
+        (["serve", tiny, "--adapter", "a=adapter"], "--adapter: 'adapter' is an adapter of None, and diablo serve"),
+        (["serve", tiny, "--adapter", "a=good", "--adapter", "a=good"], "--adapter: 'a' is given twice"),
+        (["serve", tiny, "--adapter", "good=good", "--name", "good"], "'good' is what the base model is called"),
+        (["serve", tiny, "--adapters", "none"], "--adapters: there is no folder 'none'"),
+        (["serve", tiny, "--precision", "fp8"], "--precision: found 'fp8'; allowed: auto, fp32"),
+        (["serve", tiny, "--api-key", ""], "--api-key: found an empty one"),
+        (["serve", tiny, "--host", "192.0.2.1"], "--host, --port: 192.0.2.1:8000 cannot be had"),
+        (["serve", tiny, "--port", "70000"], "--port"),
         (["merge", "none", "out"], "'none' is no adapter"),
         (["merge", "adapter", "full"], "'full' exists and is not empty"),
         (["merge", "adapter", "out", "--dtype", "bf17"], "--dtype: found 'bf17'"),

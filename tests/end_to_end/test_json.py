@@ -21,7 +21,7 @@ OF_NO_RUN = {"plan", "import", "quantize", "init", "schema", "tasks", "compare"}
 # Their records are tested beside what they write.
 OF_WRITING = {"push", "gguf", "ollama", "pairs"}
 OF_A_HEAD = {"classify", "embed"}
-WITHOUT_A_RECORD = {"chat"}
+WITHOUT_A_RECORD = {"chat", "serve"}
 
 # A verb in a process of its own: whatever writes to standard output, it has the record alone.
 LOUD = """

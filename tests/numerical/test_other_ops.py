@@ -1,6 +1,8 @@
-"""Convolution, embedding and parameter against torch's own operation on the dense weight, and their derivatives."""
+"""Convolution, embedding and parameter against torch's operation on the dense weight, derivatives, and sweeps."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from diablo.layout import BlockLayout
 from diablo.ops import add_to_diagonal, block_diagonal_conv, block_diagonal_embedding
+from diablo.ops.sweep import DiagonalSweep
 
 every_layout = pytest.mark.parametrize("sizes", [s for n, s in LAYOUTS.items() if "large" not in n], ids=str)
 
@@ -127,3 +130,22 @@ def test_a_low_precision_sum_is_rounded_once_and_the_gradient_keeps_the_blocks_d
     assert torch.equal(got, (weight.float() + dense(blocks.detach(), 7, 5)).to(dtype))
     got.sum().backward()
     assert blocks.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernels", ["0", "cpu"])
+def test_sweeps_that_share_the_memory_for_base_values_take_turns_to_the_bit(kernels, monkeypatch):
+    if kernels == "cpu" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setenv("DIABLO_KERNELS", kernels)
+    layout = BlockLayout(10, 7, 3)
+    weight = torch.randn(7, 10, dtype=torch.bfloat16)
+    base = weight.clone()
+    blocks = [torch.randn(layout.blocks_shape) for _ in range(2)]
+    first = DiagonalSweep([(weight, {layout: [blocks[0]]})])
+    sweeps = [first, DiagonalSweep([(weight, {layout: [blocks[1]]})], like=first)]
+    assert sweeps[1]._tables[0].saved is first._tables[0].saved
+    for which in (0, 1, 1, 0):
+        sweeps[which].write()
+        assert torch.equal(weight, add_to_diagonal(base, blocks[which], layout))
+        sweeps[which].restore()
+        assert torch.equal(weight, base)

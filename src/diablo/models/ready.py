@@ -32,7 +32,12 @@ from diablo.records.results import recipe_of_run
 
 
 def load_for_generation(
-    model: str, *, base: str | None = None, chat: bool | None = None, with_images: bool = False
+    model: str,
+    *,
+    base: str | None = None,
+    chat: bool | None = None,
+    with_images: bool = False,
+    precision: str | None = None,
 ) -> tuple[Any, RowEncoder]:
     """A model, or an adapter on its base, ready to generate, with a run's own settings where it is one's.
 
@@ -41,6 +46,7 @@ def load_for_generation(
         base: the adapter's base model, where it is not the one that the adapter names.
         chat: whether prompts go through the chat template; as the run did where None.
         with_images: whether prompts have images.
+        precision: of the weights, as recipes name it; as the run had it where None.
 
     Returns:
         The model on its device, and the encoder of its prompts.
@@ -54,7 +60,7 @@ def load_for_generation(
     check_form(config := load_config(name))
     if with_images and form_of(config) is not IMAGE_TEXT:
         raise UserError(f"model: {model!r} sees no images; leave --image out, or give a model that does.")
-    loaded, tokenizer = _load_as_trained(model, base)
+    loaded, tokenizer = _load_as_trained(model, base, precision=precision)
     trained_as = recipe_of_run(model)
     chat = trained_as.get("chat", False) if chat is None else chat
     special_text = trained_as.get("data", {}).get("special_text", "keep")
@@ -142,14 +148,17 @@ def _check_vectors(model: str, trained_as: Mapping[str, Any]) -> None:
     )
 
 
-def _load_as_trained(model: str, base: str | None, head: Head | None = None) -> tuple[Any, Any]:
+def _load_as_trained(
+    model: str, base: str | None, head: Head | None = None, *, precision: str | None = None
+) -> tuple[Any, Any]:
     """A model on its device and its tokenizer, with a run's own settings where it is one's.
 
     Of a model that is none of an adapter, a head other than its own may be asked for.
     """
     trained_as = recipe_of_run(model)
     device = choose_device()
-    precision, attention = trained_as.get("precision", "auto"), trained_as.get("attention", "auto")
+    precision = precision or trained_as.get("precision", "auto")
+    attention = trained_as.get("attention", "auto")
     if device.type == "cpu":
         # A run of a GPU is read on a laptop, too, which has neither its kernels nor a use for its fp16.
         precision = "auto" if precision == "fp16" else precision

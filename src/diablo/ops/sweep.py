@@ -16,7 +16,15 @@ Diagonals = Mapping[Layout, Sequence[torch.Tensor]]
 """The blocks that are added to one weight, grouped by layout."""
 
 
+class _Kernels(Protocol):
+    def write(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+
 class _Table(Protocol):
+    saved: list[torch.Tensor]
+
     def write(self) -> None: ...
 
     def restore(self) -> None: ...
@@ -36,19 +44,23 @@ class DiagonalSweep:
             among them if that is wider. Their sum and the base value are added in fp32, or in the widest of their
             dtypes if that is wider, and rounded to the weight's dtype once. Where a weight has blocks of several
             layouts, each layout adds to the values that the one before it has written.
+        like: a sweep of the same weights, layouts and order, whose memory for base values this one uses, too. Then only
+            one of them may be written at a time. A sweep of its own memory where None.
 
     Raises:
         RuntimeError: a CUDA graph is being recorded.
     """
 
-    def __init__(self, diagonals: Sequence[tuple[torch.Tensor, Diagonals]]) -> None:
+    def __init__(self, diagonals: Sequence[tuple[torch.Tensor, Diagonals]], like: DiagonalSweep | None = None) -> None:
         # Diagonals of different layouts overlap, so they take turns: first the first layout of every weight, then the
         # second layout of every weight, and so on.
         turns = zip_longest(*([(weight, *item) for item in added.items()] for weight, added in diagonals))
         self._sums: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
         # Tensors that are made in inference mode cannot be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self._tables = [table for turn in turns for table in self._tables_of(turn)]
+            parts = [part for turn in turns for part in self._parts_of(turn)]
+            kept: Sequence[_Table | None] = [None] * len(parts) if like is None else like._tables
+            self._tables: list[_Table] = [_table(*part, before) for part, before in zip(parts, kept, strict=True)]
 
     def write(self) -> None:
         """Copy the base values, and add the blocks as they are now."""
@@ -62,8 +74,10 @@ class DiagonalSweep:
         for table in reversed(self._tables):
             table.restore()
 
-    def _tables_of(self, turn: Sequence[tuple[torch.Tensor, Layout, Sequence[torch.Tensor]] | None]) -> list[_Table]:
-        """One table for each device."""
+    def _parts_of(
+        self, turn: Sequence[tuple[torch.Tensor, Layout, Sequence[torch.Tensor]] | None]
+    ) -> list[tuple[torch.device, list[torch.Tensor], list[torch.Tensor]]]:
+        """For each device its weights and blocks, of which a table is made."""
         views: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for weight, layout, blocks in filter(None, turn):
             values = [own.detach() for own in blocks]
@@ -74,10 +88,12 @@ class DiagonalSweep:
             for tile in layout.tiles:
                 weights.append(tile.of_weight(weight.detach()))
                 added.append(tile.of_blocks(total))
-        return [_table(device, *of_device) for device, of_device in views.items()]
+        return [(device, *of_device) for device, of_device in views.items()]
 
 
-def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch.Tensor]) -> _Table:
+def _table(
+    device: torch.device, weights: list[torch.Tensor], blocks: list[torch.Tensor], like: _Table | None
+) -> _Table:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "A CUDA graph is being recorded, and the adapted model has not run since it was made or since a weight, a "
@@ -85,37 +101,37 @@ def _table(device: torch.device, weights: list[torch.Tensor], blocks: list[torch
         )
     # `clone` keeps the order in which the weights' values lie in memory, so that both are read and written in order:
     # the sweep is limited by the bandwidth of the memory.
-    saved = [weight.clone() for weight in weights]
+    saved = [weight.clone() for weight in weights] if like is None else like.saved
     kernels = kernels_for(device)
     if kernels is None:
         return _TorchTable(weights, blocks, saved)
-    return _KernelTable(kernels.DiagonalTable(weights, blocks, saved), weights)
+    return _KernelTable(kernels.DiagonalTable(weights, blocks, saved), weights, saved)
 
 
 class _TorchTable:
     """A table for torch's own functions over lists of tensors. The tensors of each row have one shape."""
 
     def __init__(self, weights: list[torch.Tensor], blocks: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
-        self._weights, self._blocks, self._saved = weights, blocks, saved
+        self._weights, self._blocks, self.saved = weights, blocks, saved
         self._is_saved = False
 
     def write(self) -> None:
-        torch._foreach_copy_(self._saved, self._weights)
+        torch._foreach_copy_(self.saved, self._weights)
         # From here on, and not before, an interruption (Ctrl-C) has to be followed by a restore.
         self._is_saved = True
         torch._foreach_add_(self._weights, self._blocks)
 
     def restore(self) -> None:
         if self._is_saved:
-            torch._foreach_copy_(self._weights, self._saved)
+            torch._foreach_copy_(self._weights, self.saved)
             self._is_saved = False
 
 
 class _KernelTable:
     """A table of addresses that one kernel works through."""
 
-    def __init__(self, table: _Table, weights: list[torch.Tensor]) -> None:
-        self._table, self._weights = table, weights
+    def __init__(self, table: _Kernels, weights: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
+        self._table, self._weights, self.saved = table, weights, saved
         self._is_saved = False
 
     def write(self) -> None:
