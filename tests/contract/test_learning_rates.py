@@ -61,14 +61,14 @@ def step_of(model: Any, optimizer: torch.optim.Optimizer) -> Any:
 @pytest.mark.parametrize(
     ("targets", "num_blocks", "rate"),
     [
-        (("flat",), 4, 0.022 * 5 / 8),
-        (("flat",), 8, 0.022 * 5 / 4),
-        (("down",), 4, 0.022 * 10 / 32),
-        (("wide", "flat", "down"), 4, 0.022 * 5 / 8),
-        (("table", "down"), 4, 0.022 * 10 / 32),
+        (("flat",), 4, 0.013 * 5 / 8),
+        (("flat",), 8, 0.013 * 5 / 4),
+        (("down",), 4, 0.013 * 10 / 32),
+        (("wide", "flat", "down"), 4, 0.013 * 5 / 8),
+        (("table", "down"), 4, 0.013 * 10 / 32),
     ],
 )
-def test_the_suggested_rate_moves_the_output_of_the_median_layer_by_2_percent(
+def test_the_suggested_rate_moves_the_output_of_the_median_layer_by_a_little_more_than_a_percent(
     targets: tuple[str, ...], num_blocks: int, rate: float
 ) -> None:
     assert suggested_learning_rate(adapted(*targets, num_blocks=num_blocks)) == pytest.approx(rate, rel=0.05)
@@ -112,7 +112,7 @@ def test_a_rate_that_suits_lora_is_warned_of_once_with_the_rate_to_take() -> Non
     step = step_of(model, torch.optim.AdamW(model.parameters(), lr=2e-4))
     (message,) = rates_warned_of(step, times=3)
     assert message.startswith("The learning rate is 0.0002")
-    assert "start from 0.014," in message
+    assert "start from 0.0081," in message
     assert not rates_warned_of(step_of(model, torch.optim.AdamW(model.parameters(), lr=2e-4)))
 
 
@@ -139,7 +139,7 @@ def test_an_adapter_that_is_added_later_is_looked_at_too() -> None:
     model.set_adapter("second")
     trained = [each for each in model.parameters() if each.requires_grad]
     (message,) = rates_warned_of(step_of(model, torch.optim.Adam(trained, lr=2e-4)))
-    assert "start from 0.027," in message
+    assert "start from 0.016," in message
 
 
 def test_looking_keeps_no_model_alive_and_ends_with_it() -> None:

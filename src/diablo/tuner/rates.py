@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer
 
-RELATIVE_STEP = 0.022
+RELATIVE_STEP = 0.013
 """How much a step of Adam may change an output of a layer at the highest rate, as a share of the output's size.
 Measured: ``docs/experiments/learning-rate.md``."""
 FAR_BELOW = 0.25
@@ -44,7 +44,7 @@ def learning_rate_for(layers: Iterable[tuple[int, float]]) -> float:
 
     A step moves every entry of a block by about the rate. So an output, which is a sum over the rows of the block,
     moves by up to rate x rows, for inputs of size one. The layer's own output has the size of its gain. The rate is
-    such that a step changes outputs by 2.2 % of themselves: 0.022 x gain / rows.
+    such that a step changes outputs by 1.3 % of themselves: 0.013 x gain / rows.
 
     Args:
         layers: for each adapted weight the rows of a block, and its gain, as :func:`gain_of` measures it. The median
