@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest fuzz lint schema wheel clean
+.PHONY: quickstart test test-all test-oldest fuzz lint schema wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -63,5 +63,13 @@ schema: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,harness,quantized,gptq,deepspeed,liger,embeddings,serve,dev]"
 	touch $@
 
+# The site, into build/site; a link that leads nowhere is an error. Material announces MkDocs 2, which it does not take.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest build dist

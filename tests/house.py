@@ -37,7 +37,12 @@ ROOMS = (
     "diablo/web",
     "diablo_cli",
 )
-BESIDE = {"benchmarks": "__init__.py", "experiments": "__init__.py", "tests": "conftest.py"}
+BESIDE = {
+    "benchmarks": "__init__.py",
+    "experiments": "__init__.py",
+    "website": "__init__.py",
+    "tests": "conftest.py",
+}
 # They hand names on: whoever imports diablo has the tuner, and ``python -m`` the command line.
 FACES = ("diablo/__init__.py", "diablo/__main__.py", "diablo/_version.py")
 
