@@ -24,7 +24,7 @@ OLDEST := .venv-oldest/bin/python
 OLDEST_EXTRAS := cli,embeddings,harness,quantized
 
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 $(OLDEST) -m pytest $(WORKERS) -m "not slow" tests/unit tests/numerical tests/contract \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST) -m pytest $(WORKERS) -m "not slow" tests/unit tests/numerical tests/contract \
 		tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt

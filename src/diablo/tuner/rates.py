@@ -91,14 +91,15 @@ def watch_learning_rate(model: nn.Module) -> None:
     known = weakref.ref(model)
     seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
+    is_done = False
+
+    # The hook is not removed while it runs: the optimizer goes through the hooks of all models then.
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal is_done
         own = known()
-        if own is None:
-            handle.remove()
-        elif not torch.compiler.is_compiling() and optimizer not in seen:
+        if own is not None and not is_done and not torch.compiler.is_compiling() and optimizer not in seen:
             seen.add(optimizer)
-            if _looked_at(own, optimizer):
-                handle.remove()
+            is_done = _looked_at(own, optimizer)
 
     handle = register_optimizer_step_pre_hook(look)
     weakref.finalize(model, handle.remove)
