@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -145,15 +146,30 @@ def test_an_adapter_that_is_added_later_is_looked_at_too() -> None:
 def test_looking_keeps_no_model_alive_and_ends_with_it() -> None:
     from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+    first = adapted("flat")
     gc.collect()
     before = len(_global_optimizer_pre_hooks)
-    model = adapted("flat")
-    gone = weakref.ref(model)
-    assert len(_global_optimizer_pre_hooks) == before + 1
-    del model
+    gone = weakref.ref(first)
+    del first
     gc.collect()
     assert gone() is None
-    assert len(_global_optimizer_pre_hooks) == before
+    second = adapted("flat")
+    assert len(_global_optimizer_pre_hooks) <= before
+    del second
+
+
+def test_two_models_are_each_warned_of_and_one_may_go_in_the_middle_of_a_step() -> None:
+    first, second, third = adapted("flat"), adapted("wide"), adapted("flat")
+    steps = [step_of(model, torch.optim.AdamW(model.parameters(), lr=2e-4)) for model in (first, second)]
+    assert [len(rates_warned_of(step)) for step in steps] == [1, 1]
+    kept = [third]
+    optimizer = torch.optim.AdamW(second.parameters(), lr=1.0)
+    handle = register_optimizer_step_pre_hook(lambda *_: kept.clear())
+    del third
+    try:
+        step_of(second, optimizer)()
+    finally:
+        handle.remove()
 
 
 def test_the_trainer_of_transformers_is_warned_at_its_default_rate_and_not_at_the_suggested_one(tmp_path: Path) -> None:

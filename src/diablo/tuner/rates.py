@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer
 
@@ -23,6 +24,10 @@ SAMPLED_ROWS = 64
 """Rows of a weight whose length is measured. They stand for all of its rows."""
 STEPS_BY_THE_RATE = ("Adam", "Lion", "Adafactor")
 """Parts of the names of optimizers that move every entry by about the rate."""
+
+# Hooks of models that are gone. An optimizer may be going through all hooks when a model goes, so that they are removed
+# when the next model comes.
+_FINISHED: list[RemovableHandle] = []
 
 
 class LowLearningRateWarning(UserWarning):
@@ -88,12 +93,12 @@ def watch_learning_rate(model: nn.Module) -> None:
     Args:
         model: has adapted layers. Nothing here keeps it alive.
     """
+    while _FINISHED:
+        _FINISHED.pop().remove()
     known = weakref.ref(model)
     seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
     is_done = False
 
-    # The hook is not removed while it runs: the optimizer goes through the hooks of all models then.
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         nonlocal is_done
         own = known()
@@ -102,7 +107,7 @@ def watch_learning_rate(model: nn.Module) -> None:
             is_done = _looked_at(own, optimizer)
 
     handle = register_optimizer_step_pre_hook(look)
-    weakref.finalize(model, handle.remove)
+    weakref.finalize(model, _FINISHED.append, handle)
 
 
 def _measured(model: nn.Module, adapter_name: str) -> list[tuple[int, float]]:
