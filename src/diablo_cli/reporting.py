@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from diablo.publishing.card import into_quantized
 from diablo.recipes.objectives import OBJECTIVES
 from diablo.recipes.training import Training
 from diablo.records.results import kept_loss
@@ -257,7 +258,7 @@ def print_result(out: Console, result: RunResult) -> None:
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
-        out.print(f"  diablo merge {folder} {folder}/merged", markup=False)
+        out.print(f"  diablo merge {folder} {folder}/merged{into_quantized(record)}", markup=False)
     if result.upload is None:
         out.print(f"  diablo push {folder} OWNER/NAME", markup=False)
 

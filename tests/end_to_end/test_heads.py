@@ -445,8 +445,12 @@ def test_the_size_of_a_classifier_is_told_from_its_config(diablo, recipe, tmp_pa
 def test_the_head_of_a_quantized_model_is_trained_unquantized(diablo, recipe, tmp_path):
     pytest.importorskip("bitsandbytes")
     run = tmp_path / "run"
-    status, _, err = diablo("train", recipe, "quantization=nf4", "training.max_steps=2", f"output={run}")
+    status, out, err = diablo("train", recipe, "quantization=nf4", "training.max_steps=2", f"output={run}")
     assert status == 0, err
+    assert f"diablo merge {run} {run}/merged --into stored\n" in out
+    # Packed weights hold fewer tensors' entries than the model has parameters.
+    plain = json.loads(diablo("train", recipe, f"output={tmp_path / 'plain'}", "--dry-run", "--json")[1])
+    assert json.loads((run / "run.json").read_text())["parameters"] == plain["parameters"]
     heads = {key: values for key, values in weights(run).items() if any(part in key for part in ("score", "pooler"))}
     assert {values.dtype for values in heads.values()} == {torch.float32}
     assert asked(diablo, run, f"the fox {GOOD} the dog 5")[0]["label"] in ("good", "bad")

@@ -229,8 +229,9 @@ def test_an_adapter_is_trained_over_a_quantized_model(diablo: Any, quantized: Pa
         "training: {max_steps: 24, batch_size: 8, learning_rate: 3.0e-2}\nprecision: fp32\n"
         "evaluation: {before: false, after: false, limit: 16}\n"
     )
-    status, _, err = diablo("train", tmp_path / "recipe.yaml")
+    status, out, err = diablo("train", tmp_path / "recipe.yaml")
     assert status == 0, err
+    assert f"diablo merge {tmp_path / 'run'} {tmp_path / 'run'}/merged --into dequantized\n" in out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     before, after = (loss for _, loss in record["training"]["held_out_loss"])
     assert after < before - 0.2
@@ -249,6 +250,10 @@ def test_an_adapter_is_trained_over_a_quantized_model(diablo: Any, quantized: Pa
     assert "is quantized already (gptq)" in err
     status, _, _ = diablo("generate", tmp_path / "run", "Problem:", "--max-new-tokens", 4)
     assert status == 0
+    found = ["training.learning_rate=auto", "training.max_steps=1", f"output={tmp_path / 'found'}"]
+    status, out, err = diablo("train", tmp_path / "recipe.yaml", *found)
+    assert status == 0, err
+    assert "found in the weights for these blocks" in out + err
     status, _, err = diablo("train", tmp_path / "recipe.yaml", "merge=true", f"output={tmp_path / 'other'}")
     assert status == 2
     assert "merge: found true, where gptq quantizes the weights" in err

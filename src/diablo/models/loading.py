@@ -232,6 +232,16 @@ def is_placed(model: Any) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def is_quantized_model(config: PretrainedConfig, quantization: str | None) -> bool:
+    """Whether a model's weights are quantized: in its files, or while they are loaded.
+
+    Args:
+        config: the model's config.
+        quantization: how they are quantized while they are loaded, as a recipe has it; None where they are not.
+    """
+    return quantization is not None or getattr(config, "quantization_config", None) is not None
+
+
 def _quantization_config(
     name: str, config: PretrainedConfig, dtype: torch.dtype, quantization: str | None
 ) -> Any | None:

@@ -257,6 +257,15 @@ def _data(record: Mapping[str, Any]) -> str:
     return "\n".join(["## Data", "", *lines, "", text])
 
 
+def into_quantized(record: Mapping[str, Any]) -> str:
+    """What ``diablo merge`` is to be told beside its folders, with a space before it: nothing over plain weights."""
+    if not record.get("quantized_base"):
+        return ""
+    # A head in place of the output layer stays with the weights as bitsandbytes holds them.
+    has_head = record["training"]["head"] and record["recipe"]["quantization"]
+    return " --into stored" if has_head else " --into dequantized"
+
+
 def _results(record: Mapping[str, Any]) -> str:
     training, scores = record["training"], record["scores"]
     lines = ["| measure | before | after |", "|---|---|---|"]
@@ -307,7 +316,7 @@ def _tokens(record: Mapping[str, Any], kind: Kind) -> list[str]:
 def _use(record: Mapping[str, Any], kind: Kind) -> str:
     recipe, head = record["recipe"], record["training"]["head"]
     if head:
-        return _use_of_head(recipe, head, kind)
+        return _use_of_head(record, head, kind)
     chat = " --chat" if recipe["chat"] else ""
     form = "through the tokenizer's chat template" if recipe["chat"] else "as plain text, without a chat template"
     lines = ["## Use", "", f"It was trained on prompts that are given {form}.", "", *_tokens(record, kind)]
@@ -317,7 +326,7 @@ def _use(record: Mapping[str, Any], kind: Kind) -> str:
             "```console",
             "$ pip install 'diablo-peft[cli]'",
             f'$ diablo generate .{chat} "..."{picture}    # in the folder of these files',
-            "$ diablo merge . merged    # a plain transformers model",
+            f"$ diablo merge . merged{into_quantized(record)}    # a plain transformers model",
             "```",
         ]
     else:
@@ -356,7 +365,7 @@ def _use_of_vectors(kind: Kind) -> str:
     return "\n".join(lines)
 
 
-def _use_of_head(recipe: Mapping[str, Any], head: Mapping[str, Any], kind: Kind) -> str:
+def _use_of_head(record: Mapping[str, Any], head: Mapping[str, Any], kind: Kind) -> str:
     if head["kind"] == "embedding":
         return _use_of_vectors(kind)
     form = "TokenClassification" if head["kind"] in _OF_WORDS else "SequenceClassification"
@@ -370,7 +379,7 @@ def _use_of_head(recipe: Mapping[str, Any], head: Mapping[str, Any], kind: Kind)
             "```console",
             "$ pip install 'diablo-peft[cli]'",
             f"$ diablo classify . {quoted}    # in the folder of these files",
-            "$ diablo merge . merged    # a plain transformers model",
+            f"$ diablo merge . merged{into_quantized(record)}    # a plain transformers model",
             "```",
         ]
     else:

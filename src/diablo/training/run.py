@@ -25,7 +25,7 @@ from diablo.models.compiling import compiled_layers
 from diablo.models.folders import adapter_folder
 from diablo.models.forms import IMAGE_TEXT, form_of
 from diablo.models.liger import apply_liger
-from diablo.models.loading import count_parameters, is_placed, load_model
+from diablo.models.loading import is_placed, is_quantized_model, load_model
 from diablo.models.saving import save_adapter
 from diablo.models.vocabulary import give_rows
 from diablo.planning import preflight
@@ -357,7 +357,8 @@ def _record(
     trainer: RunTrainer,
     kept_step: int,
 ) -> dict[str, Any]:
-    trainable, total = count_parameters(model)
+    # The model's own tensors would not tell: quantized weights are packed, and DeepSpeed has its own in parts.
+    trainable, total = plan.parameters
     adapter_bytes = sum(path.stat().st_size for path in result.adapter.glob("*.safetensors"))
     return {
         FORMAT_KEY: RUN_FORMAT,
@@ -368,6 +369,7 @@ def _record(
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "trained_tokens": plan.token_counts and plan.token_counts.record(),
         "sees_images": form_of(plan.config) is IMAGE_TEXT,
+        "quantized_base": is_quantized_model(plan.config, plan.recipe.quantization),
         "data": plan.data_record() | {"padding_share": meter.padding_share},
         "training": {
             "optimizer": plan.optimizer.describe(),

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer
+from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer, DiabloQuantizedLinear
+from diablo.tuner.weights import is_distributed, recomputed
 
 RELATIVE_STEP = 0.013
 """How much a step of Adam may change an output of a layer at the highest rate, as a share of the output's size.
@@ -120,13 +121,33 @@ def _measured(model: nn.Module, adapter_name: str) -> list[tuple[int, float]]:
         if not isinstance(layer, DiabloLayer) or isinstance(layer, DiabloConv | DiabloEmbedding):
             continue
         for name, layout in layer.layouts_of(adapter_name).items():
-            try:
-                matrix = layer.base_matrix(name)
-            except RuntimeError:  # computed anew in each forward, or sharded
-                continue
-            if not matrix.is_meta:
-                found.append((layout.blocks_shape[-2], gain_of(matrix)))
+            gain = (
+                _answered_gain(layer, model) if isinstance(layer, DiabloQuantizedLinear) else _stored_gain(layer, name)
+            )
+            if gain is not None:
+                found.append((layout.blocks_shape[-2], gain))
     return found
+
+
+def _stored_gain(layer: DiabloLayer, name: str) -> float | None:
+    """The gain of a weight; None where it is computed anew in each forward, sharded or not in memory."""
+    base_layer = layer.get_base_layer()
+    weight = base_layer._parameters.get(name)
+    if weight is None or recomputed(base_layer, name) is not None or is_distributed(weight) or weight.is_meta:
+        return None
+    return gain_of(layer.weights[name].matrix(weight))
+
+
+@torch.no_grad()
+def _answered_gain(layer: DiabloQuantizedLinear, model: nn.Module) -> float:
+    """The gain of a quantized layer, by its outputs for random inputs: not every library gives its weights back."""
+    base_layer = layer.get_base_layer()
+    plain = next(each for each in model.parameters() if each.is_floating_point() and not each.requires_grad)
+    drawn = torch.randn(SAMPLED_ROWS, layer.weights["weight"].in_features, generator=torch.Generator().manual_seed(0))
+    # The last row's answer is the bias.
+    inputs = torch.cat([drawn, torch.zeros_like(drawn[:1])]).to(plain.device, plain.dtype)
+    answers = base_layer(inputs).float()
+    return (answers[:-1] - answers[-1]).square().mean().sqrt().item()
 
 
 def _looked_at(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:

@@ -126,14 +126,6 @@ class MergingLayer(nn.Module, BaseTunerLayer):
             deltas[name] = self.weights[name].original(delta)
         return deltas
 
-    def base_matrix(self, name: str) -> torch.Tensor:
-        """A base weight as ``(*stack, out_features, in_features)``, to be read; dequantized where it is quantized.
-
-        Raises:
-            RuntimeError: the layer computes the weight anew in each forward, or holds only a part of it.
-        """
-        return self._weight(name)
-
     def _weight(self, name: str) -> torch.Tensor:
         """A base weight as ``(*stack, out_features, in_features)``: a view, to read it and to write to it."""
         base_layer: Any = self.get_base_layer()

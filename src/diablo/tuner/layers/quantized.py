@@ -131,10 +131,6 @@ class DiabloQuantizedLinear(DiabloLinear):
         # Some libraries return a view that a function of theirs has made. Autograd allows no writing into such a view.
         return result.clone()
 
-    def base_matrix(self, name: str) -> torch.Tensor:
-        """The base weight as ``(out_features, in_features)``, dequantized."""
-        return self._dequantized()
-
     def _dequantized(self) -> torch.Tensor:
         check_backward(self.get_base_layer(), "Merging")
         return self.quantization_backend.get_base_weight(self.get_base_layer()).detach()
