@@ -28,6 +28,8 @@ QUESTION = "the best learning rate over the number of blocks, the kind of layer 
 NUM_BLOCKS = (16, 64, 8, 32, 128)
 FACTORS = ("rows", "one", "gain")
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+FARTHEST = 8
+"""Steps of two to either side, after which a sweep ends wherever the best rate is."""
 RULE = 0.1
 """The rule's rate, times the rows of a block."""
 
@@ -104,12 +106,13 @@ def sweep(loss_at: Callable[[float], float], before: float) -> dict[str, Any]:
         return losses[power]
 
     best = min((-1, 0, 1), key=measured)
-    while best in (min(losses), max(losses)):
+    while best in (min(losses), max(losses)) and abs(best) < FARTHEST:
         best = min((best - 1, best, best + 1), key=measured)
+    vertex_at = 2.0 ** (best + vertex([measured(best + step) for step in (-1, 0, 1)]))
     return {
         "before": before,
         "losses": {f"{2.0**power:g}": losses[power] for power in sorted(losses)},
-        "best": 2.0 ** (best + vertex([losses[best + step] for step in (-1, 0, 1)])),
+        "best": vertex_at,
         "best_loss": losses[best],
         "rule_loss": losses[0],
         "behind": losses[0] / losses[best] - 1,
