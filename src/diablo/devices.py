@@ -95,6 +95,12 @@ def can_pin_memory(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def peak_memory_bytes() -> int:
     """The most memory that was held so far, in bytes: by the accelerator where there is one, otherwise by the process.
 

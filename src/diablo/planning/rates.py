@@ -12,8 +12,9 @@ from diablo.errors import UserError
 from diablo.layout import Layout
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
 from diablo.planning.plan import Plan
+from diablo.recipes.methods import DiabloMethod
 from diablo.tuner import DiabloLayer, suggested_learning_rate
-from diablo.tuner.rates import gain_of, learning_rate_for
+from diablo.tuner.rates import FAR_BELOW, gain_of, learning_rate_for
 
 MOST_BYTES = 1 << 30
 """Weights that are read for a plan. Of a larger model as many are read, from all of its depth."""
@@ -42,6 +43,23 @@ def with_learning_rate(plan: Plan, model: Any) -> Plan:
     settled = training.model_copy(update={"learning_rate": rate})
     optimizer = replace(plan.optimizer, arguments={**plan.optimizer.arguments, "lr": rate})
     return replace(plan, recipe=plan.recipe.model_copy(update={"training": settled}), optimizer=optimizer)
+
+
+def rate_far_above(plan: Plan, model: Any) -> float | None:
+    """The rate that suits DiaBlo's blocks, where the plan's is far below it; None where it is not, or is not known.
+
+    Args:
+        plan: the plan.
+        model: the adapted model, with its weights in memory.
+    """
+    training = plan.recipe.training
+    if not isinstance(plan.recipe.method, DiabloMethod) or not training.moves_by_the_rate:
+        return None
+    try:
+        suited = suggested_learning_rate(model, model.active_adapter)
+    except ValueError:
+        return None
+    return suited if training.rate < FAR_BELOW * suited else None
 
 
 def stored_learning_rate(model_name: str, adapted: Any) -> float | None:

@@ -23,6 +23,7 @@ from diablo.models.vocabulary import TrainedTokens
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, MissMethod, PeftMethod
 from diablo.recipes.peft_methods import build_config, takes_default_targets
 from diablo.tuner import DiabloConfig, DiabloLayer
+from diablo.tuner.rates import not_watched
 from diablo.tuner.targets import default_target_modules, linear_kinds, matches_any
 
 
@@ -130,7 +131,9 @@ def apply_method(model: Any, method: AnyMethod, tokens: TrainedTokens | None = N
         config: Any = peft_config(method, model)
         if tokens is not None:
             config.trainable_token_indices = tokens.token_indices(model)
-        adapted = get_peft_model(model, config)
+        # The plan and the run say what they think of the learning rate; a step of theirs is to wait for nothing.
+        with not_watched():
+            adapted = get_peft_model(model, config)
     except TypeError as error:
         if tokens is None or "trainable_token_indices" not in str(error):
             raise UserError(f"method: {error}") from None

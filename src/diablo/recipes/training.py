@@ -243,6 +243,11 @@ class Training(Section):
         return UNTIL_LOADED if self.learning_rate == "auto" else self.learning_rate
 
     @property
+    def moves_by_the_rate(self) -> bool:
+        """Whether a step of the optimizer moves every entry by about the learning rate, as Adam's does."""
+        return any(kind in self.optimizer.name for kind in ("adam", "lion", "adafactor"))
+
+    @property
     def depends_on_held_out(self) -> bool:
         """Whether held-out losses decide what the run ends with."""
         return self.early_stopping_patience is not None or self.keep == "best"
@@ -272,7 +277,7 @@ class Training(Section):
             )
 
     def _check_auto(self) -> None:
-        if not any(kind in self.optimizer.name for kind in ("adam", "lion", "adafactor")):
+        if not self.moves_by_the_rate:
             raise ValueError(
                 f"training.learning_rate: found auto, which is known for AdamW, Lion and Adafactor, and the optimizer "
                 f"is {self.optimizer.name}; give a number."

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from diablo.devices import wait_for
 from diablo.errors import UserError, first_line
 from diablo.models.adapters import check_tensors, read_adapter_config
 from diablo.models.folders import ADAPTER_WEIGHTS
@@ -116,8 +117,7 @@ class Weights:
         if sweep is self.written:
             return
         self._change(sweep)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         self.switches += 1
 
     @contextmanager

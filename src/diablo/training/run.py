@@ -32,7 +32,7 @@ from diablo.planning import preflight
 from diablo.planning.making import make_plan
 from diablo.planning.materials import Materials
 from diablo.planning.plan import Plan
-from diablo.planning.rates import with_learning_rate
+from diablo.planning.rates import rate_far_above, with_learning_rate
 from diablo.publishing.card import Kind, write_run_card
 from diablo.publishing.hub import Upload, check_upload, upload_result
 from diablo.recipes.applying import apply_method
@@ -239,6 +239,12 @@ def _settle_learning_rate(plan: Plan, model: Any, console: Console) -> Plan:
     settled = with_learning_rate(plan, model)
     if settled is not plan:
         say(console, f"learning rate: {settled.recipe.training.rate:g}, found in the weights for these blocks")
+    elif (suited := rate_far_above(plan, model)) is not None:
+        say(
+            console,
+            f"learning rate: {plan.recipe.training.rate:g}, where {suited:g} would suit these blocks "
+            "(training.learning_rate: auto); such a low one learns slowly",
+        )
     return settled
 
 

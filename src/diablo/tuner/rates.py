@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ STEPS_BY_THE_RATE = ("Adam", "Lion", "Adafactor")
 # Hooks of models that are gone. An optimizer may be going through all hooks when a model goes, so that they are removed
 # when the next model comes.
 _FINISHED: list[RemovableHandle] = []
+_IS_WATCHED = ContextVar("is_watched", default=True)
 
 
 class LowLearningRateWarning(UserWarning):
@@ -94,6 +97,8 @@ def watch_learning_rate(model: nn.Module) -> None:
     Args:
         model: has adapted layers. Nothing here keeps it alive.
     """
+    if not _IS_WATCHED.get():
+        return
     while _FINISHED:
         _FINISHED.pop().remove()
     known = weakref.ref(model)
@@ -109,6 +114,16 @@ def watch_learning_rate(model: nn.Module) -> None:
 
     handle = register_optimizer_step_pre_hook(look)
     weakref.finalize(model, _FINISHED.append, handle)
+
+
+@contextmanager
+def not_watched() -> Iterator[None]:
+    """No warning of the learning rate for adapters that are added meanwhile: whoever trains them looks by himself."""
+    token = _IS_WATCHED.set(False)
+    try:
+        yield
+    finally:
+        _IS_WATCHED.reset(token)
 
 
 def _measured(model: nn.Module, adapter_name: str) -> list[tuple[int, float]]:
