@@ -30,16 +30,29 @@ class Page:
         self._socket, self._number = socket, 0
         self.requested: list[str] = []
         self.complaints: list[str] = []
+        self.is_loaded = False
+
+    async def open(self, url: str) -> None:
+        """Go to an address, and wait until all of it is there."""
+        self.is_loaded = False
+        await self.tell("Page.navigate", url=url)
+        while not self.is_loaded:
+            self._note(await asyncio.wait_for(self._socket.receive_json(), 30))
+
+    def _note(self, message: dict[str, Any]) -> None:
+        method = message.get("method")
+        if method == "Network.requestWillBeSent":
+            self.requested.append(message["params"]["request"]["url"])
+        elif method in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            self.complaints.append(json.dumps(message["params"]))
+        self.is_loaded |= method == "Page.loadEventFired"
 
     async def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         await self._socket.send_json({"id": self._number, "method": method, "params": parameters})
         while True:
             message = await asyncio.wait_for(self._socket.receive_json(), 30)
-            if message.get("method") == "Network.requestWillBeSent":
-                self.requested.append(message["params"]["request"]["url"])
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.complaints.append(json.dumps(message["params"]))
+            self._note(message)
             if message.get("id") == self._number:
                 assert "error" not in message, message
                 return message["result"]
@@ -76,7 +89,7 @@ def browse(url: str, doing: Callable[[Page], Awaitable[None]]) -> Page:
                 page = Page(socket)
                 for domain in ("Network", "Runtime", "Log", "Page"):
                     await page.tell(f"{domain}.enable")
-                await page.tell("Page.navigate", url=url)
+                await page.open(url)
                 await doing(page)
                 return page
 
