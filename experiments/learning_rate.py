@@ -20,6 +20,7 @@ from diablo import DiabloLayer
 from diablo.planning.plan import Plan
 from diablo.recipes.methods import DiabloMethod
 from diablo.scoring.generation import held_out_loss
+from diablo.tuner.rates import gain_of
 from experiments.finetuning import finetune, load_adapted, plan_data
 from experiments.harness import Experiment, Model, Seed
 
@@ -57,14 +58,14 @@ def layers_of(model: nn.Module) -> list[DiabloLayer]:
     return [module for module in model.modules() if isinstance(module, DiabloLayer)]
 
 
-def gain_of(layer: DiabloLayer) -> float:
-    """How strongly a layer answers to inputs of size one: the mean length of the rows of its weight."""
-    return layer.get_base_layer().get_parameter("weight").float().norm(dim=1).mean().item()
+def weight_of(layer: DiabloLayer) -> torch.Tensor:
+    """The base weight of a linear layer, of shape (out, in)."""
+    return layer.get_base_layer().get_parameter("weight")
 
 
 def median_gain(model: nn.Module) -> float:
     """The median gain of the layers that have blocks."""
-    return statistics.median(gain_of(layer) for layer in layers_of(model))
+    return statistics.median(gain_of(weight_of(layer)) for layer in layers_of(model))
 
 
 def groups_of(model: nn.Module, step: float, factors: str, usual: float = 1.0) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def groups_of(model: nn.Module, step: float, factors: str, usual: float = 1.0) -
     rows = [layer.diablo_layout["default"].block_in for layer in layers]
     groups = []
     for layer, own in zip(layers, rows, strict=True):
-        share = gain_of(layer) / usual if factors == "gain" else 1.0
+        share = gain_of(weight_of(layer)) / usual if factors == "gain" else 1.0
         rate = share * step / (statistics.median(rows) if factors == "one" else own)
         groups.append({"params": [layer.diablo_blocks["default"]], "lr": rate})
     return groups
