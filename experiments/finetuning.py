@@ -24,12 +24,23 @@ from diablo.recipes.methods import AnyMethod
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import held_out_loss
 from diablo.scoring.losses import summed_completion_loss
+from diablo.training.averaging import Average
+from diablo.training.safeguards import FiniteLosses
 
 MAX_GRAD_NORM = 1.0
 
 
-def plan_data(model: str, rows: int, held_out: int, batch_size: int, num_blocks: int, seed: int) -> Plan:
-    """Word problems of MAWPS for training and, of its test split, for the held-out loss.
+def plan_data(
+    model: str,
+    rows: int,
+    held_out: int,
+    batch_size: int,
+    num_blocks: int,
+    seed: int,
+    task: str = "mawps",
+    folder: str = "",
+) -> Plan:
+    """Problems for training and, of the test split, for the held-out loss.
 
     Args:
         model: a folder, a hub id or ``builtin:NAME``.
@@ -38,13 +49,16 @@ def plan_data(model: str, rows: int, held_out: int, batch_size: int, num_blocks:
         batch_size: rows of a step.
         num_blocks: N of the method that the plan is made for.
         seed: seed of the order of the rows.
+        task: the task; word problems of MAWPS where nothing is said.
+        folder: where the data of the task is, where it is not in the package.
     """
+    data = {"limit": rows, "held_out": "test"} | ({"folder": folder} if folder else {})
     return make_plan(
         Recipe.model_validate(
             {
                 "model": model,
-                "task": "mawps",
-                "data": {"limit": rows},
+                "task": task,
+                "data": data,
                 "method": {"name": "diablo", "num_blocks": num_blocks},
                 "training": {"batch_size": batch_size},
                 "evaluation": {"limit": held_out},
@@ -90,6 +104,11 @@ def completion_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return summed_completion_loss(model, batch) / len(batch["predicting"])
 
 
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW without decay."""
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
 @dataclass
 class Trajectory:
     """What a run of training was like.
@@ -116,8 +135,10 @@ def finetune(
     *,
     warmup: int = 4,
     watch: Callable[[Any], dict[str, float]] | None = None,
+    optimizer_of: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = adamw,
+    average: float | None = None,
 ) -> Trajectory:
-    """Train one epoch by AdamW, with a linear schedule and clipped gradients, as ``diablo train`` does.
+    """Train one epoch, with a linear schedule and clipped gradients, as ``diablo train`` does.
 
     Args:
         model: an adapted model.
@@ -125,11 +146,14 @@ def finetune(
         rate: learning rate; or the groups of parameters of the optimizer, each with its ``lr``.
         warmup: steps of warm-up.
         watch: called with the model after each backward.
+        optimizer_of: makes the optimizer of groups of parameters; AdamW without decay where nothing is said.
+        average: decay of an exponential moving average of the parameters, which is then what is measured.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = plan.sampler.batches()
     groups = rate if isinstance(rate, list) else [{"params": parameters, "lr": rate}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = optimizer_of(groups)
+    averaged = Average(average, FiniteLosses("stop"))
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
     found = Trajectory()
     model.train()
@@ -145,8 +169,10 @@ def finetune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        averaged.take_in(model)
         found.losses.append(loss.item())
         found.gradient_norms.append(norm.item())
         found.seconds += time.perf_counter() - start
+    averaged.take_over(model)
     found.held_out_loss = held_out_loss(model, plan.held_out, plan.encoder.tokenizer.pad_token_id)
     return found

@@ -112,6 +112,42 @@ class RandomBlocks(Pattern):
         return delta
 
 
+class ShiftedBlocks(DiagonalBlocks):
+    """Blocks one below the other that begin at another input in every layer: the diagonal, shifted cyclically."""
+
+    shift: int
+
+    def choose(self) -> tuple[int, ...]:
+        """A shift by whole blocks."""
+        self.shift = int(self.some(self.layout.num_blocks, 1)) * self.layout.block_in
+        return self.layout.blocks_shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the diagonal, of inputs in another order."""
+        return block_diagonal_linear(x.roll(-self.shift, -1), self.values, self.layout, self.base(x))
+
+    def dense(self) -> torch.Tensor:
+        """Blocks beside the diagonal."""
+        return super().dense().roll(self.shift, 1)
+
+
+class InterleavedBlocks(DiagonalBlocks):
+    """Blocks of features that are N apart: the first block has the features 0, N, 2 N, .... Sizes must divide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the diagonal, between two changes of order."""
+        number = self.layout.num_blocks
+        slices = x.unflatten(-1, (-1, number)).transpose(-1, -2).flatten(-2)
+        products = block_diagonal_linear(slices, self.values, self.layout)
+        return self.base(x) + products.unflatten(-1, (number, -1)).transpose(-1, -2).flatten(-2)
+
+    def dense(self) -> torch.Tensor:
+        """Entries whose input and output leave the same remainder when they are divided by N."""
+        number = self.layout.num_blocks
+        delta = super().dense().unflatten(0, (number, -1)).transpose(0, 1).flatten(0, 1)
+        return delta.unflatten(1, (number, -1)).transpose(1, 2).flatten(1)
+
+
 class RandomEntries(Pattern):
     """Single entries, as SHiRA trains them."""
 
@@ -183,6 +219,8 @@ class RandomRows(Pattern):
 
 PATTERNS: dict[str, type[Pattern]] = {
     "diagonal blocks": DiagonalBlocks,
+    "shifted blocks": ShiftedBlocks,
+    "interleaved blocks": InterleavedBlocks,
     "random blocks": RandomBlocks,
     "random entries": RandomEntries,
     "random columns": RandomColumns,

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from experiments import choice_of_n, sparsity_patterns, stability
+from diablo import BlockLayout
+from experiments import choice_of_n, learning_rate, sparsity_patterns, stability, variants
 from experiments.patterns import PATTERNS, RandomBlocks, apply_pattern
 
 
@@ -48,7 +49,7 @@ def test_a_patterns_gradient_is_the_whole_gradient_at_its_entries(name):
 
 
 def test_the_entries_depend_on_the_seed():
-    for name in PATTERNS.keys() - {"diagonal blocks"}:
+    for name in PATTERNS.keys() - {"diagonal blocks", "interleaved blocks"}:
         first, again, other = (make_pattern(name, seed=seed).dense() != 0 for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.equal(first, other), name
@@ -69,7 +70,7 @@ def test_a_pattern_trains_nothing_else(tiny_model):
 
 def test_the_patterns_are_trained_at_equal_sizes(tiny_model, tmp_path):
     results = sparsity_patterns.run(str(tiny_model), num_blocks=4, rows=48, held_out=8, rates=(1e-2, 1e-1), seeds=2)
-    assert [found["pattern"] for found in results["patterns"]] == list(PATTERNS)
+    assert [found["pattern"] for found in results["patterns"]] == list(sparsity_patterns.COMPARED)
     sizes = [found["parameters"] for found in results["patterns"]]
     assert max(sizes) <= 1.1 * min(sizes)
     for found in results["patterns"]:
@@ -117,3 +118,28 @@ def test_fewer_blocks_train_more_and_modules_are_compared_at_equal_sizes(tiny_mo
         assert found["parameters"] == pytest.approx(many["parameters"], rel=0.35)
     assert all(choice_of_n.EXPERIMENT.report(results))
     choice_of_n.EXPERIMENT.publish({}, results, tmp_path)
+
+
+def test_variants_are_trained_at_their_best_rates_with_every_seed(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning_rate, "FARTHEST", 1)
+    names = ["blocks", "interleaved blocks", "average of steps", "longer warm-up", "LoRA"]
+    results = variants.run(str(tiny_model), names=",".join(names), rows=16, held_out=4, seeds=2)
+    assert [found["variant"] for found in results["variants"]] == names
+    for found in results["variants"]:
+        assert min(found["sweep"].values()) == found["losses"][0] < found["before"]
+        assert len(found["losses"]) == 2
+    # Every variant does something.
+    assert len({found["losses"][0] for found in results["variants"]}) == len(names)
+    assert len(list(variants.EXPERIMENT.report(results))) == len(names)
+    variants.EXPERIMENT.publish({}, results, tmp_path)
+
+
+def test_blocks_of_other_sizes_train_as_many_parameters():
+    layers = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "up_proj": (576, 1536)}
+    layers["down_proj"] = (1536, 576)
+    counts = []
+    for name in ("blocks", "larger in attention", "larger in the MLP"):
+        method = variants.VARIANTS[name].method
+        numbers = {kind: method.block_pattern.get(kind, method.num_blocks) for kind in layers}
+        counts.append(sum(BlockLayout(*layers[kind], numbers[kind]).num_parameters for kind in layers))
+    assert counts == pytest.approx([counts[0]] * 3, rel=0.02)

@@ -35,10 +35,15 @@ class Average(TrainerCallback):
         self.steps = 0
         self.values: Tensors = {}
 
-    @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take the parameters into the average."""
-        if self.decay is None or self.finite.skipped[-1:] == [state.global_step]:
+        """Take the parameters into the average, unless the step was left out."""
+        if self.finite.skipped[-1:] != [state.global_step]:
+            self.take_in(model)
+
+    @torch.no_grad()
+    def take_in(self, model: Any) -> None:
+        """Take the parameters of a model into the average."""
+        if self.decay is None:
             return
         trained = trained_parameters(model)
         if not self.values:
