@@ -337,11 +337,12 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     """What a comparison will do."""
     from diablo.comparison.sweep import MOST_EXTENSIONS
 
-    columns = (Column("method", overflow="fold"), "size", "trained parameters", "of the model", "deviation")
+    columns = (Column("method", overflow="fold"), "size", "trained parameters", "of all", "deviation")
     table = Table(*columns, title="methods")
     for contender in comparison.contenders:
         deviation = "-" if contender.deviation is None else f"{contender.deviation:+.2%}"
-        share = f"{contender.trained / comparison.total:.2%}"
+        added = 0 if contender.name == "full" else contender.trained
+        share = f"{contender.trained / (comparison.total + added):.2%}"
         table.add_row(contender.title, contender.size, f"{contender.trained:,}", share, deviation)
     out.print(table)
     runs, data = comparison.planned_runs, comparison.recipe.data

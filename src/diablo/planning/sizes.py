@@ -76,7 +76,7 @@ class Sizes:
         num_blocks: DiaBlo's N; None for another method.
         targets: what is adapted, by kind; empty for full fine-tuning.
         trained: trained parameters.
-        total: parameters of the model.
+        total: parameters of the model with its adapter, as PEFT counts them.
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
             LoRA of as many trained parameters.
@@ -129,7 +129,8 @@ def plan_sizes(
     Args:
         model: a folder, a hub id or ``builtin:NAME``.
         num_blocks: DiaBlo's N; 64 where neither this nor ``budget`` is given.
-        budget: the largest share of the model's parameters to train, from 0 to 1, in place of ``num_blocks``.
+        budget: the largest share of all parameters, the blocks among them, to train, from 0 to 1, in place of
+            ``num_blocks``.
         target_modules: what to adapt; DiaBlo's default where None.
         batch_size: rows of a forward.
         length: tokens of a row.
@@ -192,8 +193,7 @@ def sizes_of(
         UserError: the method does not fit the model.
     """
     adapted = _adapted(config, method, dtype, tokens)
-    total = sum(parameter.numel() for parameter in meta_model(config).parameters())
-    trained, _ = count_parameters(adapted)
+    trained, total = count_parameters(adapted)
     targets = target_kinds(adapted)
     # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
     full = FullMethod(name="full")
@@ -278,7 +278,7 @@ def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: 
 
 
 def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules: list[str] | str | None) -> int:
-    """The smallest N that trains at most a share of the model's parameters."""
+    """The smallest N that trains at most a share of all parameters, the blocks among them."""
     model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     whole = DiabloMethod(num_blocks=1, target_modules=target_modules)
@@ -286,11 +286,11 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     most = min(map(min, shapes))
     for number in range(1, most + 1):
         blocks = sum(BlockLayout(*shape, number).num_parameters * count for shape, count in shapes.items())
-        if blocks <= budget * total:
+        if blocks <= budget * (total + blocks):
             return number
     raise UserError(
         f"--budget: found {budget:.3%}; the smallest share of this model that blocks on these targets can be is "
-        f"{blocks / total:.3%}, with N = {most}. Raise it, or name fewer --target-modules."
+        f"{blocks / (total + blocks):.3%}, with N = {most}. Raise it, or name fewer --target-modules."
     )
 
 
