@@ -127,7 +127,8 @@ def test_variants_are_trained_at_their_best_rates_with_every_seed(tiny_model, tm
     assert [found["variant"] for found in results["variants"]] == names
     for found in results["variants"]:
         assert min(found["sweep"].values()) == found["losses"][0] < found["before"]
-        assert len(found["losses"]) == 2
+        ahead = found["losses"][0] <= results["variants"][0]["losses"][0]
+        assert len(found["losses"]) == (2 if ahead else 1)
     # Every variant does something.
     assert len({found["losses"][0] for found in results["variants"]}) == len(names)
     assert len(list(variants.EXPERIMENT.report(results))) == len(names)
