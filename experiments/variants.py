@@ -160,7 +160,7 @@ def run(
         seed: the first seed.
     """
     plans = [plan_data(model, rows, held_out, 8, NUM_BLOCKS, seed + number, task, folder) for number in range(seeds)]
-    found = []
+    found: list[dict[str, Any]] = []
     for name in names.split(","):
         variant = VARIANTS[name]
         start = adapted(plans[0], variant, seed)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diablo import BlockLayout
-from experiments import choice_of_n, learning_rate, sparsity_patterns, stability, variants
+from experiments import choice_of_n, learning_rate, sparsity_patterns, stability, update_parts, variants
 from experiments.patterns import PATTERNS, RandomBlocks, apply_pattern
 
 
@@ -144,3 +144,27 @@ def test_blocks_of_other_sizes_train_as_many_parameters():
         numbers = {kind: method.block_pattern.get(kind, method.num_blocks) for kind in layers}
         counts.append(sum(BlockLayout(*layers[kind], numbers[kind]).num_parameters for kind in layers))
     assert counts == pytest.approx([counts[0]] * 3, rel=0.02)
+
+
+def test_parts_of_an_update_are_of_equal_size_and_what_they_say():
+    delta = torch.randn(64, 48, dtype=torch.float64)
+    parts = {name: part(delta) for name, part in update_parts.parts_of(4, 7).items()}
+    assert torch.linalg.matrix_rank(parts["their rank 7"]) == 7
+    assert int((parts["their largest entries"] != 0).sum()) == int((parts["their diagonal x 1"] != 0).sum()) == 64 * 12
+    assert parts["their largest entries"].norm() > parts["their diagonal x 1"].norm()
+    torch.testing.assert_close(parts["their diagonal x 4"], 4 * parts["their diagonal x 1"])
+    torch.testing.assert_close(parts["all but their diagonal"] + parts["their diagonal x 1"], delta)
+
+
+def test_the_whole_update_is_worth_what_full_fine_tuning_gains(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(update_parts, "RATES", {"full": (1e-3, 1e-2), "diablo": (1e-2,), "lora": (1e-2,)})
+    results = update_parts.run(str(tiny_model), rows=32, held_out=8, num_blocks=4, rank=2)
+    losses = results["losses"]
+    assert losses["all weights"] == min(results["trained"]["full"].values()) < losses["nothing"]
+    assert losses["the adapted layers, whole"] < losses["nothing"]
+    assert losses["all but the adapted layers"] < losses["nothing"]
+    assert results["energy"]["the adapted layers, whole"] == 1
+    assert results["energy"]["their rank 2"] > results["energy"]["their diagonal x 1"]
+    assert update_parts.gained(results, losses["all weights"]) == 1
+    assert all(update_parts.EXPERIMENT.report(results))
+    update_parts.EXPERIMENT.publish({}, results, tmp_path)
