@@ -101,6 +101,8 @@ def test_each_method_is_swept_and_then_run_with_each_seed_at_its_best_rate(compa
         assert {run["trained_parameters"] for run in runs} == {method["trained_parameters"]}
         assert method["test_loss"]["values"] == [run["test_loss"] for run in tested]
         assert all(run["forgetting"] != 0 for run in tested)
+        # What the curves are drawn from: the loss over the steps.
+        assert all(run["training_losses"][-1][0] == record["steps"] for run in tested)
         assert all(run["peak_memory_bytes"] > 10**7 and run["tokens_per_second"] > 0 for run in tested)
 
 

@@ -337,6 +337,7 @@ def figures_of(score: float, loss: float, seconds: float = 10.0) -> dict[str, An
         "parameters": {"trainable": 3072},
         "scores": {"after": {"mawps": {"headline": "accuracy", "accuracy": score, "right": 1, "total": 2}}},
         "training": {
+            "loss": [[1, 8.0], [3, loss]],
             "held_out_loss": [[0, 9.0], [3, loss]],
             "kept_step": 3,
             "tokens_per_second": 100.0,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diablo.comparison.figure import plot_comparison
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.sweep import Sweep
 from diablo.records.results import kept_loss, write_json
@@ -66,6 +67,8 @@ def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> di
         "peak_memory_bytes": training["peak_memory_bytes"],
         "adapter_bytes": record["adapter_bytes"],
         "forgetting": general["after"] - general["before"] if general else None,
+        "training_losses": training["loss"],
+        "held_out_losses": training["held_out_loss"],
     }
 
 
@@ -199,54 +202,6 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines = [HEADERS, ["---"] * len(HEADERS), *table_rows(record)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes(record)) + "\n"
-
-
-def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
-    """Draw the score and the test loss of each method, with the standard deviation over the seeds, as a PNG.
-
-    The best method is on top. Full fine-tuning is drawn hollow, since it trains more parameters than the others. Where
-    there is neither a score nor a loss, no figure is written and an old one is deleted.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [
-        (name, title, factor)
-        for name, title, factor in (
-            ("score", "test score (%)", 100),
-            ("test_loss", f"test loss ({record['loss_unit']})", 1),
-        )
-        if any(method[name] for method in record["methods"])
-    ]
-    if not panels:
-        path.unlink(missing_ok=True)
-        return
-    methods = list(reversed(record["methods"]))
-    height = 1.2 + 0.4 * len(methods)
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (name, title, factor) in zip(grid[0], panels, strict=True):
-        for place, method in enumerate(methods):
-            if spread := method[name]:
-                axes.errorbar(
-                    spread["mean"] * factor,
-                    place,
-                    xerr=(spread["deviation"] or 0) * factor,
-                    fmt="o",
-                    capsize=4,
-                    color="tab:blue" if method["settings"]["name"] == "diablo" else "tab:gray",
-                    markerfacecolor="none" if method["settings"]["name"] == "full" else None,
-                )
-        axes.set_xlabel(title)
-        axes.grid(axis="x", alpha=0.3)
-    names = [f"{method['method']}, {method['trained_parameters'] / 1e6:.3g} M" for method in methods]
-    grid[0][0].set_yticks(range(len(methods)), names)
-    grid[0][0].set_ylim(-0.5, len(methods) - 0.5)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def _cells(method: Mapping[str, Any]) -> list[str]:
