@@ -287,6 +287,21 @@ def meta_model(config: PretrainedConfig) -> Any:
         ) from None
 
 
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """The most tokens that a model with a learned vector for each position reads; None for a model of another kind.
+
+    Args:
+        model: a causal language model, on any device.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        # OPT has two vectors more than positions.
+        if isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last):
+            return min(limit or module.num_embeddings, module.num_embeddings)
+    return None
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Trainable and all parameters, tied ones counted once."""
     # One that DeepSpeed has in parts looks empty.

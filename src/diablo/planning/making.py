@@ -23,6 +23,7 @@ from diablo.models.folders import adapter_folder
 from diablo.models.heads import Head, gives_vectors
 from diablo.models.loading import (
     count_parameters,
+    learned_positions,
     load_config,
     load_generation_config,
     load_processor,
@@ -106,7 +107,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
     )
     faults = list(rows.faults)
     vectors = _vectors_of(recipe, model_name, config, tokenizer, replicas)
-    most = vectors.most if vectors is not None else _most_tokens(encoder, config, head)
+    most = vectors.most if vectors is not None else _most_tokens(encoder, config, head, adapted)
     prompts = ("", "") if vectors is None else prompts_of(vectors, rows.train)
     train, too_long = encode_rows(recipe, encoder, rows.train, "training", faults, head, most, prompts)
     held_out, _ = encode_rows(recipe, encoder, measured_rows(recipe, rows), "held-out", faults, head, most, prompts)
@@ -190,12 +191,15 @@ def _vectors_of(
     return vectors
 
 
-def _most_tokens(encoder: RowEncoder, config: PretrainedConfig, head: Head | None) -> int | None:
-    """The most tokens that a model with a head, or a part of an encoder-decoder, takes; None where it is not known."""
+def _most_tokens(encoder: RowEncoder, config: PretrainedConfig, head: Head | None, model: Any) -> int | None:
+    """The most tokens that a model, or a part of an encoder-decoder, takes; None where it is not known.
+
+    A causal language model without learned positions takes more than its config says.
+    """
     if encoder.encoder_decoder:
         # Those of BART's kin have learned positions; T5 has none, and reads more than its tokenizer says.
         return getattr(config, "max_position_embeddings", None)
-    return None if head is None else longest_text(encoder.tokenizer, config)
+    return learned_positions(model) if head is None else longest_text(encoder.tokenizer, config)
 
 
 def _order(recipe: Recipe, train: Sequence[EncodedRow], replicas: int) -> tuple[list[list[int]], LengthGroupedSampler]:

@@ -1,0 +1,51 @@
+"""Models with a learned vector for each position read no more tokens than they have vectors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from diablo.errors import UserError
+from diablo.models.loading import learned_positions, load_config, meta_model
+from diablo.planning.making import make_plan
+from diablo.recipes.recipe import Recipe
+
+
+def folder_of(kind: str, tiny_model: Path, folder: Path) -> Path:
+    """A model of 48 positions, with the tokenizer of the tiny model."""
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "gpt2":
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=48, **sizes)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    else:
+        shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = OPTConfig(**shape, word_embed_proj_dim=16, max_position_embeddings=48, **sizes)
+        OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_rows_that_are_longer_than_the_positions_are_left_out_before_training(kind, tiny_model, tmp_path):
+    model, rows = folder_of(kind, tiny_model, tmp_path / kind), tmp_path / "rows.jsonl"
+    texts = ["short", "long " * 40, "short too"]
+    rows.write_text("".join(json.dumps({"prompt": text, "completion": "yes"}) + "\n" for text in texts))
+
+    def recipe(on_long: str) -> Recipe:
+        settings = {"name": "diablo", "num_blocks": 4, "target_modules": "all-linear"}
+        data = {"train": str(rows), "on_long": on_long}
+        return Recipe.model_validate({"model": str(model), "data": data, "method": settings, "output": "unused"})
+
+    plan = make_plan(recipe("drop"))
+    assert [row.number for row in plan.train] == [1, 3]
+    assert [place.number for place in plan.too_long] == [2]
+    with pytest.raises(UserError, match=r"and the model reads 48 tokens; 1 of 3 rows are longer .* row 2\)"):
+        make_plan(recipe("error"))
+
+
+def test_a_model_that_turns_its_vectors_by_their_position_has_no_such_end(tiny_model):
+    assert learned_positions(meta_model(load_config(str(tiny_model)))) is None
