@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from diablo.errors import UserError
 from diablo.planning.making import make_plan
-from diablo.planning.optimizers import choose_optimizer
+from diablo.planning.optimizers import choose_optimizer, state_bytes
 from diablo.planning.schedules import choose_schedule
 from diablo.recipes.reading import load_recipe
 from diablo.recipes.training import (
@@ -61,6 +61,37 @@ def refusal(recipe: Path, *overrides: str) -> str:
         make_plan(load_recipe(recipe, overrides))
     (line,) = str(caught.value).splitlines()
     return line
+
+
+def parts_of(value: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a tensor is made of, such as codes and scales."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+
+
+RUNS_ON_A_CPU = [name for name in OPTIMIZERS if not name.startswith("paged_") and name not in ABSENT]
+
+
+@pytest.mark.parametrize("name", RUNS_ON_A_CPU)
+def test_the_plan_knows_what_an_optimizer_keeps(name: str) -> None:
+    chosen = choose_optimizer(Training(optimizer=name), CPU)
+    parameters = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((8, 64, 48), (2, 8, 8))]
+    optimizer = chosen.kind(parameters, **chosen.arguments)
+    for values in parameters:
+        values.grad = torch.randn_like(values)
+    optimizer.step()
+    kept = [
+        part
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+        for part in parts_of(value)
+    ]
+    # Of a tensor in 8 bits there are its scales beside it, and bitsandbytes has a table of 256 levels.
+    tables = [value for value in kept if value.numel() == 256 and value.dtype == torch.float32]
+    real = sum(value.nbytes for value in kept if value.dim() > 0) - sum(table.nbytes for table in tables)
+    assert state_bytes(Optimizer(name=name), parameters) == pytest.approx(real, rel=0.06, abs=64)
 
 
 def test_every_optimizer_of_transformers_is_allowed_or_refused_with_a_reason() -> None:

@@ -33,6 +33,46 @@ _WITHOUT_EFFECT = {"amsgrad", "momentum", "centered"}
 _NOT_PAGED = {"paged_adamw_32bit": DEFAULT_OPTIMIZER, "paged_ademamix_32bit": "ademamix"}
 
 
+# How many values of each parameter are kept, by what an optimizer's name has in it; the first that fits counts.
+_MOMENTS = {
+    "ademamix": 3,
+    "grokadamw": 3,
+    "adamw": 2,
+    "lion": 1,
+    "muon": 1,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "sgd": 0,
+}
+_LEAST_IN_8_BITS = 4096
+"""Values of a tensor, below which bitsandbytes keeps its state in 32 bits."""
+
+
+def state_bytes(settings: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
+    """An estimate of the memory of an optimizer's state, in bytes.
+
+    Args:
+        settings: the optimizer of a recipe.
+        parameters: what it trains, on any device.
+    """
+    name = settings.name
+    if name == "adafactor":
+        # A row and a column of second moments for each matrix, in fp32; Shazeer and Stern, 2018.
+        return sum(
+            4 * (values.numel() // values.shape[-1] + values.numel() // values.shape[-2])
+            if values.dim() > 1
+            else values.nbytes
+            for values in parameters
+        )
+    moments = next((count for part, count in _MOMENTS.items() if part in name), 0)
+    if name == "sgd" and settings.options.get("momentum"):
+        moments = 1
+    bits = 8 if "8bit" in name else 4 if "4bit" in name else 32
+    return sum(
+        moments * values.numel() * (bits if values.numel() >= _LEAST_IN_8_BITS else 32) // 8 for values in parameters
+    )
+
+
 @dataclass(frozen=True)
 class OptimizerChoice:
     """An optimizer that is known to be there and to take its arguments.

@@ -24,6 +24,7 @@ from diablo.models.loading import (
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning.kept import ATTENTION, kept_on_meta
+from diablo.planning.optimizers import state_bytes
 from diablo.planning.rates import stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
@@ -31,6 +32,7 @@ from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shap
 from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.objectives import LabelObjective
 from diablo.recipes.recipe import Recipe
+from diablo.recipes.training import Optimizer
 from diablo.tuner import DiabloLayer
 
 _TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA", "miss": "MiSS"}
@@ -48,7 +50,7 @@ class Memory:
         weights: the model's weights.
         adapter: the adapter's parameters and, for DiaBlo, the base values of the diagonals.
         gradients: of the trained parameters, in fp32.
-        optimizer: AdamW's two moments, in fp32.
+        optimizer: what the optimizer keeps of each trained parameter; of AdamW two moments in fp32.
         activations: the most that is kept for the backward at a time: all that the forward keeps or, where layers are
             computed again, what is left of it and what one of them then keeps.
     """
@@ -172,6 +174,7 @@ def sizes_of(
     checkpointing: str = "none",
     quantization: str | None = None,
     tokens: TrainedTokens | None = None,
+    optimizer: Optimizer | None = None,
     files_of: str | None = None,
 ) -> Sizes:
     """Work out what training a model by a method would take, on the meta device.
@@ -186,6 +189,7 @@ def sizes_of(
         quantization: how bitsandbytes holds the frozen weights of linear layers: ``"nf4"``, ``"int8"`` or, for as they
             are, None.
         tokens: tokens whose rows are trained too; the config has these rows.
+        optimizer: the optimizer; AdamW where nothing is said.
         files_of: the folder or hub id of the model, whose weights say which learning rate suits; they are not asked
             where None.
 
@@ -204,11 +208,13 @@ def sizes_of(
         rank = nearest_size(lambda size: LoraConfig(r=size), shapes_of(targets), trained - rows)
         compared.insert(0, LoraMethod(name="lora", r=rank, target_modules=method.target_modules))
 
+    optimizer = optimizer or Optimizer()
+
     def memory(method: AnyMethod, adapted: Any) -> Memory:
         kept = kept_on_meta(adapted, batch_size, length, checkpointing)
         if isinstance(method, FullMethod):
-            return _memory(in_words(method), adapted, kept, full=True)
-        return _memory(in_words(method), adapted, kept, _frozen_bytes(adapted, quantization))
+            return _memory(in_words(method), adapted, kept, optimizer, full=True)
+        return _memory(in_words(method), adapted, kept, optimizer, _frozen_bytes(adapted, quantization))
 
     return Sizes(
         method=in_words(method),
@@ -257,6 +263,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         checkpointing=recipe.training.gradient_checkpointing,
         quantization=recipe.quantization,
         tokens=tokens,
+        optimizer=recipe.training.optimizer,
         files_of=name,
     )
 
@@ -294,7 +301,9 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     )
 
 
-def _memory(name: str, model: nn.Module, activations: int, frozen: int = 0, *, full: bool = False) -> Memory:
+def _memory(
+    name: str, model: nn.Module, activations: int, optimizer: Optimizer, frozen: int = 0, *, full: bool = False
+) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     adapter = sum(parameter.nbytes for parameter in trained)
@@ -310,7 +319,7 @@ def _memory(name: str, model: nn.Module, activations: int, frozen: int = 0, *, f
         weights=4 * count if full else frozen,
         adapter=0 if full else adapter,
         gradients=4 * count,
-        optimizer=8 * count,
+        optimizer=state_bytes(optimizer, trained),
         activations=activations,
     )
 
