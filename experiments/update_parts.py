@@ -11,6 +11,7 @@ Beside that stands what blocks and a low rank reach when they are trained themse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,8 +72,8 @@ def is_target(name: str) -> bool:
 
 
 def lowered(plan: Plan) -> torch.autocast:
-    """The precision of the plan, for weights in fp32."""
-    return torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16)
+    """The precision of the plan, for weights in fp32 that change within it, whose casts must therefore not be kept."""
+    return torch.autocast(plan.device.type, torch.bfloat16, plan.dtype == torch.bfloat16, cache_enabled=False)
 
 
 def loss_of(model: nn.Module, plan: Plan) -> float:
@@ -92,10 +93,10 @@ def loss_with(model: nn.Module, base: Update, update: Update, plan: Plan) -> flo
 def fine_tuned(plan: Plan, method: AnyMethod, rates: Sequence[float]) -> tuple[Any, float, dict[str, float]]:
     """The model with the lowest held-out loss over learning rates, its loss, and the loss of each rate."""
     best, swept = None, {}
-    dtype = torch.float32 if isinstance(method, FullMethod) else None
+    whole = isinstance(method, FullMethod)
     for rate in rates:
-        model = load_adapted(plan, method, dtype)
-        with lowered(plan):
+        model = load_adapted(plan, method, torch.float32 if whole else None)
+        with lowered(plan) if whole else nullcontext():
             swept[f"{rate:g}"] = finetune(model, plan, rate).held_out_loss
         print(f"{method.name} at {rate:g}: {swept[f'{rate:g}']:.4f}", flush=True)
         if swept[f"{rate:g}"] == min(swept.values()):
