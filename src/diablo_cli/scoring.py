@@ -107,7 +107,7 @@ def evaluate(
             each.problems("test")
     from diablo.models.ready import load_for_generation
     from diablo.scoring.several_tasks import score_tasks, write_answers
-    from diablo_cli.reporting import print_examples
+    from diablo_cli.task_reporting import print_examples
 
     loaded, encoder = load_for_generation(model, base=base, chat=chat)
     scores = score_tasks(loaded, encoder, scored, console=progress, batch_size=batch_size, limit=limit)
@@ -235,7 +235,7 @@ def tasks(
 ) -> None:
     """List the tasks; or say of one where its data comes from, and how its answers are read."""
     from diablo.tasks import TASKS, task_class
-    from diablo_cli.reporting import print_task, tasks_table
+    from diablo_cli.task_reporting import print_task, tasks_table
 
     if name is not None:
         print_task(out, task_class(name))
@@ -258,7 +258,7 @@ def _evaluate_by_harness(
     from diablo.models.ready import load_for_generation
     from diablo.records.results import write_json
     from diablo.scoring.harness import harness_record, load_harness_tasks, run_harness
-    from diablo_cli.reporting import harness_table
+    from diablo_cli.task_reporting import harness_table
 
     quiet()
     tasks = load_harness_tasks(names.split(","), include)
