@@ -9,10 +9,12 @@ inside. If it is then ahead of the first variant, it is trained with the other s
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ NUM_BLOCKS = 16
 STEP = 0.0625
 """The rule's rate, times the rows of a block: 0.013 times the gain of SmolLM2-135M."""
 LORA_RATE = 1e-3
+
+Run = tuple[str, float, int]
+"""A variant, the multiple of its rate, and the seed."""
 
 
 def lion(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -146,6 +151,7 @@ def run(
     held_out: int = 128,
     seeds: int = 3,
     seed: Seed = 0,
+    kept: str = "",
 ) -> dict[str, Any]:
     """Train variants.
 
@@ -158,7 +164,9 @@ def run(
         held_out: test rows for the loss.
         seeds: seeds at the best rate, of the first variant and of those that are ahead of it.
         seed: the first seed.
+        kept: a file of JSON lines with the loss of each run, to go on after an interruption with the same settings.
     """
+    measured = read_losses(kept)
     plans = [plan_data(model, rows, held_out, 8, NUM_BLOCKS, seed + number, task, folder) for number in range(seeds)]
     found: list[dict[str, Any]] = []
     for name in names.split(","):
@@ -168,9 +176,12 @@ def run(
         parameters = count_parameters(start)[0]
 
         def loss_at(multiple: float, number: int = 0, name: str = name) -> float:
-            loss = tuned(plans[number], VARIANTS[name], multiple, seed + number)
-            print(f"{name} at {multiple:g}, seed {seed + number}: {loss:.4f}", flush=True)
-            return loss
+            run = (name, multiple, seed + number)
+            if run not in measured:
+                measured[run] = tuned(plans[number], VARIANTS[name], multiple, seed + number)
+                keep_loss(kept, run, measured[run])
+            print(f"{name} at {multiple:g}, seed {seed + number}: {measured[run]:.4f}", flush=True)
+            return measured[run]
 
         swept = sweep(loss_at, before)
         multiple, lowest = min(swept["losses"].items(), key=lambda measured: measured[1])
@@ -189,6 +200,22 @@ def run(
             }
         )
     return {"variants": found}
+
+
+def read_losses(kept: str) -> dict[Run, float]:
+    """The losses of runs in a file; none where there is no file."""
+    if not kept or not Path(kept).exists():
+        return {}
+    lines = [json.loads(line) for line in Path(kept).read_text(encoding="utf-8").splitlines()]
+    return {(each["variant"], each["multiple"], each["seed"]): each["loss"] for each in lines}
+
+
+def keep_loss(kept: str, run: Run, loss: float) -> None:
+    """Add the loss of a run to a file, where there is to be one."""
+    if kept:
+        line = dict(zip(("variant", "multiple", "seed"), run, strict=True)) | {"loss": loss}
+        with Path(kept).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def spread(losses: list[float]) -> float:

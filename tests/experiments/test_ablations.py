@@ -135,6 +135,14 @@ def test_variants_are_trained_at_their_best_rates_with_every_seed(tiny_model, tm
     variants.EXPERIMENT.publish({}, results, tmp_path)
 
 
+def test_variants_go_on_after_an_interruption(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning_rate, "FARTHEST", 1)
+    settings = {"names": "blocks", "rows": 16, "held_out": 4, "seeds": 1, "kept": str(tmp_path / "losses.jsonl")}
+    first = variants.run(str(tiny_model), **settings)
+    monkeypatch.setattr(variants, "tuned", None)
+    assert variants.run(str(tiny_model), **settings) == first
+
+
 def test_blocks_of_other_sizes_train_as_many_parameters():
     layers = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "up_proj": (576, 1536)}
     layers["down_proj"] = (1536, 576)
