@@ -5,6 +5,7 @@
 
 Each variant is trained with the first seed, at rates in steps of two around the tuner's rule until the best one is
 inside. If it is then ahead of the first variant, it is trained with the other seeds too. LoRA is there as a yardstick.
+The variants with blocks in other places compute them beside the weights; "blocks beside" does so with the diagonal.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ LORA = LoraMethod(name="lora", r=21, lora_alpha=42)
 
 VARIANTS = {
     "blocks": Variant(),
+    "blocks beside": Variant(pattern="diagonal blocks"),
     "shifted blocks": Variant(pattern="shifted blocks"),
     "interleaved blocks": Variant(pattern="interleaved blocks"),
     "larger in attention": Variant(by_kind(8, 24)),
