@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest fuzz lint schema wheel docs clean
+.PHONY: quickstart test test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -19,18 +19,31 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
-# The oldest versions that pyproject.toml allows, in an environment of their own.
-OLDEST := .venv-oldest/bin/python
-OLDEST_EXTRAS := cli,embeddings,harness,quantized
+# What is run with other versions than those of .venv, each in an environment of its own. A GPU is left alone.
+VERSIONS_TESTED := tests/unit tests/numerical tests/contract \
+	tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
+VERSIONS_EXTRAS := cli,embeddings,harness,images,quantized
+VERSIONS_TOOLS := hypothesis jsonschema pytest pytest-timeout pytest-xdist
 
+# The oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST) -m pytest $(WORKERS) -m "not slow" tests/unit tests/numerical tests/contract \
-		tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST) -m pip install --quiet --constraint constraints-oldest.txt --editable ".[$(OLDEST_EXTRAS)]" \
-		hypothesis jsonschema pytest pytest-timeout pytest-xdist
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable ".[$(VERSIONS_EXTRAS)]" $(VERSIONS_TOOLS)
+	touch $@
+
+# The pinned versions under another Python, python3.12 or python3.13, which must be on the PATH.
+OTHER_PYTHONS := test-3.12 test-3.13
+$(OTHER_PYTHONS): test-%: .venv-%/installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
+
+.venv-3.%/installed: pyproject.toml constraints.txt
+	python3.$* -m venv .venv-3.$*
+	.venv-3.$*/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[$(VERSIONS_EXTRAS),serve]" $(VERSIONS_TOOLS)
 	touch $@
 
 # The sdist and the wheel, and what they do in a new environment outside of the repository.
@@ -72,4 +85,4 @@ docs: .venv/docs
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-* build dist

@@ -19,7 +19,7 @@ from diablo import __version__
 from diablo_cli import requirements
 
 ROOT = Path(__file__).parents[2]
-EXTRAS_OF_OLDEST = ("cli", "embeddings", "harness", "quantized")
+EXTRAS_OF_OLDEST = ("cli", "embeddings", "harness", "images", "quantized")
 
 
 def project() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_the_oldest_versions_are_tested_and_the_newest_are_allowed():
         assert Version(oldest[package]) == Version(bound.version), f"{requirement} is not what is tested"
         assert requirement.specifier.contains(newest[package])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert f"OLDEST_EXTRAS := {','.join(EXTRAS_OF_OLDEST)}\n" in makefile
+    assert f"VERSIONS_EXTRAS := {','.join(EXTRAS_OF_OLDEST)}\n" in makefile
 
 
 def test_the_page_of_versions_has_what_is_tested():
