@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
+.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -18,6 +18,16 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The inner loop, of a minute: geometry, layers, passes, merging, rows, recipes and what the command line refuses.
+FAST := $(addprefix tests/unit/test_,$(addsuffix .py,adapters config encoding formats layout losses merging_shards \
+	methods muon new_tokens packing preflight recipe rows)) tests/numerical/test_ops.py \
+	$(addprefix tests/contract/test_,$(addsuffix .py,injection passes preview several_adapters))
+LENGTHY := test_the_memory_of_a_file_is_enough or test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind \
+	or test_a_run_with_muon_that_was_resumed_ends_with_the_same_adapter_to_the_bit
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
 
 # What is run with other versions than those of .venv, each in an environment of its own. A GPU is left alone.
 VERSIONS_TESTED := tests/unit tests/numerical tests/contract \

@@ -60,6 +60,16 @@ def test_the_page_of_versions_has_what_is_tested():
     assert rows["Python"].startswith(f"| {project()['requires-python'].removeprefix('>=')} |")
 
 
+def test_what_the_inner_loop_leaves_out_is_a_test_of_its_files():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (names,) = re.findall(r"^FAST := (.*)$", makefile, re.MULTILINE)
+    files = [path for path in (ROOT / "tests").glob("*/test_*.py") if path.stem.removeprefix("test_") in names]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    (left_out,) = re.findall(r"^LENGTHY := (.*)$", makefile, re.MULTILINE)
+    for name in left_out.split(" or "):
+        assert f"def {name.strip()}(" in text
+
+
 def test_the_citation_is_of_this_version_and_prefers_the_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["version"] == __version__
