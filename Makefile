@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-oldest fuzz lint schema wheel docs clean
+.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -19,18 +19,41 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
-# The oldest versions that pyproject.toml allows, in an environment of their own.
-OLDEST := .venv-oldest/bin/python
-OLDEST_EXTRAS := cli,embeddings,harness,quantized
+# The inner loop, of a minute: geometry, layers, passes, merging, rows, recipes and what the command line refuses.
+FAST := $(addprefix tests/unit/test_,$(addsuffix .py,adapters config encoding formats layout losses merging_shards \
+	methods muon new_tokens packing preflight recipe rows)) tests/numerical/test_ops.py \
+	$(addprefix tests/contract/test_,$(addsuffix .py,injection passes preview several_adapters))
+LENGTHY := test_the_memory_of_a_file_is_enough or test_a_full_disk_is_a_clear_error_and_leaves_nothing_behind \
+	or test_a_run_with_muon_that_was_resumed_ends_with_the_same_adapter_to_the_bit
 
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
+
+# What is run with other versions than those of .venv, each in an environment of its own. A GPU is left alone.
+VERSIONS_TESTED := tests/unit tests/numerical tests/contract \
+	tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
+VERSIONS_EXTRAS := cli,embeddings,harness,images,quantized
+VERSIONS_TOOLS := hypothesis jsonschema pytest pytest-timeout pytest-xdist
+
+# The oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(OLDEST) -m pytest $(WORKERS) -m "not slow" tests/unit tests/numerical tests/contract \
-		tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST) -m pip install --quiet --constraint constraints-oldest.txt --editable ".[$(OLDEST_EXTRAS)]" \
-		hypothesis jsonschema pytest pytest-timeout pytest-xdist
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt \
+		--editable ".[$(VERSIONS_EXTRAS)]" $(VERSIONS_TOOLS)
+	touch $@
+
+# The pinned versions under another Python, python3.12 or python3.13, which must be on the PATH.
+OTHER_PYTHONS := test-3.12 test-3.13
+$(OTHER_PYTHONS): test-%: .venv-%/installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
+
+.venv-3.%/installed: pyproject.toml constraints.txt
+	python3.$* -m venv .venv-3.$*
+	.venv-3.$*/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable ".[$(VERSIONS_EXTRAS),serve]" $(VERSIONS_TOOLS)
 	touch $@
 
 # The sdist and the wheel, and what they do in a new environment outside of the repository.
@@ -72,4 +95,4 @@ docs: .venv/docs
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-* build dist

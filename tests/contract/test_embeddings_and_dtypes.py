@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import assert_close, fill, llama, not_on_oldest_peft, output, tuner_layers
+from tiny_models import assert_close, fill, llama, output, tuner_layers
 from torch import nn
+from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from references import SavedBytes
-from tiny_models import CASES, assert_same_bits, base_weights, fill, llama, mlp, output, saves_biases, tuner_layers
+from tiny_models import CASES, assert_same_bits, base_weights, fill, llama, mlp, output, tuner_layers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from versions import saves_biases
 
 from diablo import DiabloConfig, preview_targets
 from diablo.tuner.layers.in_place import compiled_linear

@@ -17,11 +17,11 @@ from tiny_models import (
     backward,
     fill,
     llama,
-    not_on_oldest_peft,
     output,
     tuner_layers,
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig, hotswap_adapter, preview_targets
 

@@ -26,13 +26,13 @@ from tiny_models import (
     llama,
     mlp,
     output,
-    saves_biases,
     tuner_layers,
     with_dense_delta,
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from versions import saves_biases
 
 from diablo import BlockLayout, DiabloConfig, DiabloLayer
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from tiny_models import fill, llama, mlp, not_on_oldest_peft, output, tuner_layers
+from tiny_models import fill, llama, mlp, output, tuner_layers
 from torch import nn
+from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig, preview_targets
 

@@ -19,13 +19,13 @@ from tiny_models import (
     base_weights,
     fill,
     mlp,
-    not_on_oldest_peft,
     output,
     tuner_layers,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MixtralConfig, MixtralForCausalLM
+from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig, hotswap_adapter
 

@@ -6,12 +6,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import peft
-import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -29,15 +26,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from diablo import DiabloConfig
-
-saves_biases = pytest.mark.skipif(
-    not hasattr(BaseTuner, "_get_learnable_bias_state_dict"), reason="this PEFT saves no biases of other methods"
-)
-
-
-not_on_oldest_peft = pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.20"), reason="does not work with PEFT 0.19, as docs/tuner.md says"
-)
 
 
 class Mlp(nn.Module):

@@ -47,7 +47,8 @@ def test_every_verb_from_training_to_a_merged_model(diablo, tiny_model, tmp_path
     held_out = [loss for _, loss in record["training"]["held_out_loss"]]
     assert held_out[-1] < held_out[0]
     assert record["parameters"]["trainable"] == sum(v.numel() for v in blocks_of(run).values())
-    assert record["versions"]["torch"] == torch.__version__
+    # torch itself may also name the build, such as +cu130.
+    assert torch.__version__.startswith(record["versions"]["torch"])
     assert record["data"]["rows"] == 48
 
     status, out, _ = diablo("evaluate", run, "--limit", 6, "--batch-size", 4)

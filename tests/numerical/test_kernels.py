@@ -57,10 +57,11 @@ def assert_summed(actual, x, grad_y, layout):
 
 
 @pytest.fixture
-def memory_is_filled():
+def memory_is_filled(monkeypatch):
     """New memory that is not written to reads as NaN."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    # It is the default, which a library that was imported before may have changed.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     assert torch.ones(1).new_empty(64).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

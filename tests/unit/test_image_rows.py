@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from tiny import SEEING_TEMPLATE, make_tiny_seeing_model, make_tokenizer
-from transformers import AutoProcessor, Gemma3Processor
+from transformers import AutoProcessor, Gemma3Processor, Idefics2Processor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from versions import PROCESSORS_SAY_WHAT_THEY_PUT
 
 from diablo.data import RowEncoder
 from diablo.data.encoding import IGNORED
@@ -195,6 +199,24 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> RowEncoder:
     return RowEncoder(processor.tokenizer, chat=True, images=ImageProcessor(processor))
 
 
+def test_a_processor_that_needs_torchvision_says_so_where_it_is_not_installed(folder):
+    model = make_tiny_seeing_model(folder / "model")
+    settings = model / "processor_config.json"
+    settings.write_text(settings.read_text().replace("Idefics3Processor", "Qwen2VLProcessor"))
+    read(folder, of_parts({"type": "image", "image": "red.png"}))
+    # What is None among the modules is not found, even where it is installed.
+    program = "import sys; sys.modules['torchvision'] = None; import diablo_cli; diablo_cli.main()"
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nchat: true\ndata: {{train: {folder}/rows.jsonl}}\noutput: {folder}/run\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "train", recipe, "--dry-run"], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "error: model: the processor in the folder" in ended.stderr
+    assert "torchvision, which many processors need, is not installed" in " ".join(ended.stderr.split())
+    assert "pip install 'diablo-peft[images]'" in ended.stderr
+
+
 def test_each_answer_of_a_conversation_has_the_images_that_come_before_it(folder, encoder):
     turns = [
         {"role": "user", "content": "<image>a"},
@@ -253,14 +275,36 @@ def test_a_template_that_leaves_out_an_image_is_a_fault(folder, encoder):
         encoder.tokenizer.chat_template = template
 
 
-def test_a_model_that_is_told_which_tokens_are_images_is_told_so(folder):
+def of_idefics2() -> Idefics2Processor:
+    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>")
+    return Idefics2Processor(Idefics2ImageProcessorPil(), tokenizer, image_seq_len=4)
+
+
+def of_gemma3() -> Gemma3Processor:
     tokenizer = make_tokenizer("<start>", "<end>", "<soft>")
     for name, token in (("boi", "<start>"), ("eoi", "<end>"), ("image", "<soft>")):
         setattr(tokenizer, f"{name}_token", token)
         setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
     tokenizer.chat_template = SEEING_TEMPLATE.replace("<image>", "<start>")
     images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
-    processor = ImageProcessor(Gemma3Processor(images, tokenizer, image_seq_length=3))
+    return Gemma3Processor(images, tokenizer, image_seq_length=3)
+
+
+older = pytest.mark.skipif(PROCESSORS_SAY_WHAT_THEY_PUT, reason="this transformers says it")
+
+
+@pytest.mark.parametrize("make", [of_idefics2, pytest.param(of_gemma3, marks=older)])
+def test_a_processor_that_does_not_say_what_it_puts_is_refused_with_the_version_that_it_needs(make):
+    processor = make()
+    upgrade = "" if PROCESSORS_SAY_WHAT_THEY_PUT else r"upgrade to transformers 5\.23, or "
+    with pytest.raises(UserError, match=rf"does not say which tokens stand for an image; {upgrade}take a model whose"):
+        ImageProcessor(processor)
+
+
+@pytest.mark.skipif(not PROCESSORS_SAY_WHAT_THEY_PUT, reason="its processor is refused")
+def test_a_model_that_is_told_which_tokens_are_images_is_told_so(folder):
+    processor = ImageProcessor(of_gemma3())
+    tokenizer = processor.processor.tokenizer
     encoder = RowEncoder(tokenizer, chat=True, images=processor)
     seeing, plain = read(folder, of_parts({"type": "image", "image": "red.png"}), {"prompt": "a", "completion": "b"})
     row = encoder.encode(seeing)

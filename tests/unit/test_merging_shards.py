@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from versions import saves_biases
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
@@ -174,7 +175,13 @@ def test_experts_that_are_stored_one_by_one_are_merged_through_the_loaded_model(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"modules_to_save": ["lm_head"]}, id="modules"),
+        pytest.param({"bias": "all"}, id="biases", marks=saves_biases),
+    ],
+)
 def test_an_adapter_that_holds_more_than_blocks_is_merged_through_the_loaded_model(tiny_model, tmp_path, options):
     adapter = make_adapter(tiny_model, tmp_path / "adapter", num_blocks=4, **options)
     report = merge_adapter(adapter, tmp_path / "merged")
@@ -409,12 +416,12 @@ def test_a_tied_weight_that_an_adapter_leaves_alone_stays_tied(tied, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        DiabloConfig(num_blocks=4, target_modules=["lm_head"], bias="all"),
+        pytest.param(DiabloConfig(num_blocks=4, target_modules=["lm_head"], bias="all"), marks=saves_biases),
         DiabloConfig(num_blocks=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         LoraConfig(r=4, target_modules=["lm_head", "q_proj"]),
         LoraConfig(r=4, target_modules=["embed_tokens"]),
     ],
-    ids=["diablo", "modules_to_save", "lora", "lora-embeddings"],
+    ids=["biases", "modules_to_save", "lora", "lora-embeddings"],
 )
 def test_a_tied_weight_is_untied_also_where_the_model_is_merged_as_a_whole(tied, tmp_path, config):
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from diablo import __version__
 from diablo_cli import requirements
 
 ROOT = Path(__file__).parents[2]
-EXTRAS_OF_OLDEST = ("cli", "embeddings", "harness", "quantized")
+EXTRAS_OF_OLDEST = ("cli", "embeddings", "harness", "images", "quantized")
 
 
 def project() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_the_oldest_versions_are_tested_and_the_newest_are_allowed():
         assert Version(oldest[package]) == Version(bound.version), f"{requirement} is not what is tested"
         assert requirement.specifier.contains(newest[package])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert f"OLDEST_EXTRAS := {','.join(EXTRAS_OF_OLDEST)}\n" in makefile
+    assert f"VERSIONS_EXTRAS := {','.join(EXTRAS_OF_OLDEST)}\n" in makefile
 
 
 def test_the_page_of_versions_has_what_is_tested():
@@ -58,6 +58,16 @@ def test_the_page_of_versions_has_what_is_tested():
         name = package.lower()
         assert rows[package] == f"| {oldest[name]} | {newest[name]}"
     assert rows["Python"].startswith(f"| {project()['requires-python'].removeprefix('>=')} |")
+
+
+def test_what_the_inner_loop_leaves_out_is_a_test_of_its_files():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (names,) = re.findall(r"^FAST := (.*)$", makefile, re.MULTILINE)
+    files = [path for path in (ROOT / "tests").glob("*/test_*.py") if path.stem.removeprefix("test_") in names]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    (left_out,) = re.findall(r"^LENGTHY := (.*)$", makefile, re.MULTILINE)
+    for name in re.split(r"\s+or\s+", left_out):
+        assert f"def {name}(" in text
 
 
 def test_the_citation_is_of_this_version_and_prefers_the_paper():

@@ -168,6 +168,10 @@ def trained_answers(rows: list[Any]) -> list[tuple[list[int], list[int]]]:
 
 def of_generation(tokenizer: Any, messages: tuple[dict[str, Any], ...], tools: Any) -> list[int]:
     """The tokens of a prompt as transformers makes them of messages in the form that the template reads."""
+    # gpt-oss reads another name, which older versions of transformers do not give it.
+    messages = tuple(
+        {"thinking": each["reasoning_content"], **each} if "reasoning_content" in each else each for each in messages
+    )
     joined = messages
     if messages[0] is SYSTEM:
         joined = ({"role": "user", "content": f"{SYSTEM['content']}\n\n{messages[1]['content']}"}, *messages[2:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from diablo.data.images import Image
 from diablo.errors import UserError, first_line
 
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
 
 _PROBE = (64, 64)
 _OF_TEXT = ("input_ids", "attention_mask")
+_REPLACED = "text_replacement_offsets"
+# Older versions read it only among what is for the text.
+_SAY_WHAT_STANDS_THERE = {"text_kwargs": {f"return_{_REPLACED}": True}}
+_TESTED_TRANSFORMERS = "5.23"
+"""With this version the processors that docs/recipes.md names say which tokens stand for an image."""
 _TYPES = "token_type_ids"
 """How the names end of what tells a model which tokens stand for images."""
 
@@ -36,14 +43,17 @@ class ImageProcessor:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         token = getattr(processor, "image_token", None)
-        if not isinstance(token, str) or not hasattr(processor, "get_text_with_replacements"):
-            raise UserError(
-                f"model: its processor, {type(processor).__name__}, does not say which tokens stand for an image; "
-                "upgrade transformers, or take a model whose processor does."
-            )
+        if not isinstance(token, str):
+            raise _silent(processor)
         self.token = token
         self._replacements: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        probe = self._process([[_blank(_PROBE)]])
+        # Processors of older versions leave out what they do not know, or do not find the token that they name.
+        try:
+            probe = self._process([[_blank(_PROBE)]], **_SAY_WHAT_STANDS_THERE)
+        except ValueError:
+            raise _silent(processor) from None
+        if _REPLACED not in probe:
+            raise _silent(processor)
         ids = [int(token) for token in probe["input_ids"][0]]
         self.repeated = max(set(ids), key=ids.count)
         # By id, since a row has other texts around its images than the probe.
@@ -62,12 +72,12 @@ class ImageProcessor:
         sizes = tuple(image.size for image in images)
         if sizes not in self._replacements:
             try:
-                made = self._process([[_blank(size) for size in sizes]], return_text_replacement_offsets=True)
+                made = self._process([[_blank(size) for size in sizes]], **_SAY_WHAT_STANDS_THERE)
             except ValueError as error:
                 raise UserError(
                     f"data: the model's processor refuses the image {images[0].name} ({first_line(error)})."
                 ) from None
-            self._replacements[sizes] = [each["replacement"] for each in made["text_replacement_offsets"][0]]
+            self._replacements[sizes] = [each["replacement"] for each in made[_REPLACED][0]]
         return self._replacements[sizes]
 
     def tensors(self, rows: Sequence[Sequence[Image]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -100,6 +110,17 @@ class ImageProcessor:
         """What the processor makes of rows of nothing but images."""
         texts = [self.token * len(row) for row in images]
         return self.processor(images=list(images), text=texts, add_special_tokens=False, **options)
+
+
+def _silent(processor: Any) -> UserError:
+    import transformers
+
+    known = Version(transformers.__version__) >= Version(_TESTED_TRANSFORMERS)
+    upgrade = "" if known else f"upgrade to transformers {_TESTED_TRANSFORMERS}, or "
+    return UserError(
+        f"model: with transformers {transformers.__version__} its processor, {type(processor).__name__}, does not say "
+        f"which tokens stand for an image; {upgrade}take a model whose processor does."
+    )
 
 
 def _blank(size: tuple[int, int]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 import warnings
 from contextlib import suppress
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from transformers import (
     GPTQConfig,
     PretrainedConfig,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_torchvision_available
 
 from diablo.devices import choose_device
 from diablo.errors import UserError, first_line, shortened
@@ -95,7 +96,9 @@ def load_processor(name: str, tokenizer: Any) -> Any:
             "what it misses with: pip install 'diablo-peft[images]'."
         ) from None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_cannot_load(name, "processor", error)) from None
+        # Without torchvision transformers may say nothing of it, and complain of what it then looks for instead.
+        hint = "" if is_torchvision_available() else _TORCHVISION
+        raise UserError(_cannot_load(name, "processor", error) + hint) from None
     if not hasattr(processor, "image_processor"):
         raise UserError(f"model: {name!r} has no processor of images beside its tokenizer; give a model that is whole.")
     processor.tokenizer = tokenizer
@@ -117,6 +120,7 @@ def write_processor(name: str, folder: Path) -> None:
 
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_TORCHVISION = " torchvision, which many processors need, is not installed; try: pip install 'diablo-peft[images]'."
 _OLD_TEMPLATE = "chat_template.json"
 """Where processors had their chat template before tokenizers had the same file."""
 
@@ -312,9 +316,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> str:
-    reason = first_line(error)
+    # Of models that it does not know, transformers lists all that it does.
+    reason = textwrap.shorten(first_line(error), 300, placeholder="...")
     if Path(name).exists():
-        return f"model: the {what} in the folder {name!r} cannot be loaded: {reason}"
+        return f"model: the {what} in the folder {name!r} cannot be loaded ({reason})."
     return (
         f"model: {name!r} is no folder, and no {what} of that name could be had from the hub ({reason}). "
         f"{WHAT_TO_GIVE}{similar_folder(name)}"

@@ -8,9 +8,15 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch._guards import TracingContext
 
 SWITCH = "DIABLO_KERNELS"
 """Environment variable: ``0`` turns the kernels off; ``cpu`` lets Triton's interpreter run them on the CPU."""
+
+
+def is_tracing() -> bool:
+    """Whether torch.compile traces. Of a backward that is traced, torch 2.12 does not say so by itself."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
@@ -20,7 +26,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     tests: this takes ``DIABLO_KERNELS=cpu``, and ``TRITON_INTERPRET=1`` set before Triton is imported. No kernel runs
     while torch.compile traces, nor where ``DIABLO_KERNELS=0``.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return None
     wanted = os.environ.get(SWITCH, "")
     if device.type not in ("cuda", "cpu") or wanted == "0":

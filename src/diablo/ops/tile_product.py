@@ -7,6 +7,7 @@ import math
 import torch
 
 from diablo.layout import Tile
+from diablo.ops.backend import is_tracing
 
 FEW_TOKENS = 64
 """Up to this number of tokens, a product takes less time than the call to torch that starts it."""
@@ -46,7 +47,7 @@ def has_few_tokens(rows: torch.Tensor) -> bool:
 
     It is False while torch.compile traces: a graph is to serve every number of tokens.
     """
-    return not torch.compiler.is_compiling() and rows.shape[0] <= FEW_TOKENS
+    return not is_tracing() and rows.shape[0] <= FEW_TOKENS
 
 
 def as_rows(features: torch.Tensor) -> torch.Tensor:
