@@ -14,6 +14,7 @@ from diablo_cli.output import out
 from diablo_cli.shell import app, check_model, check_writes, quiet
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_MIXED = ("auto", "never", "always")
 
 
 @app.command(no_record="a server has no one record; its log on standard error is lines of JSON")
@@ -35,6 +36,7 @@ def serve(
     precision: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_PRECISIONS)}.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
     turn: Annotated[int, typer.Option(min=1, help="Forwards of an adapter's turn while others wait.")] = 32,
+    mixed: Annotated[str, typer.Option(help=f"Rows of several adapters in one batch: {', '.join(_MIXED)}.")] = "auto",
     cache_tokens: Annotated[int, typer.Option(min=2, help="Tokens whose keys and values are kept at once.")] = 65536,
     queue: Annotated[int, typer.Option(min=1, help="Rows that may wait; further requests get status 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
@@ -54,6 +56,8 @@ def serve(
         raise UserError(f"serve: it needs {' and '.join(missing)}; install it with: pip install 'diablo-peft[serve]'.")
     if precision not in _PRECISIONS:
         raise UserError(f"--precision: found {precision!r}; allowed: {', '.join(_PRECISIONS)}.")
+    if mixed not in _MIXED:
+        raise UserError(f"--mixed: found {mixed!r}; allowed: {', '.join(_MIXED)}.")
     if api_key == "":
         raise UserError("--api-key: found an empty one, which anybody has; give another, or leave it out.")
     base, given = model, _named(adapter or ())
@@ -81,7 +85,7 @@ def serve(
         adapters=given,
         folder=adapters,
         precision=None if precision == "auto" else precision,
-        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens),
+        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens, mixed=mixed),  # type: ignore[arg-type]
         queue=queue,
         written=max_tokens,
         prompt=max_prompt_tokens,

@@ -68,6 +68,8 @@ class Metrics:
         counters = {
             "diablo_forwards_total": ("Forwards of the model.", counts.forwards),
             "diablo_forward_rows_total": ("Rows of all forwards.", counts.rows_forwarded),
+            "diablo_mixed_forwards_total": ("Forwards of rows of several adapters.", counts.mixed_forwards),
+            "diablo_mixed_forward_rows_total": ("Rows of these forwards.", counts.mixed_rows),
             "diablo_prompt_tokens_total": ("Tokens of prompts that were read.", counts.prompt_tokens),
             "diablo_completion_tokens_total": ("Tokens that were written.", counts.written_tokens),
             "diablo_turns_total": ("Turns of adapters.", counts.turns),
