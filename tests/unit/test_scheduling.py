@@ -155,8 +155,8 @@ def waiting(*sizes: tuple[str, int], **limits: object) -> Scheduler:
 
 def test_adapters_whose_rows_fit_into_one_batch_share_it_and_a_full_one_has_turns_for_itself():
     assert waiting(("a", 3), ("b", 1), ("e", 1), ("c", 1), rows=8).begin_turn() == ["a", "b", "c"]
-    # Nine rows do not fit into one batch of eight, and half of that is four.
-    scheduler = waiting(("a", 5), ("b", 3), ("e", 1), ("c", 1), rows=8, steps=1)
+    # Ten rows do not fit into one batch of eight, and three quarters of that are six.
+    scheduler = waiting(("a", 6), ("b", 3), ("e", 1), ("c", 1), rows=8, steps=1)
     turns = []
     for _ in range(3):
         turns.append((scheduler.begin_turn().copy(), scheduler.is_shared))
@@ -164,6 +164,7 @@ def test_adapters_whose_rows_fit_into_one_batch_share_it_and_a_full_one_has_turn
         scheduler.step()
     assert turns == [(["a"], False), (["b", "c"], True), (["e"], False)]
     assert waiting(("a", 4), ("b", 3), ("c", 5), rows=8, mixed="always").begin_turn() == ["a", "b", "c"]
+    assert waiting(("a", 5), ("b", 3), ("c", 1), rows=8).begin_turn() == ["a", "b"]
     assert waiting(("a", 1), ("b", 1), rows=8, mixed="never").begin_turn() == ["a"]
     # Those of another group, and the base model, share with none of these.
     assert waiting(("e", 1), ("d", 1), ("a", 1)).begin_turn() == ["e"]
