@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,15 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="DIABLO_API_KEY", help="What clients have to send as a bearer token.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", envvar="DIABLO_API_KEY", help="A bearer token for clients; may be given several times."
+        ),
     ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Requests of a client in a minute: of a key, or of an address.")
+    ] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens of a client in a minute.")] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
     precision: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_PRECISIONS)}.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
@@ -58,8 +66,17 @@ def serve(
         raise UserError(f"--precision: found {precision!r}; allowed: {', '.join(_PRECISIONS)}.")
     if mixed not in _MIXED:
         raise UserError(f"--mixed: found {mixed!r}; allowed: {', '.join(_MIXED)}.")
-    if api_key == "":
+    keys = tuple(api_key or ())
+    # An environment that has blanks alone gives no key, and must not open the server to everybody.
+    if "" in keys or (not keys and os.environ.get("DIABLO_API_KEY")):
         raise UserError("--api-key: found an empty one, which anybody has; give another, or leave it out.")
+    if len(set(keys)) < len(keys):
+        raise UserError("--api-key: found one twice; give each client a key of its own, or this one once.")
+    if tokens_per_minute is not None and tokens_per_minute <= max_tokens:
+        raise UserError(
+            f"--tokens-per-minute: found {tokens_per_minute}, where one answer may have {max_tokens} tokens; allowed: "
+            "more than that; give more, or lower --max-tokens."
+        )
     base, given = model, _named(adapter or ())
     if is_adapter(model):
         folder = adapter_folder(model)
@@ -91,7 +108,7 @@ def serve(
         prompt=max_prompt_tokens,
         memory=int(adapter_memory * 2**30),
         hot=hot_adapters,
-        access=Access(api_key, is_loopback(host), int(max_body * 2**20)),
+        access=Access(keys, is_loopback(host), int(max_body * 2**20), requests_per_minute, tokens_per_minute),
         grace=grace,
     )
 
