@@ -18,6 +18,8 @@ from diablo.web.app import Access, Server
 from diablo.web.asking import Asking, Bounds
 from diablo.web.rates import Charge, Rate
 
+SECOND = 1_000_000_000
+
 
 @pytest.fixture
 def ask(tiny_model, tmp_path):
@@ -80,33 +82,33 @@ def test_what_is_neither_text_nor_a_conversation_is_refused(ask):
     assert "set logprobs to true" in message("chat/completions", messages=asked, top_logprobs=2)
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 9), st.floats(0, 70)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 9), st.integers(0, 70 * SECOND)), max_size=40))
 def test_no_client_takes_more_than_its_limit_in_any_minute_and_what_it_is_told_to_wait_is_enough(takes):
-    now = 0.0
+    now = 0
     rate = Rate(7, clock=lambda: now)
     taken: dict[str, list[Charge]] = {"a": [], "b": []}
     for client, amount, pause in takes:
         now += pause
         found = rate.take(client, amount)
-        within = sum(charge.amount for charge in taken[client] if charge.at > now - 60)
+        within = sum(charge.amount for charge in taken[client] if charge.at > now - 60 * SECOND)
         assert isinstance(found, Charge) == (within + amount <= 7)
         if not isinstance(found, Charge):
             assert (found.seconds is None) == (amount > 7)
             if found.seconds is None:
                 continue
             assert 1 <= found.seconds <= 60
-            now += found.seconds
+            now += found.seconds * SECOND
             found = rate.take(client, amount)
         assert isinstance(found, Charge)
         taken[client].append(found)
 
 
 def test_a_client_is_forgotten_after_a_minute():
-    now = 0.0
+    now = 0
     rate = Rate(7, clock=lambda: now)
     for client in range(100):
         rate.take(client, 1)
-    now = 61.0
+    now = 61 * SECOND
     rate.take("x", 1)
     assert list(rate._charges) == ["x"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-_MINUTE = 60.0
+# Whole nanoseconds, so that what is told to wait is enough to the last of them.
+_SECOND = 1_000_000_000
+_MINUTE = 60 * _SECOND
 
 
 @dataclass
@@ -16,11 +17,11 @@ class Charge:
     """What was counted for a request.
 
     Attributes:
-        at: when, in seconds.
+        at: when, in nanoseconds.
         amount: how much. It may be lowered later, when less was needed.
     """
 
-    at: float
+    at: int
     amount: int
 
 
@@ -41,11 +42,11 @@ class Rate:
 
     Args:
         most: the limit.
-        clock: gives the time in seconds.
+        clock: gives the time in nanoseconds.
     """
 
     most: int
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], int] = time.monotonic_ns
     _charges: OrderedDict[Hashable, deque[Charge]] = field(default_factory=OrderedDict, init=False)
 
     def take(self, client: Hashable, amount: int) -> Charge | TooMuch:
@@ -63,14 +64,14 @@ class Rate:
                 break
             over -= charge.amount
             if over <= 0:
-                return TooMuch(max(1, math.ceil(charge.at + _MINUTE - now)))
+                return TooMuch(-(-(charge.at + _MINUTE - now) // _SECOND))
         charge = Charge(now, amount)
         charges.append(charge)
         self._charges[client] = charges
         self._charges.move_to_end(client)
         return charge
 
-    def _forget(self, now: float) -> None:
+    def _forget(self, now: int) -> None:
         """Forget clients that have taken nothing for a minute, which stand first."""
         while self._charges:
             client, charges = next(iter(self._charges.items()))
