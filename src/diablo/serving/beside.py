@@ -24,10 +24,12 @@ class Beside:
     Args:
         weights: the model's weights. The base values have to be in them while rows are forwarded.
         targets: what the adapters adapt, all of them alike.
+        most: the most rows that will stand together.
     """
 
-    def __init__(self, weights: Weights, targets: tuple[Target, ...]) -> None:
+    def __init__(self, weights: Weights, targets: tuple[Target, ...], most: int) -> None:
         self.targets = targets
+        self._most = most
         self._like = [weights.weight(target).detach() for target in targets]
         self._hooked = [weights.model.get_submodule(target.module) for target in targets]
         # For each place the adapter whose blocks are there, and for each target and tile the blocks of all places.
@@ -78,12 +80,12 @@ class Beside:
         if size <= before:
             return
         # Twice as much each time, so that a batch that grows row by row is copied a few times only.
-        size = max(size, 2 * before)
+        size = max(size, min(2 * before, self._most))
         for index, (target, like) in enumerate(zip(self.targets, self._like, strict=True)):
             grown = [like.new_zeros(size, tile.count, tile.block_in, tile.block_out) for tile in target.layout.tiles]
             if before:
                 for new, old in zip(grown, self._places[index], strict=True):
-                    new[:before] = old
+                    new[:before] = old[:before]
             self._places[index : index + 1] = [grown]
         self._held += [None] * (size - before)
 

@@ -303,7 +303,7 @@ class Engine:
         if beside is None or beside.targets != group:
             # The old one's memory is free before the new one takes any.
             self._beside = beside = None
-            self._beside = beside = Beside(self.weights, group)
+            self._beside = beside = Beside(self.weights, group, self.limits.rows)
 
         @contextlib.contextmanager
         def around(first: int, rows: Sequence[Row]) -> Iterator[None]:
