@@ -1,11 +1,10 @@
 """How fast does one model answer for many adapters over HTTP, and is every answer that of its adapter alone?
 
-python -m benchmarks.serving
+python -m benchmarks.serving    # about eight minutes on two cores
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 import re
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from benchmarks.harness import print_table
 from benchmarks.methods import equal_size
 from diablo import DiabloConfig
 from diablo.data import Row, RowEncoder
-from diablo.models.adapters import load_adapter
+from diablo.models.adapters import attach_adapter
 from diablo.models.folders import ADAPTER_WEIGHTS
 from diablo.models.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from diablo.records.results import write_record
@@ -119,28 +118,43 @@ def ask(client: OpenAI, asked: Asked, most: int) -> Answered:
 
 
 def load_of(
-    client: OpenAI, requests: Sequence[Asked], clients: int, most: int
-) -> tuple[list[Answered], dict[str, Any]]:
+    client: OpenAI, requests: Sequence[Asked], clients: int, most: int, seconds: float
+) -> tuple[dict[int, Answered], dict[str, Any]]:
     """Have clients ask, each as soon as it has its answer.
 
+    Args:
+        client: the server's client.
+        requests: what is asked, in this order.
+        clients: how many ask at once.
+        most: tokens of each answer.
+        seconds: after these no further request is sent. Those under way are waited for.
+
     Returns:
-        The answers in the order of the requests, and the figures.
+        The answers by the places of the requests, and the figures.
     """
     before = metrics(client)
     start = time.perf_counter()
+
+    def answered(asked: Asked) -> Answered | None:
+        return ask(client, asked, most) if time.perf_counter() - start < seconds else None
+
     with ThreadPoolExecutor(clients) as threads:
-        answers = list(threads.map(lambda asked: ask(client, asked, most), requests))
-    seconds = time.perf_counter() - start
+        found = list(threads.map(answered, requests))
+    taken = time.perf_counter() - start
+    answers = {index: answer for index, answer in enumerate(found) if answer is not None}
     spent = {name: value - before[name] for name, value in metrics(client).items()}
-    first = sorted(answer.first for answer in answers)
+    first = sorted(answer.first for answer in answers.values())
     return answers, {
-        "seconds": seconds,
-        "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "requests": len(answers),
+        "seconds": taken,
+        "tokens_per_second": sum(answer.tokens for answer in answers.values()) / taken,
         "first_token_median": statistics.median(first),
         "first_token_p95": first[int(0.95 * (len(first) - 1))],
+        "whole_median": statistics.median(answer.whole for answer in answers.values()),
         "switches": int(spent["diablo_switches_total"]),
         "switching_share": spent["diablo_switch_seconds_total"] / spent["diablo_busy_seconds_total"],
         "rows_per_forward": spent["diablo_forward_rows_total"] / spent["diablo_forwards_total"],
+        "mixed_share": spent["diablo_mixed_forwards_total"] / spent["diablo_forwards_total"],
     }
 
 
@@ -157,10 +171,18 @@ def peak_bytes(process: int) -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
-def lora_tokens_per_second(
-    model: Any, tokenizer: Any, requests: Sequence[Asked], num_blocks: int, batch: int, most: int, *, mixed: bool
-) -> float:
-    """PEFT's LoRA at equal parameters on the same requests, all of which are there at the start.
+def lora(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Asked],
+    num_blocks: int,
+    batch: int,
+    most: int,
+    seconds: float,
+    *,
+    mixed: bool,
+) -> dict[str, Any]:
+    """PEFT's LoRA at equal parameters on the same requests, without a server, all of them being there at the start.
 
     Args:
         model: the base model, which is left without adapters.
@@ -169,6 +191,7 @@ def lora_tokens_per_second(
         num_blocks: DiaBlo's N, to whose number of parameters the rank comes closest.
         batch: rows of a batch.
         most: tokens of each answer.
+        seconds: after these no further batch begins.
         mixed: whether rows of one batch have different adapters, by ``adapter_names``; otherwise a batch has one
             adapter, and ``set_adapter`` comes between batches.
     """
@@ -176,116 +199,199 @@ def lora_tokens_per_second(
     config = LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False)
     names = sorted({asked.adapter for asked in requests})
     adapted: Any = get_peft_model(model, config, names[0])
-    for name in names[1:]:
-        adapted.add_adapter(name, config)
-    adapted.eval()
-    groups: list[list[Asked]] = []
-    for asked in requests if mixed else sorted(requests, key=lambda asked: asked.adapter):
-        if not groups or len(groups[-1]) == batch or not (mixed or groups[-1][0].adapter == asked.adapter):
-            groups.append([])
-        groups[-1].append(asked)
-    start, tokens = time.perf_counter(), 0
-    for group in groups:
-        texts = [asked.prompt for asked in group]
-        padded = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
-        options: dict[str, Any] = {"adapter_names": [asked.adapter for asked in group]} if mixed else {}
-        if not mixed:
-            adapted.set_adapter(group[0].adapter)
-        with torch.no_grad():
-            # Answers of random adapters hardly ever end by themselves: here they all have the same length.
-            lengths = {"max_new_tokens": most, "min_new_tokens": most}
-            output = adapted.generate(**padded, **lengths, do_sample=False, num_beams=1, **options)
-        tokens += output[:, padded["input_ids"].shape[1] :].numel()
-    seconds = time.perf_counter() - start
-    adapted.unload()
-    return tokens / seconds
+    try:
+        for name in names[1:]:
+            adapted.add_adapter(name, config)
+        adapted.eval()
+        groups: list[list[Asked]] = []
+        for asked in requests if mixed else sorted(requests, key=lambda asked: asked.adapter):
+            if not groups or len(groups[-1]) == batch or not (mixed or groups[-1][0].adapter == asked.adapter):
+                groups.append([])
+            groups[-1].append(asked)
+        start, tokens, done = time.perf_counter(), 0, 0
+        for group in groups:
+            if time.perf_counter() - start > seconds:
+                break
+            texts = [asked.prompt for asked in group]
+            padded = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+            options: dict[str, Any] = {"adapter_names": [asked.adapter for asked in group]} if mixed else {}
+            if not mixed:
+                adapted.set_adapter(group[0].adapter)
+            with torch.no_grad():
+                # Answers of random adapters hardly ever end by themselves: here they all have the same length.
+                lengths = {"max_new_tokens": most, "min_new_tokens": most}
+                output = adapted.generate(**padded, **lengths, do_sample=False, num_beams=1, **options)
+            tokens += output[:, padded["input_ids"].shape[1] :].numel()
+            done += len(group)
+        taken = time.perf_counter() - start
+        return {
+            "requests": done,
+            "seconds": taken,
+            "tokens_per_second": tokens / taken,
+            "rank": rank,
+        }
+    finally:
+        adapted.unload()
 
 
-def wrong_answers(
-    model: str, folder: Path, requests: Sequence[Asked], answers: Sequence[Answered], most: int
-) -> list[str]:
-    """The answers that are not, token by token, those of the adapter loaded alone by PEFT, one prompt at a time."""
-    wrong = []
-    order = sorted(range(len(requests)), key=lambda index: requests[index].adapter)
-    for name, own in itertools.groupby(order, key=lambda index: requests[index].adapter):
-        alone, tokenizer = load_adapter(folder / name, base=model, dtype=torch.float32)
-        encoder = RowEncoder(tokenizer, stop_token_ids=stop_token_ids(alone.config, alone.generation_config))
-        for index in own:
-            ids = [encoder.prompt(Row(1, requests[index].prompt, "?"))]
+def check(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    folder: Path,
+    requests: Sequence[Asked],
+    answers: Sequence[Mapping[int, Answered]],
+    most: int,
+    seconds: float,
+) -> tuple[int, list[str]]:
+    """Compare answers with those of the adapter loaded alone by PEFT, one prompt at a time.
+
+    Args:
+        model: the base model, which is left without adapters.
+        tokenizer: its tokenizer.
+        name: the base model's name.
+        folder: the folder of the adapters.
+        requests: the requests.
+        answers: for each measurement its answers by the places of the requests.
+        most: tokens of each answer.
+        seconds: after these no further adapter is looked at.
+
+    Returns:
+        The number of answers that were compared, and a line for each that is another one.
+    """
+    compared, wrong, start = 0, [], time.perf_counter()
+    encoder = RowEncoder(tokenizer, stop_token_ids=stop_token_ids(model.config, model.generation_config))
+    places = sorted({place for own in answers for place in own}, key=lambda place: requests[place].adapter)
+    for adapter, own in itertools.groupby(places, key=lambda place: requests[place].adapter):
+        if time.perf_counter() - start > seconds:
+            break
+        alone = attach_adapter(model, folder / adapter, name, None)
+        for place in own:
+            ids = [encoder.prompt(Row(1, requests[place].prompt, "?"))]
             expected = complete(alone, encoder, ids, max_new_tokens=most)[0].text
-            if expected != answers[index].text:
-                wrong.append(f"{name}: {answers[index].text!r} in place of {expected!r}")
-        del alone
-        gc.collect()
-    return wrong
+            found = [each[place].text for each in answers if place in each]
+            compared += len(found)
+            wrong += [f"{adapter}: {text!r} in place of {expected!r}" for text in found if text != expected]
+        alone.unload()
+    return compared, wrong
+
+
+@dataclass
+class Recorder:
+    """Results as they come: a measurement that fails is noted, and the others go on.
+
+    Attributes:
+        path: where the record is written after each measurement.
+        settings: how it is measured.
+        results: a row for each measurement and round.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    def measure(self, method: str, round_: int, run: Callable[[], dict[str, Any]]) -> None:
+        """Measure, and write what is known by now."""
+        try:
+            figures = run()
+        except Exception as error:  # whatever it is, the other rows are worth having
+            figures = {"note": f"{type(error).__name__}: {error}"}
+        self.results.append({"method": method, "round": round_, **figures})
+        print(method, {key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()})
+        self.write()
+
+    def write(self) -> None:
+        """Write the record."""
+        write_record(self.path, QUESTION, self.settings, self.results)
+
+
+def draw(names: Sequence[str], prompts: Sequence[str], count: int, skew: float) -> list[Asked]:
+    """Requests for adapters at random. With a skew, the k-th adapter is asked for in proportion to ``k**-skew``."""
+    random_ = random.Random(0)
+    weights = [(index + 1) ** -skew for index in range(len(names))]
+    return [Asked(random_.choices(names, weights)[0], random_.choice(prompts)) for _ in range(count)]
 
 
 def main(
     model: str = "builtin:smollm2-135m",
     adapters: int = 200,
     clients: int = 32,
-    requests: int = 400,
-    max_tokens: int = 32,
+    requests: int = 96,
+    max_tokens: int = 16,
     num_blocks: int = 64,
     batch_size: int = 16,
     turn: int = 32,
+    skew: float = 0.0,
     scale: float = 0.02,
     memory: float = 2.0,
-    out: Path | None = None,
+    rounds: int = 1,
+    seconds: float = 60.0,
+    check_seconds: float = 120.0,
+    out: Path = Path("docs/results/serving-cpu-fp32.json"),
 ) -> None:
     """Serve adapters of random blocks in fp32 to clients over loopback, and compare every answer with that alone.
 
-    The server's figures are those of adapters drawn at random for each request, and of the base model alone. LoRA's are
-    those of PEFT's ``generate`` without a server, with all requests there at the start.
+    Each measurement takes ``seconds`` and what the last requests need. The servers' figures are those of adapters drawn
+    at random for each request, and of the base model alone. LoRA's are those of PEFT's ``generate`` without a server,
+    with three batches of requests that are there at the start.
     """
     name = resolve_model(model)
-    draw = random.Random(0)
-    problems = TASKS["mawps"]().problems("test")
-    prompts = [problem.row.prompt for problem in problems]
+    prompts = [problem.row.prompt for problem in TASKS["mawps"]().problems("test")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         plain, tokenizer = load_model(name, torch.float32), load_tokenizer(name)
+        plain.eval()
         names, parameters = make_adapters(plain, folder, adapters, num_blocks, scale)
-        asked = [Asked(draw.choice(names), draw.choice(prompts)) for _ in range(requests)]
-        options = ["--precision", "fp32", "--max-tokens", max_tokens, "--queue", requests, "--name", "base"]
+        asked = draw(names, prompts, requests, skew)
+        settings = {
+            "model": model,
+            "adapters": adapters,
+            "adapters_asked_for": len({each.adapter for each in asked}),
+            "parameters_of_each": parameters,
+            "clients": clients,
+            "requests": requests,
+            "max_tokens": max_tokens,
+            "num_blocks": num_blocks,
+            "batch_size": batch_size,
+            "turn": turn,
+            "skew": skew,
+            "scale": scale,
+            "adapter_memory_gib": memory,
+            "seconds": seconds,
+            "dtype": "fp32",
+        }
+        recorder = Recorder(out, settings, [])
+        answers: list[dict[int, Answered]] = []
+        options = ["--precision", "fp32", "--max-tokens", max_tokens, "--queue", max(clients, 1), "--name", "base"]
         options += ["--batch-size", batch_size, "--turn", turn, "--adapter-memory", memory]
-        results: list[dict[str, Any]] = []
-        with serving(name, folder, *options) as (client, process):
-            for row in (Asked("base", prompts[0]), asked[0]):
-                ask(client, row, 2)
-            base_asked = [Asked("base", each.prompt) for each in asked]
-            _, figures = load_of(client, base_asked, clients, max_tokens)
-            results.append({"method": "diablo serve, base model alone", **figures})
-            answers, figures = load_of(client, asked, clients, max_tokens)
-            results.append(
-                {"method": f"diablo serve, {adapters} adapters", **figures, "peak_bytes": peak_bytes(process)}
-            )
-        for mixed, title in ((False, "LoRA, set_adapter between batches"), (True, "LoRA, rows of several adapters")):
-            speed = lora_tokens_per_second(plain, tokenizer, asked, num_blocks, batch_size, max_tokens, mixed=mixed)
-            results.append({"method": title, "tokens_per_second": speed})
-        del plain
-        wrong = wrong_answers(name, folder, asked, answers, max_tokens)
+
+        def served(mixed: str, is_base: bool) -> dict[str, Any]:
+            wanted = [Asked("base", each.prompt) for each in asked] if is_base else asked
+            with serving(name, folder, *options, "--mixed", mixed) as (client, process):
+                for row in (Asked("base", prompts[0]), asked[0]):
+                    ask(client, row, 2)
+                found, figures = load_of(client, wanted, clients, max_tokens, seconds)
+                if not is_base:
+                    answers.append(found)
+                return {**figures, "peak_bytes": peak_bytes(process)}
+
+        for round_ in range(rounds):
+            recorder.measure("base model alone", round_, lambda: served("never", True))
+            recorder.measure("DiaBlo in turns", round_, lambda: served("never", False))
+            recorder.measure("DiaBlo, mixed where that is faster", round_, lambda: served("auto", False))
+            for is_mixed, title in ((False, "LoRA, set_adapter between batches"), (True, "LoRA, mixed batches")):
+                arguments = (plain, tokenizer, asked[: 3 * batch_size], num_blocks, batch_size, max_tokens, seconds)
+                recorder.measure(title, round_, lambda own=arguments, mixed=is_mixed: lora(*own, mixed=mixed))  # type: ignore[misc]
+        compared, wrong = check(plain, tokenizer, name, folder, asked, answers, max_tokens, check_seconds)
     for line in wrong[:5]:
         print(line)
-    print(f"{len(asked) - len(wrong)} of {len(asked)} answers are those of their adapter alone.")
-    columns = ("tokens_per_second", "first_token_median", "first_token_p95", "switches", "switching_share")
-    print_table(["method", *columns], [[row["method"], *(row.get(key, "") for key in columns)] for row in results])
-    settings = {
-        "model": model,
-        "adapters": adapters,
-        "parameters_of_each": parameters,
-        "clients": clients,
-        "requests": requests,
-        "max_tokens": max_tokens,
-        "num_blocks": num_blocks,
-        "batch_size": batch_size,
-        "turn": turn,
-        "scale": scale,
-        "adapter_memory_gib": memory,
-        "dtype": "fp32",
-        "wrong_answers": len(wrong),
-    }
-    write_record(out or Path("docs/results/serving-cpu-fp32.json"), QUESTION, settings, results)
+    print(f"{compared - len(wrong)} of {compared} answers that were compared are those of their adapter alone.")
+    settings |= {"answers": sum(map(len, answers)), "answers_compared": compared, "answers_wrong": len(wrong)}
+    recorder.write()
+    columns = ("requests", "tokens_per_second", "first_token_median", "first_token_p95", "switching_share", "note")
+    print_table(
+        ["method", *columns], [[row["method"], *(row.get(key, "") for key in columns)] for row in recorder.results]
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from diablo_cli.output import out
 from diablo_cli.shell import app, check_model, check_writes, quiet
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_MIXED = ("auto", "never", "always")
 
 
 @app.command(no_record="a server has no one record; its log on standard error is lines of JSON")
@@ -29,12 +31,20 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="DIABLO_API_KEY", help="What clients have to send as a bearer token.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", envvar="DIABLO_API_KEY", help="A bearer token for clients; may be given several times."
+        ),
     ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Requests of a client in a minute: of a key, or of an address.")
+    ] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens of a client in a minute.")] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
     precision: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_PRECISIONS)}.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that are decoded together.")] = 16,
     turn: Annotated[int, typer.Option(min=1, help="Forwards of an adapter's turn while others wait.")] = 32,
+    mixed: Annotated[str, typer.Option(help=f"Rows of several adapters in one batch: {', '.join(_MIXED)}.")] = "auto",
     cache_tokens: Annotated[int, typer.Option(min=2, help="Tokens whose keys and values are kept at once.")] = 65536,
     queue: Annotated[int, typer.Option(min=1, help="Rows that may wait; further requests get status 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
@@ -54,8 +64,19 @@ def serve(
         raise UserError(f"serve: it needs {' and '.join(missing)}; install it with: pip install 'diablo-peft[serve]'.")
     if precision not in _PRECISIONS:
         raise UserError(f"--precision: found {precision!r}; allowed: {', '.join(_PRECISIONS)}.")
-    if api_key == "":
+    if mixed not in _MIXED:
+        raise UserError(f"--mixed: found {mixed!r}; allowed: {', '.join(_MIXED)}.")
+    keys = tuple(api_key or ())
+    # An environment that has blanks alone gives no key, and must not open the server to everybody.
+    if "" in keys or (not keys and os.environ.get("DIABLO_API_KEY")):
         raise UserError("--api-key: found an empty one, which anybody has; give another, or leave it out.")
+    if len(set(keys)) < len(keys):
+        raise UserError("--api-key: found one twice; give each client a key of its own, or this one once.")
+    if tokens_per_minute is not None and tokens_per_minute <= max_tokens:
+        raise UserError(
+            f"--tokens-per-minute: found {tokens_per_minute}, where one answer may have {max_tokens} tokens; allowed: "
+            "more than that; give more, or lower --max-tokens."
+        )
     base, given = model, _named(adapter or ())
     if is_adapter(model):
         folder = adapter_folder(model)
@@ -81,13 +102,13 @@ def serve(
         adapters=given,
         folder=adapters,
         precision=None if precision == "auto" else precision,
-        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens),
+        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens, mixed=mixed),  # type: ignore[arg-type]
         queue=queue,
         written=max_tokens,
         prompt=max_prompt_tokens,
         memory=int(adapter_memory * 2**30),
         hot=hot_adapters,
-        access=Access(api_key, is_loopback(host), int(max_body * 2**20)),
+        access=Access(keys, is_loopback(host), int(max_body * 2**20), requests_per_minute, tokens_per_minute),
         grace=grace,
     )
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import host
+from benchmarks import host, serving
 from benchmarks.gpu import steps
 from benchmarks.gpu.recorder import NotThereError, Recorder, row_name
 from benchmarks.methods import IN_PLACE
+from diablo.data import RowEncoder
+from diablo.models.adapters import load_adapter
+from diablo.models.loading import load_model, load_tokenizer
+from diablo.scoring.generation import complete
 
 
 def test_the_floor_has_the_output_and_the_gradients_of_diablo():
@@ -75,3 +79,36 @@ def test_steps_that_do_not_repeat_themselves_are_seen():
     with steps.deterministic():
         assert torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_measurement_of_serving_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path):
+    recorder = serving.Recorder(tmp_path / "record.json", {"clients": 2}, [])
+
+    def fail() -> dict:
+        raise RuntimeError("the server did not start")
+
+    recorder.measure("one", 0, fail)
+    recorder.measure("other", 0, lambda: {"tokens_per_second": 3.0})
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["results"] == [
+        {"method": "one", "round": 0, "note": "RuntimeError: the server did not start"},
+        {"method": "other", "round": 0, "tokens_per_second": 3.0},
+    ]
+
+
+def test_answers_of_served_adapters_are_compared_with_the_adapter_alone(tmp_path: Path, tiny_model: Path):
+    model, tokenizer = load_model(str(tiny_model), torch.float32), load_tokenizer(str(tiny_model))
+    names, _ = serving.make_adapters(model.eval(), tmp_path, 2, 4, 0.3)
+    asked = [serving.Asked(name, "Ann had 3 apples.") for name in names]
+    alone = [
+        complete(load_adapter(tmp_path / name, dtype=torch.float32)[0], encoder, [ids], max_new_tokens=6)[0].text
+        for encoder in [RowEncoder(tokenizer)]
+        for ids in [encoder.tokenizer(asked[0].prompt, add_special_tokens=False).input_ids]
+        for name in names
+    ]
+    assert len(set(alone)) == 2
+    answers = [{index: serving.Answered(text, 6, 0.1, 0.2) for index, text in enumerate(alone)}]
+    arguments = (model, tokenizer, str(tiny_model), tmp_path, asked)
+    assert serving.check(*arguments, answers, 6, 60.0) == (2, [])
+    compared, wrong = serving.check(*arguments, [{0: answers[0][1]}], 6, 60.0)
+    assert (compared, len(wrong)) == (1, 1)

@@ -7,16 +7,15 @@ import json
 import shutil
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
-from adapters_to_serve import PROMPTS, make_adapter
+from adapters_to_serve import PROMPTS, answers_alone, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-from diablo.data import RowEncoder
 from diablo.errors import UserError
 from diablo.models.adapters import load_adapter
-from diablo.scoring.generation import complete
 from diablo.serving.adapters import Adapters
 from diablo.serving.batch import Ask, Batch, Row, check_decoding
 from diablo.serving.engine import ClosedError, Engine, Fault, QueueFullError
@@ -39,7 +38,7 @@ class Served:
     """An engine over a model and adapters, and what its rows were told."""
 
     def __init__(
-        self, model: Path, folders: dict[str, Path], memory: int = 1 << 30, watched: Path | None = None, **limits: int
+        self, model: Path, folders: dict[str, Path], memory: int = 1 << 30, watched: Path | None = None, **limits: Any
     ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -72,25 +71,14 @@ class Served:
 
 @pytest.fixture
 def served(tiny_model, folders):
-    served = Served(tiny_model, folders, rows=3, steps=2)
+    served = Served(tiny_model, folders, rows=3, steps=2, mixed="never")
     yield served
     served.engine.stop()
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, folders) -> dict[tuple[str | None, str], str]:
-    """What each adapter writes by itself, one prompt at a time, as ``diablo generate`` has it."""
-    texts = {}
-    for name, folder in [(None, None), *folders.items()]:
-        if folder is None:
-            model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-        else:
-            model, _ = load_adapter(folder, dtype=torch.float32)
-        encoder = RowEncoder(AutoTokenizer.from_pretrained(tiny_model))
-        for prompt in PROMPTS:
-            ids = encoder.tokenizer(prompt, add_special_tokens=False).input_ids
-            texts[name, prompt] = complete(model, encoder, [ids], max_new_tokens=12)[0].text
-    return texts
+    return answers_alone(tiny_model, folders, most=12)
 
 
 def test_every_answer_is_that_of_its_adapter_alone_whoever_is_served_beside_it(served, alone):

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -15,7 +16,9 @@ from diablo.devices import can_pin_memory
 from diablo.errors import UserError
 from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, is_adapter
 from diablo.ops.sweep import DiagonalSweep
+from diablo.serving.beside import can_stand_beside
 from diablo.serving.weights import Blocks, Weights
+from diablo.tuner.targets import Target
 
 T = TypeVar("T")
 Stamp = tuple[tuple[int, int, int], ...]
@@ -32,6 +35,8 @@ class Adapter:
         stamp: what its files were then: for each the inode, the size in bytes and the time of its last change.
         is_found: whether it was found in the watched folder.
         fault: why it cannot be used, once that was found out.
+        group: what it adapts, where rows of it can share a batch with rows of others that adapt the same; else None.
+        is_looked_at: whether that was found out.
         number: counts all adapters of the process.
     """
 
@@ -40,6 +45,8 @@ class Adapter:
     stamp: Stamp
     is_found: bool = False
     fault: str | None = None
+    group: tuple[Target, ...] | None = None
+    is_looked_at: bool = False
     number: int = field(default_factory=lambda: next(_NUMBERS))
 
 
@@ -103,6 +110,7 @@ class Adapters:
         # On a CPU what is placed is what is in memory.
         self._read: Kept[Blocks] = Kept(memory, lambda blocks: blocks.bytes, dropped=self._placed.drop)
         self._seen: dict[str, Stamp] = {}
+        self._can_mix: dict[tuple[Target, ...], bool] = {}
         self.loads = 0
 
     def known(self) -> list[Adapter]:
@@ -184,25 +192,52 @@ class Adapters:
         """
         if adapter is None:
             return None
+        blocks, sweep = self.blocks(adapter), self._placed.get(adapter)
+        if sweep is None:
+            sweep = self.weights.sweep(blocks.on(self.weights.device))
+            self._placed.put(adapter, sweep)
+        return sweep
+
+    def blocks(self, adapter: Adapter) -> Blocks:
+        """The values of an adapter in the host's memory, read from disk where they have to be. For the engine's thread.
+
+        Raises:
+            UserError: see :meth:`place`.
+        """
         if adapter.fault is not None:
             raise UserError(adapter.fault)
-        blocks, sweep = self._read.get(adapter), self._placed.get(adapter)
+        blocks = self._read.get(adapter)
         if blocks is None:
-            if _stamp(adapter.folder) != adapter.stamp:
-                raise UserError(
-                    f"The adapter {adapter.name!r} is no longer on disk as it was when the request came; ask again."
-                )
+            self._check_unchanged(adapter)
             try:
                 blocks = self._blocks(adapter)
             except UserError as fault:
                 adapter.fault = str(fault)
                 raise
             self._read.put(adapter, blocks)
-            sweep = None
-        if sweep is None:
-            sweep = self.weights.sweep(blocks.on(self.weights.device))
-            self._placed.put(adapter, sweep)
-        return sweep
+        return blocks
+
+    def look_at(self, adapter: Adapter) -> None:
+        """Find out with which others an adapter can share a batch. For the engine's thread."""
+        if adapter.is_looked_at:
+            return
+        adapter.is_looked_at = True
+        # What is wrong with an adapter is told when its turn comes.
+        with suppress(UserError, OSError):
+            blocks = self._read.get(adapter)
+            if blocks is None:
+                self._check_unchanged(adapter)
+            targets = self.weights.targets(adapter.folder) if blocks is None else blocks.targets
+            if targets not in self._can_mix:
+                with self.weights.at_base():
+                    self._can_mix[targets] = can_stand_beside(self.weights, targets)
+            adapter.group = targets if self._can_mix[targets] else None
+
+    def _check_unchanged(self, adapter: Adapter) -> None:
+        if _stamp(adapter.folder) != adapter.stamp:
+            raise UserError(
+                f"The adapter {adapter.name!r} is no longer on disk as it was when the request came; ask again."
+            )
 
     def _blocks(self, adapter: Adapter) -> Blocks:
         blocks = self.weights.read(adapter.folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +64,11 @@ class Row:
         key: what tells it from others.
         ask: what is asked for.
         tokenizer: decodes its tokens.
+        adapter: what tells its adapter from others.
     """
 
-    def __init__(self, key: Hashable, ask: Ask, tokenizer: Any) -> None:
-        self.key, self.ask = key, ask
+    def __init__(self, key: Hashable, ask: Ask, tokenizer: Any, adapter: Any = None) -> None:
+        self.key, self.ask, self.adapter = key, ask, adapter
         self.last = ask.prompt[-1]
         self.written = 0
         self._text = TextStream(tokenizer, ask.prompt, ask.stop_strings)
@@ -85,6 +88,11 @@ class Row:
         return Piece(text, self.written, likely)
 
 
+def no_context(first: int, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    """What stands around a forward in which no row differs from the others."""
+    return nullcontext()
+
+
 class Batch:
     """Rows that are decoded together with what stands in the weights. Its keys and values are its own.
 
@@ -92,10 +100,16 @@ class Batch:
 
     Args:
         model: a causal language model in evaluation mode.
+
+    Attributes:
+        rows: the rows, in the order in which they stand.
+        around: called before each forward with the place of its first row and with its rows; the forward is made inside
+            of what that gives. It is for what differs from row to row.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.around: Callable[[int, Sequence[Row]], AbstractContextManager[None]] = no_context
         self.rows: list[Row] = []
         self._cache: Any = None
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=model.device)
@@ -110,17 +124,9 @@ class Batch:
         mask = torch.tensor([[0] * (longest - len(row.ask.prompt)) + [1] * len(row.ask.prompt) for row in rows])
         ids, mask = ids.to(self._mask.device), mask.to(self._mask.device)
         cache: Any = DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0), cache)
-        if not self.rows:
-            self._cache, self._mask, self.rows = cache, mask, list(rows)
-            return self._taken(logits, self.rows)
-        length = max(longest, self._mask.shape[1])
-        for own, new in zip(self._cache.layers, cache.layers, strict=True):
-            own.keys = torch.cat([_padded(own.keys, length), _padded(new.keys, length)])
-            own.values = torch.cat([_padded(own.values, length), _padded(new.values, length)])
-        parts = [functional.pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)]
-        self._mask = torch.cat(parts)
-        self.rows = self.rows + list(rows)
+        with self.around(len(self.rows), rows):
+            logits = self._forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0), cache)
+        self._append(rows, cache, mask)
         return self._taken(logits, rows)
 
     def step(self) -> list[tuple[Row, Piece]]:
@@ -128,7 +134,32 @@ class Batch:
         ids = torch.tensor([[row.last] for row in self.rows], device=self._mask.device)
         self._mask = functional.pad(self._mask, (0, 1), value=1)
         positions = self._mask.sum(dim=-1, keepdim=True) - 1
-        return self._taken(self._forward(ids, self._mask, positions, self._cache), self.rows)
+        with self.around(0, self.rows):
+            logits = self._forward(ids, self._mask, positions, self._cache)
+        return self._taken(logits, self.rows)
+
+    def absorb(self, other: Batch) -> None:
+        """Take the rows of another batch with their keys and values. The other one is not used any more."""
+        if other.rows:
+            self._append(other.rows, other._cache, other._mask)
+
+    def split(self, goes: Callable[[Row], bool]) -> Batch:
+        """Let rows leave with their keys and values.
+
+        Args:
+            goes: whether a row leaves.
+
+        Returns:
+            A batch of these.
+        """
+        other = Batch(self._model)
+        other.rows, other._mask = self.rows, self._mask
+        if self.rows:
+            other._cache = copy.copy(self._cache)
+            other._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        other.keep(goes)
+        self.keep(lambda row: not goes(row))
+        return other
 
     def keep(self, is_kept: Callable[[Row], bool]) -> None:
         """Let rows leave, and free the memory of their keys and values.
@@ -136,9 +167,14 @@ class Batch:
         Args:
             is_kept: whether a row stays.
         """
-        places = [index for index, row in enumerate(self.rows) if is_kept(self.rows[index])]
-        if len(places) == len(self.rows):
+        kept = [index for index, row in enumerate(self.rows) if is_kept(row)]
+        if len(kept) == len(self.rows):
             return
+        # The last ones take the places that become free, so that most rows keep theirs.
+        free = sorted(set(range(len(kept))).difference(kept))
+        places = kept[: len(kept) - len(free)]
+        for place, index in zip(free, kept[len(places) :], strict=True):
+            places.insert(place, index)
         self.rows = [self.rows[index] for index in places]
         if not places:
             self._cache, self._mask = None, self._mask[:0, :0]
@@ -151,6 +187,18 @@ class Batch:
         for layer in self._cache.layers:
             layer.keys = layer.keys[chosen][..., first:, :].contiguous()
             layer.values = layer.values[chosen][..., first:, :].contiguous()
+
+    def _append(self, rows: Sequence[Row], cache: Any, mask: torch.Tensor) -> None:
+        """Put rows with their keys and values behind those that are there."""
+        if not self.rows:
+            self._cache, self._mask, self.rows = cache, mask, list(rows)
+            return
+        length = max(mask.shape[1], self._mask.shape[1])
+        for own, new in zip(self._cache.layers, cache.layers, strict=True):
+            own.keys = torch.cat([_padded(own.keys, length), _padded(new.keys, length)])
+            own.values = torch.cat([_padded(own.values, length), _padded(new.values, length)])
+        self._mask = torch.cat([functional.pad(part, (length - part.shape[1], 0)) for part in (self._mask, mask)])
+        self.rows = [*self.rows, *rows]
 
     def _taken(self, logits: torch.Tensor, rows: Sequence[Row]) -> list[tuple[Row, Piece]]:
         tokens = choose(logits, [row.ask.sampling for row in rows])

@@ -1,4 +1,4 @@
-"""The thread that owns the model: it takes rows in turns by adapter, and tells each row's client what is written."""
+"""The thread that owns the model: it decodes rows in turns, and tells each row's client what is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition, Thread
@@ -17,13 +17,12 @@ import torch
 from diablo.devices import is_out_of_memory
 from diablo.errors import UserError, first_line
 from diablo.serving.adapters import Adapter, Adapters
-from diablo.serving.batch import Ask, Batch, Piece, Row
+from diablo.serving.batch import Ask, Batch, Piece, Row, no_context
+from diablo.serving.beside import Beside
 from diablo.serving.scheduling import Job, Limits, Scheduler
-from diablo.serving.weights import Weights
+from diablo.serving.weights import Blocks, Weights
 
 T = TypeVar("T")
-# What the scheduler calls the base model.
-_BASE = "base"
 
 
 class QueueFullError(Exception):
@@ -61,6 +60,8 @@ class Counts:
         prompt_tokens: tokens of prompts that were read.
         written_tokens: tokens that were written.
         rows_forwarded: rows of all forwards together, so that the mean batch is known.
+        mixed_forwards: forwards in which blocks stood beside the weights, so that adapters could share a batch.
+        mixed_rows: rows of all these together.
         turns: turns of adapters.
         busy: seconds in which there was something to do.
         switching: seconds of these in which adapters were read, placed and written into the weights.
@@ -71,6 +72,8 @@ class Counts:
     prompt_tokens: int = 0
     written_tokens: int = 0
     rows_forwarded: int = 0
+    mixed_forwards: int = 0
+    mixed_rows: int = 0
     turns: int = 0
     busy: float = 0.0
     switching: float = 0.0
@@ -110,10 +113,15 @@ class Engine:
         self.queue = queue
         self.counts = Counts()
         self._tokenizer = tokenizer
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, lambda adapter: None if adapter is None else adapter.group)  # type: ignore[attr-defined]
         self._changed = Condition()
         self._accepted: dict[int, _Waiting] = {}
-        self._batches: dict[Adapter | None, Batch] = {}
+        # Adapters of rows that have come, of which is not known yet what they can share a batch with.
+        self._new: deque[Adapter] = deque()
+        self._batches: list[Batch] = []
+        self._beside: Beside | None = None
+        # The values of the adapters that share the present turn.
+        self._values: dict[Adapter, Blocks] = {}
         self._tasks: deque[_Task] = deque()
         self._numbers = itertools.count()
         self._is_closed = self._is_stopped = False
@@ -169,8 +177,10 @@ class Engine:
             keys = [next(self._numbers) for _ in asks]
             for key, (ask, sink) in zip(keys, asks, strict=True):
                 size = len(ask.prompt)
-                self._scheduler.add(Job(key, adapter or _BASE, size, size + ask.most))
+                self._scheduler.add(Job(key, adapter, size, size + ask.most))
                 self._accepted[key] = _Waiting(ask, sink, adapter)
+            if adapter is not None and not adapter.is_looked_at and self.limits.mixed != "never":
+                self._new.append(adapter)
             self._changed.notify_all()
         return keys
 
@@ -219,10 +229,11 @@ class Engine:
                 while self._wait():
                     start = time.perf_counter()
                     self._do_tasks()
+                    self._look_at_new()
                     with self._changed:
-                        whose: Any = self._scheduler.begin_turn()
-                    if whose is not None:
-                        self._turn(None if whose == _BASE else whose)
+                        whose: list[Any] = self._scheduler.begin_turn()
+                    if whose:
+                        self._turn(whose)
                     self.counts.busy += time.perf_counter() - start
         finally:
             # Nobody is left waiting, whatever has ended the loop.
@@ -250,57 +261,146 @@ class Engine:
             except Exception as error:  # it is the caller's
                 task.result.set_exception(error)
 
-    def _turn(self, adapter: Adapter | None) -> None:
-        self.counts.turns += 1
-        with self._failing(adapter):
-            start = time.perf_counter()
-            self.weights.put(self.adapters.place(adapter))
-            self.counts.switching += time.perf_counter() - start
-            batch = self._batches.setdefault(adapter, Batch(self.weights.model))
-            while self._forward(adapter, batch):
-                self._do_tasks()
-        if adapter in self._batches and not self._batches[adapter].rows:
-            del self._batches[adapter]
+    def _look_at_new(self) -> None:
+        while self._new:
+            adapter = self._new.popleft()
+            with self._failing([adapter]):
+                self.adapters.look_at(adapter)
 
-    def _forward(self, adapter: Adapter | None, batch: Batch) -> bool:
-        """Do one forward of a turn; whether there was one to do."""
+    def _turn(self, whose: list[Adapter | None]) -> None:
+        """Do a turn.
+
+        Args:
+            whose: the adapters of the turn, to which others may be added in the middle of it.
+        """
+        self.counts.turns += 1
+        with self._failing(whose):
+            batch = self._batch_of(whose)
+            with self._mixed(batch, whose) if self._scheduler.is_shared else self._alone(whose[0]):
+                while self._forward(batch, whose):
+                    self._do_tasks()
+        for each in self._batches:
+            self._keep_accepted(each)
+        self._batches = [each for each in self._batches if each.rows]
+
+    @contextlib.contextmanager
+    def _alone(self, adapter: Adapter | None) -> Iterator[None]:
+        """Have the blocks of an adapter in the weights."""
+        start = time.perf_counter()
+        self.weights.put(self.adapters.place(adapter))
+        self.counts.switching += time.perf_counter() - start
+        yield
+
+    @contextlib.contextmanager
+    def _mixed(self, batch: Batch, whose: list[Adapter | None]) -> Iterator[None]:
+        """Have the base values in the weights, and the blocks of each row of a batch beside them."""
+        start = time.perf_counter()
+        self.weights.put(None)
+        self.counts.switching += time.perf_counter() - start
+        group = whose[0].group if whose[0] is not None else None
+        assert group is not None
+        beside = self._beside
+        if beside is None or beside.targets != group:
+            # The old one's memory is free before the new one takes any.
+            self._beside = beside = None
+            self._beside = beside = Beside(self.weights, group, self.limits.rows)
+
+        @contextlib.contextmanager
+        def around(first: int, rows: Sequence[Row]) -> Iterator[None]:
+            start = time.perf_counter()
+            with beside.rows(first, [(row.adapter, self._values[row.adapter]) for row in rows]):
+                self.counts.switching += time.perf_counter() - start
+                yield
+
+        batch.around = around
+        try:
+            with beside.attached():
+                yield
+        finally:
+            batch.around = no_context
+            self._values = {}
+
+    def _batch_of(self, whose: Collection[Adapter | None]) -> Batch:
+        """The batch of a turn, which has rows of its adapters alone; that in which most of them stand already."""
+
+        def own(batch: Batch) -> int:
+            return sum(row.adapter in whose for row in batch.rows)
+
+        batch = max(self._batches, key=own, default=None)
+        if batch is None or not own(batch):
+            batch = Batch(self.weights.model)
+            self._batches.append(batch)
+        elif own(batch) < len(batch.rows):
+            self._batches.append(batch.split(lambda row: row.adapter not in whose))
+        return batch
+
+    def _forward(self, batch: Batch, whose: Collection[Adapter | None]) -> bool:
+        """Do one forward of a turn; whether the turn goes on."""
+        self._look_at_new()
         with self._changed:
             batch.keep(lambda row: row.key in self._accepted)
-            if self._is_stopped or not self._scheduler.goes_on(adapter or _BASE):
+            if self._is_stopped or not self._scheduler.goes_on():
                 return False
-            jobs = self._scheduler.admit(adapter or _BASE)
+            keys: list[Any] = [job.key for job in self._scheduler.admit()]
             self._scheduler.step()
-            asks = [(job.key, self._accepted[job.key].ask) for job in jobs]  # type: ignore[index]
-        if asks:
-            pieces = batch.join([Row(key, ask, self._tokenizer) for key, ask in asks])
-            self.counts.prompt_tokens += sum(len(ask.prompt) for _, ask in asks)
-        else:
-            pieces = batch.step()
+            rows = [self._row(key) for key in keys]
+        for other in self._batches:
+            if other is not batch and any(row.adapter in whose for row in other.rows):
+                batch.absorb(other.split(lambda row: row.adapter in whose))
+        is_mixed = self._scheduler.is_shared
+        if is_mixed:
+            self._read_values({row.adapter for row in (*rows, *batch.rows)})
+            self._keep_accepted(batch)
+            with self._changed:
+                rows = [row for row in rows if row.key in self._accepted]
+        if not rows and not batch.rows:
+            return True
+        pieces = batch.join(rows) if rows else batch.step()
         self.counts.forwards += 1
+        self.counts.prompt_tokens += sum(len(row.ask.prompt) for row in rows)
         self.counts.rows_forwarded += len(pieces)
         self.counts.written_tokens += len(pieces)
+        if is_mixed:
+            self.counts.mixed_forwards += 1
+            self.counts.mixed_rows += len(pieces)
         for row, piece in pieces:
             self._tell(row.key, piece, is_last=piece.end is not None)  # type: ignore[arg-type]
         return True
 
+    def _row(self, key: int) -> Row:
+        waiting = self._accepted[key]
+        return Row(key, waiting.ask, self._tokenizer, waiting.adapter)
+
+    def _read_values(self, adapters: set[Adapter]) -> None:
+        """Have the values of adapters at hand. Those that cannot be read end their own rows."""
+        for adapter in adapters - self._values.keys():
+            with self._failing([adapter]):
+                start = time.perf_counter()
+                self._values[adapter] = self.adapters.blocks(adapter)
+                self.counts.switching += time.perf_counter() - start
+
+    def _keep_accepted(self, batch: Batch) -> None:
+        """Let rows leave a batch that have ended, or whose clients have gone."""
+        with self._changed:
+            batch.keep(lambda row: row.key in self._accepted)
+
     @contextlib.contextmanager
-    def _failing(self, adapter: Adapter | None) -> Iterator[None]:
-        """What goes wrong in a turn ends the rows of its adapter, and no others."""
+    def _failing(self, adapters: Collection[Adapter | None]) -> Iterator[None]:
+        """What goes wrong inside ends the rows of these adapters, and no others."""
         try:
             yield
         except UserError as fault:
-            self._fail(adapter, Fault(str(fault), "adapter"))
+            self._fail(adapters, Fault(str(fault), "adapter"))
         except Exception as error:  # a model's own code can fail with anything
             if is_out_of_memory(error):
                 message = "Memory ran out; lower the server's --cache-tokens or --batch-size, or ask for less."
-                self._fail(adapter, Fault(message, "memory"))
+                self._fail(adapters, Fault(message, "memory"))
             else:
-                self._fail(adapter, Fault(f"{type(error).__name__}: {first_line(error)}", "error"))
+                self._fail(adapters, Fault(f"{type(error).__name__}: {first_line(error)}", "error"))
 
-    def _fail(self, adapter: Adapter | None, fault: Fault) -> None:
-        self._batches.pop(adapter, None)
+    def _fail(self, adapters: Collection[Adapter | None], fault: Fault) -> None:
         with self._changed:
-            keys = [key for key, waiting in self._accepted.items() if waiting.adapter is adapter]
+            keys = [key for key, waiting in self._accepted.items() if waiting.adapter in adapters]
         for key in keys:
             self._tell(key, fault, is_last=True)
         self.counts.faults += len(keys)
@@ -308,8 +408,7 @@ class Engine:
     def _fail_all(self, fault: Fault) -> None:
         with self._changed:
             adapters = {waiting.adapter for waiting in self._accepted.values()}
-        for adapter in adapters:
-            self._fail(adapter, fault)
+        self._fail(adapters, fault)
 
     def _tell(self, key: int, told: Piece | Fault, *, is_last: bool) -> None:
         with self._changed:

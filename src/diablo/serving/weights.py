@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diablo.devices import wait_for
 from diablo.errors import UserError, first_line
 from diablo.models.adapters import check_tensors, read_adapter_config
-from diablo.models.folders import ADAPTER_WEIGHTS
+from diablo.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from diablo.ops.sweep import Diagonals, DiagonalSweep
 from diablo.tuner.base_digest import digest_of_base, is_same_base
 from diablo.tuner.config import DiabloConfig
@@ -72,6 +72,7 @@ class Weights:
         self.written: DiagonalSweep | None = None
         self.switches = 0
         self._owners = Owners(model)
+        self._resolved: dict[bytes, tuple[Target, ...]] = {}
         self._digests: dict[tuple[Target, ...], str | None] = {}
         # One sweep of each set of targets keeps the memory for base values that all of them share.
         self._first: dict[tuple[Target, ...], DiagonalSweep] = {}
@@ -85,7 +86,7 @@ class Weights:
         Raises:
             UserError: it cannot be read, is of another method or base model, trains more than blocks, or lacks tensors.
         """
-        targets = self._targets(folder)
+        targets = self.targets(folder)
         names = {_name_in_file(target): target for target in targets}
         check_tensors(folder, self.name, {name: target.layout.blocks_shape for name, target in names.items()})
         try:
@@ -104,7 +105,7 @@ class Weights:
             blocks: the blocks, on the model's device.
         """
         diagonals: list[tuple[torch.Tensor, Diagonals]] = [
-            (self._reading(target).matrix(self._weight(target).detach()), {target.layout: [own]})
+            (self._reading(target).matrix(self.weight(target).detach()), {target.layout: [own]})
             for target, own in zip(blocks.targets, blocks.tensors, strict=True)
         ]
         with self.at_base():
@@ -139,12 +140,20 @@ class Weights:
             self.written = sweep
             sweep.write()
 
-    def _targets(self, folder: Path) -> tuple[Target, ...]:
-        """What an adapter adapts.
+    def targets(self, folder: Path) -> tuple[Target, ...]:
+        """What an adapter adapts; its settings alone are read.
 
         Raises:
             UserError: see :meth:`read`.
         """
+        # Many adapters have the same settings, and to look through a model's modules takes as long as a forward.
+        settings = folder / ADAPTER_CONFIG
+        text = settings.read_bytes() if settings.is_file() else b""
+        if text not in self._resolved:
+            self._resolved[text] = self._targets(folder)
+        return self._resolved[text]
+
+    def _targets(self, folder: Path) -> tuple[Target, ...]:
         config = read_adapter_config(folder)
         where = f"The adapter {str(folder)!r}"
         if not isinstance(config, DiabloConfig):
@@ -177,7 +186,7 @@ class Weights:
         """Why blocks cannot be written into a weight, with what to do; None where they can."""
         if is_quantized(self.model.get_submodule(target.module)):
             return "whose weight is quantized; merge it with diablo merge, and serve the merged model."
-        if len(owners := self._owners.of(self._weight(target))) > 1:
+        if len(owners := self._owners.of(self.weight(target))) > 1:
             return f"whose weight is that of {' and '.join(owners)}; merge it, and serve the merged model."
         return None
 
@@ -185,11 +194,12 @@ class Weights:
         if targets not in self._digests:
             with self.at_base():
                 self._digests[targets] = digest_of_base(
-                    (self._weight(target), self._reading(target), target.layout) for target in targets
+                    (self.weight(target), self._reading(target), target.layout) for target in targets
                 )
         return self._digests[targets]
 
-    def _weight(self, target: Target) -> torch.Tensor:
+    def weight(self, target: Target) -> torch.Tensor:
+        """The weight of a target, with what stands in it now."""
         weight: Any = self.model.get_submodule(target.module)._parameters[target.parameter or "weight"]
         return weight
 

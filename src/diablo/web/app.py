@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +31,7 @@ from diablo.web.bodies import ChatRequest, CompletionRequest, LoadRequest, Unloa
 from diablo.web.faults import ADAPTER_STATUS, ApiError, refused
 from diablo.web.log import note
 from diablo.web.metrics import CONTENT_TYPE, Metrics
+from diablo.web.rates import Charge, Rate, TooMuch
 from diablo.web.rows import Rows
 
 # The status that logs and metrics have for a client that went away, by the custom of nginx.
@@ -43,14 +44,19 @@ class Access:
     """Who may ask, and for how much at once.
 
     Attributes:
-        api_key: what clients have to name; None where they need none.
+        api_keys: keys of which clients have to name one; none where they need none.
         is_loopback: whether only this machine can ask.
         body: the most bytes of a request's body.
+        requests: the most requests for completions that a client has answered in a minute; None for any number. A
+            client is known by its key, or by its address where there are no keys.
+        tokens: the most tokens that a client has read and written in a minute; None for any number.
     """
 
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: Sequence[str] = field(default=(), repr=False)
     is_loopback: bool = True
     body: int = 4 << 20
+    requests: int | None = None
+    tokens: int | None = None
 
 
 class Server:
@@ -70,6 +76,8 @@ class Server:
 
     def __init__(self, engine: Engine, asking: Asking, tokenizer: Any, access: Access) -> None:
         self._engine, self._asking, self._tokenizer, self._access = engine, asking, tokenizer, access
+        self._requests = None if access.requests is None else Rate(access.requests)
+        self._tokens = None if access.tokens is None else Rate(access.tokens)
         self.metrics = Metrics(engine)
         self.is_closing = False
         self._started = int(time.time())
@@ -121,11 +129,34 @@ class Server:
         return answer
 
     def _check_key(self, request: Request) -> None:
-        if self._access.api_key is None:
+        """Check the key that a request names, and note in its state who asks."""
+        request.state.client = request.client.host if request.client is not None else None
+        if not self._access.api_keys:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._access.api_key.encode()):
+        # All are compared, so that the time does not tell which one a wrong key is like.
+        same = [hmac.compare_digest(given.encode(), key.encode()) for key in self._access.api_keys]
+        if kind.lower() != "bearer" or not any(same):
             raise ApiError(401, "The API key is missing or wrong; send it as a bearer token.", code="invalid_api_key")
+        request.state.client = same.index(True)
+
+    def _charged(self, request: Request, rate: Rate | None, what: str, amount: int) -> Charge | None:
+        """Count something that a request takes, where that is limited.
+
+        Raises:
+            ApiError: its client would exceed the limit.
+        """
+        if rate is None:
+            return None
+        found = rate.take(request.state.client, amount)
+        if not isinstance(found, TooMuch):
+            return found
+        self.metrics.limited[what] += 1
+        if found.seconds is None:
+            message = f"The request may take {amount} {what}, and {rate.most} a minute are allowed; ask for less."
+        else:
+            message = f"More than {rate.most} {what} a minute were asked for; ask again in {found.seconds} seconds."
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after=found.seconds)
 
     def _count(self, path: str, status: int, seconds: float) -> None:
         self.metrics.requests[path, status] += 1
@@ -173,10 +204,12 @@ class Server:
         }
 
     async def _complete(self, request: Request) -> Response:
+        self._charged(request, self._requests, "requests", 1)
         body = parsed(CompletionRequest, await self._body(request))
         return await self._answer(request, body, CompletionAnswer, lambda: self._asking.completion(body))
 
     async def _chat(self, request: Request) -> Response:
+        self._charged(request, self._requests, "requests", 1)
         body = parsed(ChatRequest, await self._body(request))
         return await self._answer(request, body, ChatAnswer, lambda: self._asking.chat(body))
 
@@ -192,7 +225,14 @@ class Server:
             raise refused("stream_options: found without stream; set stream to true.", "stream_options")
         async with self._reading:
             asked = await asyncio.to_thread(read)
-        rows = Rows(self._engine, asked.adapter, asked.asks, asked.prompt_tokens)
+        most = asked.prompt_tokens + sum(ask.most for ask in asked.asks)
+        charge = self._charged(request, self._tokens, "tokens", most)
+        try:
+            rows = Rows(self._engine, asked.adapter, asked.asks, asked.prompt_tokens, charge)
+        except ApiError:
+            if charge is not None:
+                charge.amount = 0
+            raise
         answer = kind(body.model, self._tokenizer, len(asked.asks))
         pieces = rows.pieces()
         # An error before the first token has its own status, also where a stream is asked for.
@@ -277,7 +317,7 @@ class Server:
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     def _check_may_load(self) -> None:
-        if self._access.api_key is None and not self._access.is_loopback:
+        if not self._access.api_keys and not self._access.is_loopback:
             raise ApiError(
                 403,
                 "Adapters come and go by requests only where the server has an API key, or listens to this machine "

@@ -42,6 +42,7 @@ class Metrics:
 
     Attributes:
         requests: the number of answers by path and status.
+        limited: the number of requests that exceeded a limit on what a client may take, by what is limited.
         first_token: seconds from a request to its first token.
         whole: seconds from a request to its end.
     """
@@ -49,6 +50,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.requests: Counter[tuple[str, int]] = Counter()
+        self.limited: Counter[str] = Counter(requests=0, tokens=0)
         self.first_token = Histogram()
         self.whole = Histogram()
 
@@ -68,6 +70,8 @@ class Metrics:
         counters = {
             "diablo_forwards_total": ("Forwards of the model.", counts.forwards),
             "diablo_forward_rows_total": ("Rows of all forwards.", counts.rows_forwarded),
+            "diablo_mixed_forwards_total": ("Forwards of rows of several adapters.", counts.mixed_forwards),
+            "diablo_mixed_forward_rows_total": ("Rows of these forwards.", counts.mixed_rows),
             "diablo_prompt_tokens_total": ("Tokens of prompts that were read.", counts.prompt_tokens),
             "diablo_completion_tokens_total": ("Tokens that were written.", counts.written_tokens),
             "diablo_turns_total": ("Turns of adapters.", counts.turns),
@@ -81,6 +85,9 @@ class Metrics:
         lines += ["# HELP diablo_requests_total Answers by path and status.", "# TYPE diablo_requests_total counter"]
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'diablo_requests_total{{path="{path}",status="{status}"}} {count}')
+        name = "diablo_rate_limited_total"
+        lines += [f"# HELP {name} Requests that exceeded a client's limit.", f"# TYPE {name} counter"]
+        lines += [f'{name}{{limit="{what}"}} {count}' for what, count in sorted(self.limited.items())]
         for name, what, histogram in (
             ("diablo_first_token_seconds", "From a request to its first token.", self.first_token),
             ("diablo_request_seconds", "From a request to its end.", self.whole),

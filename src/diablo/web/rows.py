@@ -13,6 +13,7 @@ from diablo.serving.adapters import Adapter
 from diablo.serving.batch import Ask, Piece
 from diablo.serving.engine import ClosedError, Engine, Fault, QueueFullError
 from diablo.web.faults import ADAPTER_STATUS, ApiError
+from diablo.web.rates import Charge
 
 _STATUS = {"adapter": ADAPTER_STATUS, "closed": 503, "memory": 503, "error": 500}
 
@@ -25,6 +26,7 @@ class Rows:
         adapter: whose rows they are; None for the base model.
         asks: what each is asked for.
         prompt_tokens: the tokens of the request's prompts.
+        charge: what was counted for the request. It is lowered to what was needed when the rows have ended.
 
     Raises:
         ApiError: the queue is full, or the server is about to end.
@@ -35,8 +37,16 @@ class Rows:
         first: seconds to the first token; None before it.
     """
 
-    def __init__(self, engine: Engine, adapter: Adapter | None, asks: Sequence[Ask], prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        adapter: Adapter | None,
+        asks: Sequence[Ask],
+        prompt_tokens: int,
+        charge: Charge | None = None,
+    ) -> None:
         self._engine = engine
+        self._charge = charge
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[int, Piece | Fault]] = asyncio.Queue()
         self.prompt_tokens = prompt_tokens
@@ -74,6 +84,8 @@ class Rows:
                 self.written[index], self.ends[index] = told.written, told.end
                 yield index, told
         finally:
+            if self._charge is not None:
+                self._charge.amount = self.usage()["total_tokens"]
             # Also where the client has gone.
             if not all(self.ends):
                 self._engine.cancel(self._keys)
