@@ -20,6 +20,7 @@ test-all: lint
 	$(PYTEST)
 
 # The inner loop, of a minute: geometry, layers, passes, merging, rows, recipes and what the command line refuses.
+# Triton reads its switch when tests/contract/conftest.py imports it, which is early where files are named.
 FAST := $(addprefix tests/unit/test_,$(addsuffix .py,adapters config encoding formats layout losses merging_shards \
 	methods muon new_tokens packing preflight recipe rows)) tests/numerical/test_ops.py \
 	$(addprefix tests/contract/test_,$(addsuffix .py,injection passes preview several_adapters))
@@ -27,7 +28,7 @@ LENGTHY := test_the_memory_of_a_file_is_enough or test_a_full_disk_is_a_clear_er
 	or test_a_run_with_muon_that_was_resumed_ends_with_the_same_adapter_to_the_bit
 
 test-fast: .venv/installed
-	$(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
 
 # What is run with other versions than those of .venv, each in an environment of its own. A GPU is left alone.
 VERSIONS_TESTED := tests/unit tests/numerical tests/contract \
