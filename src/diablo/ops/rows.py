@@ -27,8 +27,8 @@ def add_row_products(y: torch.Tensor, x: torch.Tensor, tiles: Sequence[Tile], bl
             after = torch.baddbmm(before.reshape(shapes[0]), read.reshape(shapes[1]), own.flatten(0, 1))
             before.copy_(after.view_as(before))
         return
-    # With features before tokens, all blocks of all rows are one batch of products here too. On a CPU this takes a fifth
-    # of the time of a loop over rows.
+    # With features before tokens, all blocks of all rows are one batch of products here too. On a CPU this takes a
+    # fifth of the time of a loop over rows.
     for tile, own in zip(tiles, blocks, strict=True):
         read = x[..., tile.in_start : tile.in_start + tile.in_size].transpose(1, 2).contiguous()
         products = torch.bmm(own.flatten(0, 1).transpose(1, 2), read.view(-1, tile.block_in, x.shape[1]))
