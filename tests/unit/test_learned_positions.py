@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny_seeing_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from diablo.errors import UserError
@@ -45,6 +46,11 @@ def test_rows_that_are_longer_than_the_positions_are_left_out_before_training(ki
     assert [place.number for place in plan.too_long] == [2]
     with pytest.raises(UserError, match=r"and the model reads 48 tokens; 1 of 3 rows are longer .* row 2\)"):
         make_plan(recipe("error"))
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "llava"])
+def test_positions_in_an_image_are_none_of_a_text(kind, tmp_path):
+    assert learned_positions(meta_model(load_config(str(make_tiny_seeing_model(tmp_path / kind, kind))))) is None
 
 
 def test_a_model_that_turns_its_vectors_by_their_position_has_no_such_end(tiny_model):

@@ -291,18 +291,20 @@ def meta_model(config: PretrainedConfig) -> Any:
         ) from None
 
 
-def learned_positions(model: torch.nn.Module) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """The most tokens that a model with a learned vector for each position reads; None for a model of another kind.
 
     Args:
         model: a causal language model, on any device.
     """
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        # OPT has two vectors more than positions.
-        if isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last):
-            return min(limit or module.num_embeddings, module.num_embeddings)
+    named = dict(model.named_modules())
+    words = model.get_input_embeddings()
+    # They stand beside the vectors of words; a part that sees images has positions of its own elsewhere.
+    parents = [name.rpartition(".")[0] for name, module in named.items() if module is words]
+    for name, module in (child for parent in parents for child in named[parent].named_children()):
+        if isinstance(module, torch.nn.Embedding) and (name == "wpe" or "position" in name):
+            # OPT has two vectors more than positions.
+            return min(model.config.get_text_config().max_position_embeddings, module.num_embeddings)
     return None
 
 
