@@ -31,6 +31,7 @@ from diablo.models.builtin import PREFIX, builtin_model
 from diablo.models.forms import IMAGE_TEXT, VECTORS, auto_class, form_of
 from diablo.models.heads import Head, head_modules, head_paths, initialize, output_parameters
 from diablo.models.names import WHAT_TO_GIVE, check_name, check_on_hub, similar_folder
+from diablo.tuner.tokens import input_embedding
 
 
 def resolve_model(model: str) -> str:
@@ -297,11 +298,11 @@ def learned_positions(model: Any) -> int | None:
     Args:
         model: a causal language model, on any device.
     """
-    named = dict(model.named_modules())
-    words = model.get_input_embeddings()
+    words = input_embedding(model)
+    if words is None:
+        return None
     # They stand beside the vectors of words; a part that sees images has positions of its own elsewhere.
-    parents = [name.rpartition(".")[0] for name, module in named.items() if module is words]
-    for name, module in (child for parent in parents for child in named[parent].named_children()):
+    for name, module in model.get_submodule(words.rpartition(".")[0]).named_children():
         if isinstance(module, torch.nn.Embedding) and (name == "wpe" or "position" in name):
             # OPT has two vectors more than positions.
             return min(model.config.get_text_config().max_position_embeddings, module.num_embeddings)

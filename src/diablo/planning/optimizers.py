@@ -64,7 +64,7 @@ def state_bytes(settings: Optimizer, parameters: Iterable[torch.Tensor]) -> int:
             else values.nbytes
             for values in parameters
         )
-    moments = next((count for part, count in _MOMENTS.items() if part in name), 0)
+    moments = next(count for part, count in _MOMENTS.items() if part in name)
     if name == "sgd" and settings.options.get("momentum"):
         moments = 1
     bits = 8 if "8bit" in name else 4 if "4bit" in name else 32

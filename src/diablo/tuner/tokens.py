@@ -30,7 +30,7 @@ def check_tokens(model: nn.Module, config: DiabloConfig, targets: Collection[str
     given = config.trainable_token_indices
     if given is None:
         return
-    embedding = _input_embedding(model)
+    embedding = input_embedding(model)
     if not isinstance(given, dict):
         if embedding is None:
             raise ValueError(
@@ -110,7 +110,8 @@ def _check_layer(name: str, module: Any, ids: list[int], config: DiabloConfig, t
         )
 
 
-def _input_embedding(model: Any) -> str | None:
+def input_embedding(model: Any) -> str | None:
+    """The name of the module that holds the vectors of words; None where a model does not say."""
     try:
         return _name_of(model, model.get_input_embeddings())
     except (AttributeError, NotImplementedError):
