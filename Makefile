@@ -20,7 +20,6 @@ test-all: lint
 	$(PYTEST)
 
 # The inner loop, of a minute: geometry, layers, passes, merging, rows, recipes and what the command line refuses.
-# Triton reads its switch when tests/contract/conftest.py imports it, which is early where files are named.
 FAST := $(addprefix tests/unit/test_,$(addsuffix .py,adapters config encoding formats layout losses merging_shards \
 	methods muon new_tokens packing preflight recipe rows)) tests/numerical/test_ops.py \
 	$(addprefix tests/contract/test_,$(addsuffix .py,injection passes preview several_adapters))
@@ -28,9 +27,9 @@ LENGTHY := test_the_memory_of_a_file_is_enough or test_a_full_disk_is_a_clear_er
 	or test_a_run_with_muon_that_was_resumed_ends_with_the_same_adapter_to_the_bit
 
 test-fast: .venv/installed
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
+	$(PYTEST) -m "not slow" -k "not ($(LENGTHY))" $(FAST)
 
-# What is run with other versions than those of .venv, each in an environment of its own. A GPU is left alone.
+# What is run with other versions than those of .venv, each in an environment of its own.
 VERSIONS_TESTED := tests/unit tests/numerical tests/contract \
 	tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
 VERSIONS_EXTRAS := cli,embeddings,harness,images,quantized
@@ -38,7 +37,7 @@ VERSIONS_TOOLS := hypothesis jsonschema pytest pytest-timeout pytest-xdist
 
 # The oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -49,7 +48,7 @@ test-oldest: .venv-oldest/installed
 # The pinned versions under another Python, python3.12 or python3.13, which must be on the PATH.
 OTHER_PYTHONS := test-3.12 test-3.13
 $(OTHER_PYTHONS): test-%: .venv-%/installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(WORKERS) -m "not slow" $(VERSIONS_TESTED)
 
 .venv-3.%/installed: pyproject.toml constraints.txt
 	python3.$* -m venv .venv-3.$*

@@ -33,10 +33,10 @@ def environment_stays_as_it_was() -> Iterator[None]:
         yield
 
 
-def write_recipe(tmp_path: Path, model: Path) -> Path:
+def write_recipe(tmp_path: Path, model: Path, rows: int = 64, num_blocks: int = 4) -> Path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {model}\ntask: mawps\ndata: {{limit: 64}}\nmethod: {{name: diablo, num_blocks: 4}}\n"
+        f"model: {model}\ntask: mawps\ndata: {{limit: {rows}}}\nmethod: {{name: diablo, num_blocks: {num_blocks}}}\n"
         "training: {learning_rate: 1.0e-2, batch_size: 8, save_steps: 4, logging_steps: 1}\n"
         f"evaluation: {{limit: 4, before: false}}\nprecision: fp32\noutput: {tmp_path / 'one'}\n"
     )
@@ -157,8 +157,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 )
 def test_a_sharded_run_trains_what_one_process_does_and_is_gone_on_with_by_any(tiny_model, tmp_path, engine, other):
     # Blocks whose number the processes do not divide, and steps of two forwards.
-    recipe = write_recipe(tmp_path, tiny_model)
-    recipe.write_text(recipe.read_text().replace("num_blocks: 4", "num_blocks: 5").replace("64", "60"))
+    recipe = write_recipe(tmp_path, tiny_model, rows=60, num_blocks=5)
     one_settings = ["training.batch_size=6"]
     one = train(load_recipe(recipe, one_settings))
     two = tmp_path / "two"
