@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -24,6 +25,15 @@ def choose_device() -> torch.device:
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found if found is not None and found.type in ACCELERATORS else torch.device("cpu")
+
+
+def visible_gpus() -> list[str]:
+    """The names by which ``CUDA_VISIBLE_DEVICES`` knows the CUDA GPUs that this process sees; empty without any."""
+    if choose_device().type != "cuda":
+        return []
+    numbers = [str(number) for number in range(torch.accelerator.device_count())]
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return numbers if allowed is None else allowed.split(",")[: len(numbers)]
 
 
 def title_of(device: torch.device) -> str:

@@ -105,6 +105,7 @@ def compare(
     general: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs go on at once, on GPUs or on the CPU.")] = 1,
     folder: Annotated[Path | None, typer.Option("--out", help="A folder to write to, or to go on in.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run and stop.")] = False,
 ) -> None:
@@ -131,7 +132,7 @@ def compare(
     if dry_run:
         answer(comparison.record())
         return
-    record = run(comparison, console=progress)
+    record = run(comparison, console=progress, jobs=jobs)
     print_comparison(out, record, comparison.folder)
     answer({"folder": comparison.folder, **record})
     if any(each["failure"] for each in record["runs"]):

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from diablo.comparison import Comparison, compare, plan_comparison, runner
+from diablo.comparison import Comparison, compare, plan_comparison
+from diablo.comparison.processes import Processes
+from diablo.comparison.runner import finished_record
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
+from diablo.records.results import write_json
 from diablo.training import train
 
 QUIET = Console(quiet=True)
@@ -163,8 +168,13 @@ def command(model: Path, output: Path, *arguments: object) -> list[object]:
     return ["compare", "quickstart", f"model={model}", f"output={output}", *overrides, *arguments]
 
 
+def run_with(monkeypatch: pytest.MonkeyPatch, carry_out: InThisProcess) -> None:
+    """Has the command line train in this process."""
+    monkeypatch.setattr("diablo.comparison.compare", partial(compare, runner=carry_out))
+
+
 def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "run_in_subprocess", InThisProcess(fail="lora"))
+    run_with(monkeypatch, InThisProcess(fail="lora"))
     arguments = command(tiny_model, tmp_path / "run", "--methods", "lora,diablo", "--lrs", "1e-2", "--seeds", 1)
     status, out, _ = diablo(*arguments)
     assert status == 1
@@ -173,7 +183,7 @@ def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp
     assert [(method["method"], method["seeds"]) for method in record["methods"]] == [("diablo", 1), ("lora", 0)]
     # What has failed is tried again, and what has not is not.
     second = InThisProcess()
-    monkeypatch.setattr(runner, "run_in_subprocess", second)
+    run_with(monkeypatch, second)
     status, out, _ = diablo(*arguments)
     assert status == 0
     assert "Failed" not in out
@@ -181,7 +191,7 @@ def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp
 
 
 def test_optimizers_are_compared_each_at_its_best_rate(diablo, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "run_in_subprocess", InThisProcess())
+    run_with(monkeypatch, InThisProcess())
     arguments = ["--methods", "diablo", "--optimizers", "muon,sgd", "--lrs", "1e-3,1e-2", "--seeds", 1]
     status, out, _ = diablo(*command(tiny_model, tmp_path / "run", *arguments))
     assert status == 0
@@ -232,8 +242,8 @@ def test_a_fault_is_one_line_with_status_2_and_leaves_nothing(diablo, tiny_model
 def test_a_run_in_a_process_of_its_own(tiny_model, tmp_path):
     comparison = plan_in(tmp_path, tiny_model)
     run = comparison.run(comparison.contenders[0], "validation", 1e-2, 0)
-    assert runner.run_in_subprocess(run.recipe) is None
-    assert runner.finished_record(run)["training"]["steps"] == 3
+    assert Processes()(run.recipe) is None
+    assert finished_record(run)["training"]["steps"] == 3
 
 
 def test_the_reason_of_a_run_that_fails_in_its_process_is_its_message(tiny_model, tmp_path):
@@ -241,29 +251,75 @@ def test_the_reason_of_a_run_that_fails_in_its_process_is_its_message(tiny_model
     shutil.copytree(tiny_model, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     comparison = plan_in(tmp_path, without_weights)
     run = comparison.run(comparison.contenders[0], "validation", 1e-2, 0)
-    reason = runner.run_in_subprocess(run.recipe)
+    reason = Processes()(run.recipe)
     assert reason is not None
     assert reason.startswith("model: the weights in the folder")
     assert "exit status 2" in reason
-    assert runner.finished_record(run) == {}
+    assert finished_record(run) == {}
 
 
-def test_the_run_of_a_comparison_that_is_ended_ends_too(tiny_model, tmp_path):
-    recipe = recipe_on(tiny_model, tmp_path / "run", training={"epochs": 500}, evaluation={"before": False})
-    (tmp_path / "settings.json").write_text(recipe.model_dump_json())
-    script = (
-        "import pathlib, sys; from diablo.comparison.runner import run_in_subprocess; "
-        "from diablo.recipes.recipe import Recipe; "
-        "run_in_subprocess(Recipe.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "settings.json")])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_runs_of_a_comparison_that_is_ended_end_too(tiny_model, tmp_path, jobs):
+    overrides = ["training.epochs=500", "training.max_steps=null", "--methods", "diablo", "--jobs", jobs]
+    arguments = map(str, command(tiny_model, tmp_path / "run", *overrides))
+    process = subprocess.Popen([sys.executable, "-m", "diablo_cli", *arguments])
     try:
-        log, deadline = tmp_path / "run" / "train.log", time.monotonic() + 120
-        while not log.is_file() and time.monotonic() < deadline:
+        runs, deadline = tmp_path / "run-comparison" / "runs", time.monotonic() + 120
+        while len(list(runs.glob("*/train.log"))) < jobs and time.monotonic() < deadline:
             time.sleep(0.05)
-        (child,) = psutil.Process(process.pid).children()
+        children = psutil.Process(process.pid).children()
+        assert len(children) == jobs
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
-        assert not child.is_running()
+        assert not any(child.is_running() for child in children)
+        # None of the runs that waited was begun.
+        assert len(list(runs.glob("*.log"))) == jobs
     finally:
         process.kill()
+
+
+class Together:
+    """Gives every run the record of another, once as many runs as there are jobs have come together.
+
+    Args:
+        record: the content of a ``run.json``.
+        jobs: how many runs have to be there at once, or each waits for nothing and fails.
+        meetings: for how many runs that holds.
+    """
+
+    def __init__(self, record: dict[str, Any], jobs: int, meetings: int) -> None:
+        self.record, self.meetings = record, meetings
+        self.barrier = threading.Barrier(jobs)
+        self.lock, self.here, self.most = threading.Lock(), 0, 0
+
+    def __call__(self, recipe: Recipe) -> str | None:
+        with self.lock:
+            self.here += 1
+            self.most = max(self.most, self.here)
+            self.meetings -= 1
+            meets = self.meetings >= 0
+        if meets:
+            self.barrier.wait(60)
+        recipe.output.mkdir(parents=True)
+        write_json(recipe.output / "run.json", self.record | {"recipe": recipe.model_dump(mode="json")})
+        with self.lock:
+            self.here -= 1
+        return None
+
+
+def test_so_many_runs_go_on_at_once_as_there_are_jobs_and_the_record_is_in_order(compared, tiny_model, tmp_path):
+    folder, record, _ = compared
+    one = json.loads((folder / record["runs"][-1]["folder"] / "run.json").read_text())
+    # The rates of both grids: four runs, of which three come together, then the last with some of what follows.
+    carry_out = Together(one, jobs=3, meetings=3)
+    found = compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=carry_out, jobs=3)
+    assert carry_out.most == 3
+    assert [run["folder"] for run in found["runs"]] == sorted(
+        (run["folder"] for run in found["runs"]),
+        key=lambda name: (["diablo", "lora"].index(name.split("/")[1].split("-")[0]), "test" in name),
+    )
+    assert {run["method"] for run in found["runs"]} == {"diablo", "lora"}
+    assert found["jobs"] == 3
+    # It is known afterwards that times were disturbed, whoever finished it.
+    again = compare(plan_in(tmp_path, tiny_model), console=QUIET, runner=InThisProcess(stop_after=0))
+    assert (again["jobs"], again["methods"]) == (3, found["methods"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.comparison import Comparison, plan_comparison
+from diablo.comparison.processes import shares_of, side_by_side
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row
 from diablo.data.splits import cut_validation, take_turns
+from diablo.devices import visible_gpus
 from diablo.errors import UserError
 from diablo.planning.making import make_plan
 from diablo.recipes.applying import apply_method
@@ -306,9 +310,9 @@ def test_a_cut_that_leaves_nothing_to_train_on(tiny_model, tmp_path):
 def test_the_grid_is_extended_where_the_best_rate_is_at_its_edge(rates, optimum, tried, best, edge):
     asked: list[float] = []
 
-    def measure(rate: float) -> float:
-        asked.append(rate)
-        return abs(math.log(rate / optimum))
+    def measure(some: Sequence[float]) -> list[float | None]:
+        asked.extend(some)
+        return [abs(math.log(rate / optimum)) for rate in some]
 
     found = sweep(rates, measure)
     assert list(found.losses) == pytest.approx(tried)
@@ -319,11 +323,54 @@ def test_the_grid_is_extended_where_the_best_rate_is_at_its_edge(rates, optimum,
 
 
 def test_a_rate_that_diverges_or_fails_is_never_the_best_and_bounds_the_grid():
-    losses = {1e-3: 2.0, 2e-3: 1.0, 4e-3: math.nan, 8e-3: None}
-    found = sweep(list(losses), losses.__getitem__)
+    losses: dict[float, float | None] = {1e-3: 2.0, 2e-3: 1.0, 4e-3: math.nan, 8e-3: None}
+    found = sweep(list(losses), lambda rates: [losses[rate] for rate in rates])
     assert (found.best, found.edge, found.extended) == (2e-3, None, [])
-    assert sweep([1e-3], lambda rate: None) == Sweep({1e-3: None}, [], None, None)
-    assert sweep([1e-3], lambda rate: math.inf) == Sweep({1e-3: math.inf}, [], None, None)
+    assert sweep([1e-3], lambda rates: [None]) == Sweep({1e-3: None}, [], None, None)
+    assert sweep([1e-3], lambda rates: [math.inf]) == Sweep({1e-3: math.inf}, [], None, None)
+
+
+# Runs at once
+
+
+def test_runs_at_once_share_cores_and_are_dealt_out_to_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    for gpus, expected in (([], [None] * 3), (["1"], [None] * 3), (["1", "GPU-7"], ["1", "GPU-7", "1"])):
+        monkeypatch.setattr("diablo.devices.visible_gpus", lambda found=gpus: found)
+        shares = shares_of(3)
+        assert [share.get("CUDA_VISIBLE_DEVICES") for share in shares] == expected
+        assert [share["OMP_NUM_THREADS"] for share in shares] == ["4"] * 3
+        assert shares_of(1) == [{}]
+    assert shares_of(24)[0]["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "OMP_NUM_THREADS" not in shares_of(3)[0]
+
+
+def test_the_names_of_gpus_are_those_that_this_process_may_see(monkeypatch):
+    monkeypatch.setattr("diablo.devices.choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    # A number that no GPU has ends the list, as CUDA has it.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7,99")
+    assert visible_gpus() == ["3", "GPU-7"]
+    monkeypatch.setattr("diablo.devices.choose_device", lambda: torch.device("cpu"))
+    assert visible_gpus() == []
+
+
+def test_work_side_by_side_keeps_the_order_and_begins_nothing_after_a_fault():
+    assert side_by_side(lambda item: item * item, range(9), jobs=3) == [item * item for item in range(9)]
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            raise ValueError(item)
+
+    with pytest.raises(ValueError, match="1"):
+        side_by_side(work, range(9), jobs=1)
+    assert begun == [0, 1]
 
 
 # The figures
@@ -367,7 +414,7 @@ def summary(tiny_model, tmp_path) -> dict[str, Any]:
         "lora": Sweep({1e-3: 1.0}, [], 1e-3, None),
         "full": Sweep({1e-3: None}, [], None, None),
     }
-    return summarize(comparison, sweeps, runs, [figures_of(0, 0)] * 2)
+    return summarize(comparison, sweeps, runs, [figures_of(0, 0)] * 2, jobs=1)
 
 
 def test_means_and_deviations_are_those_over_the_seeds(summary):
@@ -407,6 +454,7 @@ def test_the_notes_name_edges_extensions_and_failures(summary):
     assert "full: no run of the sweep gave a finite loss." in said
     assert "Failed: lora, test, learning rate 0.001, seed 1: out of memory" in said
     assert "6 validation rows" in said
+    assert "at once" not in said
 
 
 def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model, tmp_path):
@@ -417,11 +465,12 @@ def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model
         for contender, rate, score in ((muon, 1e-3, 0.5), (sgd, 1e-2, 0.6))
     ]
     sweeps = {"diablo+muon": Sweep({1e-3: 1.0}, [], 1e-3, None), "diablo+sgd": Sweep({1e-2: 1.0}, [], 1e-2, None)}
-    record = summarize(comparison, sweeps, runs, [])
+    record = summarize(comparison, sweeps, runs, [], jobs=2)
     found = [(method["method"], method["optimizer"], method["learning_rate"]) for method in record["methods"]]
     assert found == [("diablo+sgd", "sgd", 1e-2), ("diablo+muon", "muon", 1e-3)]
     said = "\n".join(notes(record))
     assert "Every method, with each of the optimizers, was run at the learning rates" in said
+    assert "Up to 2 runs went on at once, which disturb each other's training times." in said
     assert "PiSSA" not in said
     assert "| diablo+sgd | N = 4 | 3,072 | 0.01 | 60.0% |" in markdown(record)
 

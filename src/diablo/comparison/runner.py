@@ -1,24 +1,19 @@
-"""The runs of a comparison, one after the other, each in a process of its own. A finished run is not repeated."""
+"""The runs of a comparison, in their order or several side by side. A finished run is not repeated."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from diablo.comparison.plan import Comparison, Run
+from diablo.comparison.processes import Processes, raised_sigterm, shares_of, side_by_side
 from diablo.comparison.summary import describe_run, summarize, write_comparison
 from diablo.comparison.sweep import Sweep, sweep
 from diablo.errors import UserError
@@ -52,7 +47,17 @@ class Outcome:
         return kept_loss(self.record["training"]) if self.record else None
 
 
-def compare(comparison: Comparison, *, console: Console | None = None, runner: Runner | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Contest:
+    """All runs of one contender, in their order, and the sweep that chose its learning rate."""
+
+    sweep: Sweep
+    outcomes: list[Outcome]
+
+
+def compare(
+    comparison: Comparison, *, console: Console | None = None, runner: Runner | None = None, jobs: int = 1
+) -> dict[str, Any]:
     """Carry out a comparison, or go on with one that was interrupted.
 
     For each method, the learning rate is chosen on the validation rows. Then the method is run with every seed and
@@ -63,65 +68,103 @@ def compare(comparison: Comparison, *, console: Console | None = None, runner: R
     Args:
         comparison: the comparison.
         console: where progress is written; standard error where None.
-        runner: carries out one run. Where None, each run gets a process of its own, so that its peak memory is measured
-            alone and a crash ends no other run.
+        runner: carries out one run, and is called in as many threads at once as there are jobs. Where None, each run
+            gets a process of its own, so that its peak memory is measured alone and a crash ends no other run.
+        jobs: how many runs go on at once. The rates of a grid and the seeds do not depend on each other, nor do the
+            methods. Several CUDA GPUs are given to the jobs in turn.
 
     Returns:
         The content of ``comparison.json``.
 
     Raises:
-        UserError: the folder holds something else, or a comparison with other settings.
+        UserError: fewer than one job; the folder holds something else, or a comparison with other settings.
     """
+    if jobs < 1:
+        raise UserError(f"--jobs: found {jobs}; give how many runs go on at once, an integer of at least 1.")
     console = console or Console(stderr=True)
-    runner = runner or run_in_subprocess
-    open_folder(comparison)
-    sweeps: dict[str, Sweep] = {}
-    outcomes: list[Outcome] = []
+    most_jobs = open_folder(comparison, jobs)
+    processes = Processes(shares_of(jobs))
+    contests: dict[str, _Contest] = {}
     record: dict[str, Any] = {}
+    slots, writing = threading.Semaphore(jobs), threading.Lock()
 
-    def carry_out(run: Run) -> Outcome:
-        outcomes.append(_carry_out(run, runner, console))
-        return outcomes[-1]
+    def carry_out_one(run: Run) -> Outcome:
+        with slots:
+            return _carry_out(run, runner or processes, console)
 
-    for contender in comparison.contenders:
-        found = _sweep(comparison, contender, carry_out)
-        sweeps[contender.title] = found
-        if found.best is not None:
-            for seed in comparison.seeds:
-                carry_out(comparison.run(contender, "test", found.best, seed))
-        described = [describe_run(each.run, each.record, each.failure) for each in outcomes]
-        record = summarize(comparison, sweeps, described, [each.record for each in outcomes if each.record])
-        write_comparison(comparison.folder, record)
+    def carry_out(runs: Sequence[Run]) -> list[Outcome]:
+        return side_by_side(carry_out_one, runs, jobs)
+
+    def contend(contender: Contender) -> None:
+        contest = _contend(comparison, contender, carry_out)
+        with writing:
+            contests[contender.title] = contest
+            record.update(_summarize(comparison, contests, most_jobs))
+            write_comparison(comparison.folder, record)
+
+    with raised_sigterm():
+        try:
+            side_by_side(contend, comparison.contenders, jobs)
+        except BaseException:
+            processes.end()
+            raise
     return record
 
 
-def _sweep(comparison: Comparison, contender: Contender, carry_out: Callable[[Run], Outcome]) -> Sweep:
-    seed = comparison.seeds[0]
-    return sweep(
-        comparison.rates,
-        lambda rate: carry_out(comparison.run(contender, "validation", rate, seed)).held_out_loss,
+def _contend(
+    comparison: Comparison, contender: Contender, carry_out: Callable[[Sequence[Run]], list[Outcome]]
+) -> _Contest:
+    first, *_ = comparison.seeds
+    outcomes: list[Outcome] = []
+
+    def measure(rates: Sequence[float]) -> list[float | None]:
+        tried = carry_out([comparison.run(contender, "validation", rate, first) for rate in rates])
+        outcomes.extend(tried)
+        return [outcome.held_out_loss for outcome in tried]
+
+    found = sweep(comparison.rates, measure)
+    if found.best is not None:
+        outcomes += carry_out([comparison.run(contender, "test", found.best, seed) for seed in comparison.seeds])
+    return _Contest(found, outcomes)
+
+
+def _summarize(comparison: Comparison, contests: dict[str, _Contest], jobs: int) -> dict[str, Any]:
+    """The record of the contenders that are through, with their runs in the order of the plan."""
+    titles = [contender.title for contender in comparison.contenders if contender.title in contests]
+    outcomes = [outcome for title in titles for outcome in contests[title].outcomes]
+    return summarize(
+        comparison,
+        {title: contests[title].sweep for title in titles},
+        [describe_run(each.run, each.record, each.failure) for each in outcomes],
+        [each.record for each in outcomes if each.record],
+        jobs,
     )
 
 
-def open_folder(comparison: Comparison) -> None:
+def open_folder(comparison: Comparison, jobs: int) -> int:
     """Make the comparison's folder. Where it exists already, check that it holds this very comparison.
+
+    Returns:
+        How many of its runs went on at once at most, here and before.
 
     Raises:
         UserError: the folder holds something else, or a comparison with other settings.
     """
     folder, path = comparison.folder, comparison.folder / "settings.json"
     if path.is_file():
-        changed = changed_settings(json.loads(path.read_text(encoding="utf-8")), comparison.settings)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = changed_settings(before, comparison.settings)
         if changed:
             raise UserError(
                 f"{', '.join(changed)}: changed since the comparison in {str(folder)!r} was started; set them back as "
                 f"{path} has them, or give another folder with --out."
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+        jobs = max(jobs, before.get("jobs", 1))
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out: {str(folder)!r} has files of something else; give a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, comparison.settings)
+    write_json(path, comparison.settings | {"jobs": jobs})
+    return jobs
 
 
 def finished_record(run: Run) -> dict[str, Any]:
@@ -132,41 +175,6 @@ def finished_record(run: Run) -> dict[str, Any]:
     record = read_run(path)
     changed = changed_settings(record["recipe"], run.recipe.model_dump(mode="json"))
     return record if set(changed) <= {"output"} else {}
-
-
-def run_in_subprocess(recipe: Recipe) -> str | None:
-    """Carry out a recipe with ``diablo train`` in a process of its own. It writes to a log beside its output folder.
-
-    Returns:
-        Why the run failed: its error message, or the last line of its log. None where it did not fail.
-    """
-    settings, log = (recipe.output.with_name(f"{recipe.output.name}.{ending}") for ending in ("yaml", "log"))
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    with log.open("w", encoding="utf-8") as lines:
-        command = [sys.executable, "-m", "diablo_cli", "train", str(settings)]
-        with _raised_sigterm():
-            status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
-    return None if status == 0 else f"{_reason(log)} (exit status {status}; {log})"
-
-
-@contextmanager
-def _raised_sigterm() -> Iterator[None]:
-    """Has SIGTERM raise, so that it ends the child as well, which would go on training for nobody."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _reason(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it wrote nothing"])[-1]
 
 
 def _carry_out(run: Run, runner: Runner, console: Console) -> Outcome:

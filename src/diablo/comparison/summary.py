@@ -77,6 +77,7 @@ def summarize(
     sweeps: Mapping[str, Sweep],
     runs: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
+    jobs: int,
 ) -> dict[str, Any]:
     """The content of ``comparison.json``.
 
@@ -86,6 +87,7 @@ def summarize(
             yet.
         runs: the figures of every run, from :func:`describe_run`.
         records: the contents of the runs' ``run.json``. Machines and versions are taken from them.
+        jobs: how many runs went on at once at most.
     """
     methods = []
     for contender in comparison.contenders:
@@ -114,6 +116,7 @@ def summarize(
         "budget": comparison.budget,
         "total_parameters": comparison.total,
         "steps": comparison.steps,
+        "jobs": jobs,
         "loss_unit": comparison.recipe.objective.loss_unit,
         "machines": _distinct([record["machine"] for record in records]),
         "versions": _distinct([record["versions"] for record in records]),
@@ -159,6 +162,11 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",
     ]
+    if record["jobs"] > 1:
+        said.append(
+            f"Up to {record['jobs']} runs went on at once, which disturb each other's training times. The losses and "
+            "scores do not depend on it."
+        )
     for method in record["methods"]:
         if method["extended_by"]:
             rates = " and then by ".join(f"{rate:g}" for rate in method["extended_by"])

@@ -32,7 +32,7 @@ class Sweep:
     edge: str | None
 
 
-def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> Sweep:
+def sweep(rates: Sequence[float], measure: Callable[[Sequence[float]], list[float | None]]) -> Sweep:
     """Find the best learning rate.
 
     As long as the best rate is at an edge of the grid, one more rate is tried beyond that edge, at most
@@ -40,14 +40,15 @@ def sweep(rates: Sequence[float], measure: Callable[[float], float | None]) -> S
 
     Args:
         rates: the grid.
-        measure: trains with a rate and returns the validation loss, or None where the run failed.
+        measure: trains with each of some rates and returns the validation losses, each None where the run failed.
     """
-    losses = {rate: _comparable(measure(rate)) for rate in sorted(rates)}
+    grid = sorted(rates)
+    losses = dict(zip(grid, map(_comparable, measure(grid)), strict=True))
     extended: list[float] = []
     steps: Counter[str] = Counter()
     while (edge := _edge(losses)) is not None and steps[edge] < MOST_EXTENSIONS:
         rate = beyond_edge(losses, edge)
-        losses[rate] = _comparable(measure(rate))
+        losses[rate] = _comparable(*measure([rate]))
         extended.append(rate)
         steps[edge] += 1
     best = best_rate(losses)
