@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import host, serving
+from benchmarks import host, long_comparisons, serving
 from benchmarks.gpu import steps
 from benchmarks.gpu.recorder import NotThereError, Recorder, row_name
 from benchmarks.methods import IN_PLACE
 from diablo.data import RowEncoder
 from diablo.models.adapters import load_adapter
 from diablo.models.loading import load_model, load_tokenizer
+from diablo.recipes.reading import load_recipe
 from diablo.scoring.generation import complete
 
 
@@ -40,6 +41,16 @@ def test_the_hosts_time_is_measured_for_every_method():
     measured = {row["method"]: row for row in rows if "note" not in row}
     assert measured["frozen"]["added_microseconds"] == 0
     assert measured["LoRA"]["added_over_loras"] == 1
+
+
+def test_the_long_comparisons_are_planned_without_a_run(tmp_path, capsys):
+    long_comparisons.main(["mawps"], methods="diablo,lora", jobs=2, out=tmp_path / "long", dry_run=True)
+    assert "10 of 216 steps, 2,160 steps in all" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "long").exists()
+    for task in long_comparisons.TASKS:
+        recipe = load_recipe(long_comparisons.QUALITY / f"long-{task}.yaml")
+        assert recipe.data.validation_rows
+        assert (recipe.evaluation.after is False) == (task == "gsm8k")
 
 
 def test_a_row_that_fails_is_recorded_and_the_next_is_measured(tmp_path: Path):
