@@ -375,14 +375,20 @@ class Plan:
 
     def marked(self, row: EncodedRow) -> list[tuple[str, bool]]:
         """Each token of a row as text, and whether it is supervised; those that stand for one image are one entry."""
-        decode, images = self.encoder.tokenizer.decode, self.encoder.images
+        images = self.encoder.images
         marked: list[tuple[str, bool]] = []
         pairs = itertools.groupby(zip(row.input_ids, row.labels, strict=True))
         for (token, label), group in pairs:
-            text, count = decode([token]), sum(1 for _ in group)
+            text, count = self._text_of(token), sum(1 for _ in group)
             repeated = images is not None and token == images.repeated and count > 1
             marked += [(f"{text} x {count}", False)] if repeated else [(text, label != IGNORED)] * count
         return marked
+
+    def _text_of(self, token: int) -> str:
+        text = self.encoder.tokenizer.decode([token])
+        # As SentencePiece has it, a space is part of the token behind it, and none is decoded at the start of a text.
+        has_space = self.encoder.tokenizer.convert_ids_to_tokens(token).startswith("▁")
+        return f" {text}" if has_space and not text.startswith(" ") else text
 
 
 def _places(rows: Sequence[Placed]) -> list[int | str]:
