@@ -10,6 +10,8 @@ from typing import Any
 
 _MOST_RATIO = 3
 """A loss over learning rates is drawn up to this many times the lowest, so that a run that diverged hides nothing."""
+_MOST_TICKS = 6
+"""So many learning rates have a label each; more have those of the powers of ten alone."""
 
 
 def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
@@ -97,6 +99,10 @@ def _draw_rates(axes: Any, methods: Sequence[Mapping[str, Any]], colours: Mappin
         lowest = min(lowest, *(loss for _, loss in finite))
         axes.plot(*zip(*finite, strict=True), "o-", color=colours[method["method"]], label=method["method"])
     axes.set(xscale="log", xlabel="learning rate", title="validation loss, first seed")
+    rates = sorted({each["learning_rate"] for method in methods for each in method["sweep"]})
+    if len(rates) <= _MOST_TICKS:
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     if math.isfinite(lowest) and axes.get_ylim()[1] > _MOST_RATIO * lowest > 0:
         axes.set_ylim(top=_MOST_RATIO * lowest)
 
