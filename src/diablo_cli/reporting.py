@@ -329,14 +329,23 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(f"folder              {escape(str(comparison.folder))}")
 
 
+_SECONDARY = ("size", "trained parameters", "training, s", "peak memory, MB", "file, MB")
+_WIDTH_OF_COMPARISON = 130
+"""In fewer columns the table of a comparison would break its words."""
+
+
 def print_comparison(out: Console, record: dict[str, Any], folder: Path) -> None:
     """The outcome of a comparison, the best method first, and what has to be said about it."""
     from diablo.comparison.summary import HEADERS, notes, table_rows
 
-    table = Table(*(Column(header, overflow="fold") for header in HEADERS))
+    left_out = _SECONDARY if out.width < _WIDTH_OF_COMPARISON else ()
+    shown = [number for number, header in enumerate(HEADERS) if header not in left_out]
+    table = Table(*(Column(HEADERS[number], overflow="fold") for number in shown))
     for cells in table_rows(record):
-        table.add_row(*cells)
+        table.add_row(*(cells[number] for number in shown))
     out.print(table)
+    if left_out:
+        out.print(f"- In this width {', '.join(left_out)} are left out; comparison.md has them.", markup=False)
     for note in notes(record):
         out.print(f"- {note}", markup=False)
     out.print(f"record  {escape(str(folder))}/comparison.json, .md and .png")

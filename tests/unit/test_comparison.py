@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.comparison import Comparison, plan_comparison
@@ -31,6 +33,7 @@ from diablo.recipes.applying import apply_method
 from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.recipe import Recipe
 from diablo.scoring.generation import held_out_loss
+from diablo_cli.reporting import print_comparison
 
 
 def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
@@ -445,6 +448,17 @@ def test_the_table_says_what_the_figures_say(summary):
     lines = markdown(summary).splitlines()
     assert lines[0] == f"| {' | '.join(HEADERS)} |"
     assert lines[3].startswith("| diablo | N = 4 | 3,072 | 0.001* | 55.0% ± 7.1% | 1.2500 ± 0.3536 |")
+
+
+@pytest.mark.parametrize(("width", "whole"), [(80, False), (200, True)])
+def test_a_narrow_terminal_gets_the_columns_that_matter_unbroken(summary, width, whole):
+    out = Console(width=width, record=True, file=io.StringIO())
+    print_comparison(out, summary, Path("runs/some"))
+    said = out.export_text()
+    for cell in ("learning rate", "1.2500 ± 0.3536", "+0.2500 ± 0.0000"):
+        assert cell in said
+    assert ("are left out; comparison.md has them" in " ".join(said.split())) is not whole
+    assert ("2,816 (-8.3%)" in said) is whole
 
 
 def test_the_notes_name_edges_extensions_and_failures(summary):
