@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from diablo import DiabloConfig, DiabloLayer
 from diablo.models.inspection import inspect_model
@@ -73,6 +73,30 @@ def saved(tiny_model, tmp_path):
         folders.append(tmp_path / f"adapter-{number}")
         model.save_pretrained(folders[-1])
     return folders
+
+
+def test_modules_of_one_name_in_several_places_are_kinds_of_their_own():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    for model, targets, expected in (
+        (
+            t5,
+            ["q", "wi"],
+            [
+                "encoder SelfAttention q",
+                "decoder SelfAttention q",
+                "decoder EncDecAttention q",
+                "encoder wi",
+                "decoder wi",
+            ],
+        ),
+        # What is not adapted tells places apart too, so that adapters of one model have the same kinds.
+        (gpt2, r".*\.mlp\.c_proj", ["mlp c_proj"]),
+    ):
+        weights = list(inspect_model(get_peft_model(model, DiabloConfig(num_blocks=4, target_modules=targets))))
+        assert {weight.kind for weight in weights} == set(expected)
+        for kind in expected:
+            assert [weight.layer for weight in weights if weight.kind == kind] == [0, 1]
 
 
 def test_the_command_shows_modules_and_layers(diablo, saved, tmp_path):

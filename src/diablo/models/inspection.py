@@ -27,7 +27,8 @@ class InspectedWeight:
 
     Attributes:
         name: the module's name. Where a parameter is adapted by itself, the parameter's name follows.
-        kind: the last part of the module's name, or the name of a parameter that is adapted by itself.
+        kind: the last part of the module's name, or the name of a parameter that is adapted by itself. Where a model
+            has modules of one name in several places, what tells the places apart comes first: ``encoder q_proj``.
         layer: the first number in the name; None where there is none.
         norms: Frobenius norm of each block. In a stack of matrices, such as experts, one matrix follows another.
         base_norms: Frobenius norm of the same entries of the base weight; None where the weight is quantized.
@@ -124,6 +125,7 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
         ValueError: layers are cut over processes (tensor parallelism).
     """
     check_whole(model, "Inspecting an adapter")
+    kinds = _kinds([path for path, _ in model.named_modules()])
     for path, module in model.named_modules():
         if not isinstance(module, DiabloLayer):
             continue
@@ -138,12 +140,29 @@ def inspect_model(model: torch.nn.Module, adapter_name: str = "default") -> Iter
             )
             yield InspectedWeight(
                 name=name if parameter == "weight" else f"{name}.{parameter}",
-                kind=(name if parameter == "weight" else parameter).rpartition(".")[2],
+                kind=kinds[path] if parameter == "weight" else parameter.rpartition(".")[2],
                 layer=int(found[0]) if (found := re.findall(r"\.(\d+)(?=\.|$)", f".{name}")) else None,
                 norms=_norms(_of_parameter(blocks.detach(), layouts[parameter])),
                 base_norms=None if weight is None else _norms(_of_weight(weight, layouts[parameter])),
                 effective_ranks=_effective_ranks(_of_parameter(blocks.detach(), layouts[parameter])),
             )
+
+
+def _kinds(paths: Iterable[str]) -> dict[str, str]:
+    """What each module is called: the last part of its name, behind the parts that others of that name do not share.
+
+    Numbers, which count layers and experts, tell no places apart.
+    """
+    places = {path: tuple(part for part in path.split(".") if not part.isdigit()) for path in paths}
+    same_name: dict[str, list[tuple[str, ...]]] = {}
+    for place in dict.fromkeys(places.values()):
+        same_name.setdefault(place[-1] if place else "", []).append(place)
+    shared = {name: set.intersection(*map(set, found)) for name, found in same_name.items()}
+    return {
+        path: " ".join([*(part for part in place if part not in shared[place[-1]]), place[-1]])
+        for path, place in places.items()
+        if place
+    }
 
 
 def mean_relative_norm(weights: Sequence[InspectedWeight]) -> float | None:
