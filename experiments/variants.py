@@ -101,6 +101,7 @@ VARIANTS = {
     "Lion": Variant(optimizer=lion),
     "Adafactor": Variant(optimizer=adafactor),
     "LoRA": Variant(LORA),
+    "LoRA without warm-up": Variant(LORA, warmup=0.0),
     "LoRA with Lion": Variant(LORA, optimizer=lion),
     "LoRA with Adafactor": Variant(LORA, optimizer=adafactor),
 }
