@@ -239,11 +239,13 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     )
     left.axvline(statistics.fmean(variants[0]["losses"]), color="grey", linewidth=0.5)
     left.set(xlabel="held-out loss per token (nats)")
-    for each in variants:
-        right.plot([float(rate) for rate in each["sweep"]], each["sweep"].values(), "o-", label=each["variant"])
+    for number, each in enumerate(variants):
+        rates = [float(rate) for rate in each["sweep"]]
+        # There are ten colours.
+        right.plot(rates, each["sweep"].values(), "o-" if number < 10 else "s--", label=each["variant"])
     right.set_xscale("log", base=2)
     right.set(xlabel="rate / the rule's rate", ylabel="held-out loss, first seed")
-    right.legend(fontsize="x-small")
+    right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
