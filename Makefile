@@ -33,7 +33,7 @@ test-fast: .venv/installed
 VERSIONS_TESTED := tests/unit tests/numerical tests/contract \
 	tests/end_to_end/test_command_line.py tests/end_to_end/test_format_versions.py
 VERSIONS_EXTRAS := cli,embeddings,harness,images,quantized
-VERSIONS_TOOLS := hypothesis jsonschema pytest pytest-timeout pytest-xdist
+VERSIONS_TOOLS := hypothesis jsonschema openai pytest pytest-timeout pytest-xdist
 
 # The oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
