@@ -54,10 +54,15 @@ def main(
         )
         for task in tasks
     ]
+    failed = False
     for comparison in comparisons:
         print_comparison_plan(console, comparison)
         if not dry_run:
-            print_comparison(console, compare(comparison, console=console, jobs=jobs), comparison.folder)
+            record = compare(comparison, console=console, jobs=jobs)
+            print_comparison(console, record, comparison.folder)
+            failed |= any(run["failure"] for run in record["runs"])
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import lsq_linear, minimize_scalar
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
@@ -425,6 +426,7 @@ def test_training_over_gptq_after_an_evaluation_has_gradients_or_is_an_error(
             get_peft_model(base, DiabloConfig(num_blocks=4)).train()
 
 
+@not_on_oldest_peft
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_weights_are_quantized_while_they_are_loaded(
     diablo: Any, tiny_model: Path, tmp_path: Path, quantization: str

@@ -159,7 +159,7 @@ def open_folder(comparison: Comparison, jobs: int) -> int:
                 f"{', '.join(changed)}: changed since the comparison in {str(folder)!r} was started; set them back as "
                 f"{path} has them, or give another folder with --out."
             )
-        jobs = max(jobs, before.get("jobs", 1))
+        jobs = max(jobs, before["jobs"])
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out: {str(folder)!r} has files of something else; give a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
