@@ -1,7 +1,7 @@
 """Runs Python in forks of one process that has imported the libraries, which takes longer than what most tests run.
 
 A fork differs from a process of its own in this alone: the libraries are there already, and have read the environment.
-What is about imports, or about what a library writes when it is imported, is run by ``subprocess``.
+What is about imports, or about what a library writes when it is imported, is run by ``sys.executable``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import gc
 import json
 import os
 import runpy
+import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -32,33 +34,29 @@ IMPORTED = (
     "diablo_cli",
     "matplotlib.pyplot",
 )
+RANKS = "FORKED_PYTHON_RANKS"
 
 
-class Launched:
-    """What :func:`start_python` has started: a process, or the parent of several ranks."""
-
-    def __init__(self, arguments: tuple[str, ...], folder: tempfile.TemporaryDirectory[str], pid: int) -> None:
-        self.arguments, self.folder, self.pid = arguments, folder, pid
-        self.ended: subprocess.CompletedProcess[str] | None = None
-
-    def wait(self) -> subprocess.CompletedProcess[str]:
-        """Its exit status and what it has written, once it has ended."""
-        if self.ended is None:
-            status = ask({"wait": self.pid})
-            texts = [Path(self.folder.name, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
-            self.ended = subprocess.CompletedProcess(self.arguments, status, *texts)
-            self.folder.cleanup()
-        return self.ended
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal while it has not been waited for."""
-        if self.ended is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        self.send_signal(signal.SIGKILL)
-        self.wait()
+@functools.cache
+def forked_python() -> str:
+    """The path of a program that does what Python does, in a fork; the process that is forked ends with this one."""
+    folder = tempfile.TemporaryDirectory(prefix="forks-")
+    atexit.register(folder.cleanup)
+    address, program = Path(folder.name, "socket"), Path(folder.name, "python")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(64)
+    words = [sys.executable, "-I", "-S", Path(__file__).with_name("forked_python.py"), address, sys.executable]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
+    program.chmod(0o755)
+    subprocess.Popen(
+        [sys.executable, __file__, str(listener.fileno()), str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        pass_fds=[listener.fileno()],
+    )
+    return str(program)
 
 
 def start_python(
@@ -66,8 +64,7 @@ def start_python(
     processes: int | None = None,
     settings: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    given: str = "",
-) -> Launched:
+) -> subprocess.Popen[str]:
     """Start what ``python *arguments`` would run: a script, ``-m`` and a module, or ``-c`` and code.
 
     Args:
@@ -75,13 +72,17 @@ def start_python(
         processes: as how many ranks of one group, as ``torchrun`` starts them; None for one process without a group.
         settings: environment variables beside those of the tests.
         cwd: the working folder.
-        given: what stands on standard input.
     """
-    folder = tempfile.TemporaryDirectory()
-    Path(folder.name, "stdin").write_text(given, encoding="utf-8")
-    texts = tuple(map(str, arguments))
-    task = {"arguments": texts, "processes": processes, "cwd": str(cwd), "folder": folder.name}
-    return Launched(texts, folder, ask({**task, "environment": {**os.environ, **(settings or {})}}))
+    ranks = {} if processes is None else {RANKS: str(processes)}
+    return subprocess.Popen(
+        [forked_python(), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=os.environ | ranks | dict(settings or {}),
+    )
 
 
 def run_python(
@@ -91,70 +92,72 @@ def run_python(
     cwd: Path = ROOT,
     given: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """What :func:`start_python` starts, once it has ended."""
-    return start_python(*arguments, processes=processes, settings=settings, cwd=cwd, given=given).wait()
+    """What :func:`start_python` starts, once it has ended; ``given`` stands on its standard input."""
+    with start_python(*arguments, processes=processes, settings=settings, cwd=cwd) as process:
+        try:
+            out, error = process.communicate(given)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
-@functools.cache
-def server() -> subprocess.Popen[str]:
-    """The process that is forked; it ends with the one that has started it."""
-    command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def ask(task: Mapping[str, object]) -> int:
-    """What the server answers: the process that a task has become, or the exit status of one that was waited for."""
-    process = server()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(task) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
-    except BaseException:
-        # A test whose time was up: the next one must not read the answer that this one has not waited for.
-        process.kill()
-        server.cache_clear()
-        raise
-
-
-def serve() -> list[str] | None:
-    """Fork for every task; returns in the forks, with the arguments of Python, and None where nobody asks any more."""
-    tasks, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    # What a library writes when it is imported is no answer.
-    os.dup2(2, 1)
+def serve(listener: socket.socket, program: str) -> list[str]:
+    """Fork for every task; returns in the forks, with the arguments of Python. What they start is a fork again."""
     for name in IMPORTED:
         __import__(name)
     # Forks share the memory of what they do not walk.
     gc.collect()
     gc.freeze()
-    for line in tasks:
-        task = json.loads(line)
-        if "wait" in task:
-            answer = os.waitstatus_to_exitcode(os.waitpid(task["wait"], 0)[1])
-        elif (answer := os.fork()) == 0:
-            tasks.close()
-            answers.close()
-            begin(task)
-            return task["arguments"]
-        print(answer, file=answers, flush=True)
-    return None
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Standard input ends with the process of the tests.
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            sys.executable = program
+            return attend(connection)
+        connection.close()
+    os._exit(0)
 
 
-def begin(task: Mapping[str, object]) -> None:
+def attend(connection: socket.socket) -> list[str]:
+    """Fork for one task, and return in that fork; the other one passes on signals to it, and its exit status back."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    task = json.loads(connection.makefile().readline())
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        begin(task, streams)
+        return list(task["arguments"])
+    for stream in streams:
+        os.close(stream)
+    ended = os.pidfd_open(process)
+    while ended not in select.select([ended, connection], [], [])[0]:
+        numbers = connection.recv(64)
+        for number in numbers or [signal.SIGKILL]:
+            os.kill(process, number)
+        # The program that had asked was killed.
+        if not numbers:
+            break
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+def begin(task: Mapping[str, object], streams: list[int]) -> None:
     """Be the process of a task: its streams, folder, environment and rank."""
-    for number, (name, mode) in enumerate({"stdin": os.O_RDONLY, "stdout": WRITTEN, "stderr": WRITTEN}.items()):
-        stream = os.open(os.path.join(str(task["folder"]), name), mode)
+    for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(str(task["cwd"]))
     os.environ.clear()
     os.environ.update(task["environment"])  # type: ignore[call-overload]
-    if task["processes"] is not None:
-        spread(int(str(task["processes"])))
-
-
-WRITTEN = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    ranks = os.environ.pop(RANKS, None)
+    if ranks is not None:
+        spread(int(ranks))
 
 
 def spread(processes: int) -> None:
@@ -219,7 +222,4 @@ def end(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    told = serve()
-    if told is None:
-        os._exit(0)
-    end(told)
+    end(serve(socket.socket(fileno=int(sys.argv[1])), program=sys.argv[2]))

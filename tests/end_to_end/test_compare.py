@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from launching import forked_python
 from rich.console import Console
 
 from diablo.comparison import Comparison, compare, plan_comparison
@@ -27,6 +28,12 @@ from diablo.training import train
 
 QUIET = Console(quiet=True)
 RATES = (0.1, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def runs_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a comparison starts is a fork, of which there is one process for each run all the same."""
+    monkeypatch.setattr(sys, "executable", forked_python())
 
 
 def recipe_on(model: Path, output: Path, **changes: Any) -> Recipe:
@@ -267,7 +274,8 @@ def test_the_runs_of_a_comparison_that_is_ended_end_too(tiny_model, tmp_path, jo
         runs, deadline = tmp_path / "run-comparison" / "runs", time.monotonic() + 120
         while len(list(runs.glob("*/train.log"))) < jobs and time.monotonic() < deadline:
             time.sleep(0.05)
-        children = psutil.Process(process.pid).children()
+        # The program that was started is not itself the process which starts the runs.
+        children = [other for other in psutil.process_iter() if str(runs) in " ".join(other.cmdline())]
         assert len(children) == jobs
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM

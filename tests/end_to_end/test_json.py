@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +11,7 @@ import pytest
 import torch
 import typer
 import yaml
+from launching import forked_python
 from test_command_line import quickstart_on
 
 from diablo_cli.verbs import app
@@ -152,7 +152,7 @@ def test_a_fault_is_a_record_too_and_the_message_stays_on_standard_error(diablo,
 
 
 def test_what_libraries_write_to_standard_output_does_not_spoil_the_record():
-    command = [sys.executable, "-c", LOUD]
+    command = [forked_python(), "-c", LOUD]
     with_record = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert with_record.stdout == '{"loss": null, "losses": [1.5, null], "path": "runs"}\n'
     for text in ("by print", "by a log", "by a library in C", "by a child", "at exit"):
@@ -167,14 +167,14 @@ def test_a_verb_that_is_stopped_at_once_says_so_in_a_record():
     # A shell that starts a job in the background has the signal ignored.
     ask = "__import__('signal').signal(2, __import__('signal').default_int_handler); os.kill(os.getpid(), 2)"
     stopped = LOUD.replace('print("by print")', ask)
-    run = subprocess.run([sys.executable, "-c", stopped, "--json"], capture_output=True, text=True, check=False)
+    run = subprocess.run([forked_python(), "-c", stopped, "--json"], capture_output=True, text=True, check=False)
     assert run.returncode == 130
     assert json.loads(run.stdout) == {"error": "Stopped at once by SIGINT."}
 
 
 def test_an_error_that_nobody_expects_is_a_record_with_its_traceback_on_standard_error():
     broken = LOUD.replace('print("by print")', '1 / 0  # {"')
-    run = subprocess.run([sys.executable, "-c", broken, "--json"], capture_output=True, text=True, check=False)
+    run = subprocess.run([forked_python(), "-c", broken, "--json"], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert json.loads(run.stdout) == {"error": "ZeroDivisionError: division by zero"}
     assert "Traceback" in run.stderr

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from adapters_to_serve import PROMPTS, make_adapter
+from launching import forked_python
 
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
@@ -31,7 +31,7 @@ class Server:
     """A server in a process of its own."""
 
     def __init__(self, model: Path, *arguments: object) -> None:
-        command = [sys.executable, "-m", "diablo_cli", "serve", model, "--port", 0, "--precision", "fp32", *arguments]
+        command = [forked_python(), "-m", "diablo_cli", "serve", model, "--port", 0, "--precision", "fp32", *arguments]
         descriptor, name = tempfile.mkstemp(suffix=".log")
         self.log, self._stderr = Path(name), os.fdopen(descriptor, "w")
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=self._stderr, text=True)
