@@ -18,6 +18,9 @@ FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signa
 
 def main(address: str, python: str, arguments: list[str]) -> None:
     """Have it done; does not return."""
+    # Streams are flushed when a fork ends.
+    while arguments[:1] == ["-u"]:
+        del arguments[0]
     # One more is the folder of this list itself.
     has_further_files = len(os.listdir("/proc/self/fd")) > 4
     if has_further_files or not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):

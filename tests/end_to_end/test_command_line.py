@@ -492,8 +492,10 @@ def test_a_template_of_the_recipe_and_its_end_of_turn_go_wherever_the_model_goes
     status, _, err = diablo(*arguments)
     assert status == 2
     assert "the model's tokenizer has no chat template: give one with chat_template" in err
-    arguments += [f"chat_template={template}", *(["merge=true"] if method == "diablo" else [])]
-    assert diablo(*arguments)[0] == 0
+    status, _, err = diablo(*arguments, f"chat_template={template}", "merge=true")
+    assert status == 0
+    nothing = f"merge: there is nothing to merge; full fine-tuning writes a whole model, {tmp_path / 'run' / 'model'}."
+    assert (nothing in err) == (method == "full")
     template.unlink()  # the run has it, whatever becomes of the file
 
     run = tmp_path / "run"

@@ -40,29 +40,46 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["diablo", "lora"])
+# One process for all runs: the libraries look for an engine once, when they are imported.
+EACH_RUN = """
+import json, os, sys
+from diablo.recipes.reading import load_recipe
+from diablo.training import train
+recipe, *runs = sys.argv[1:]
+for settings in map(json.loads, runs):
+    recipe_of_run = load_recipe(recipe, settings)
+    os.environ["STAND_IN_LOG"] = f"{recipe_of_run.output}.updates.jsonl"
+    train(recipe_of_run)
+"""
+
+
 def test_an_engine_samples_from_the_model_that_is_trained_and_is_sent_no_more_than_the_adapted_weights(
-    recipe, tmp_path, method
+    recipe, tmp_path
 ):
-    log = tmp_path / "updates.jsonl"
-    settings = ["method=lora"] if method == "lora" else []
+    runs = {name: [f"method={name}", f"output={tmp_path / name}"] for name in ("lora", "diablo")}
+    runs["diablo"][0] = "method.num_blocks=4"
     done = subprocess.run(
-        [sys.executable, "-m", "diablo_cli", "train", str(recipe), *settings],
+        [sys.executable, "-c", EACH_RUN, str(recipe), *map(json.dumps, runs.values())],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{STAND_INS}{os.pathsep}{ROOT / 'src'}", "STAND_IN_LOG": str(log)},
+        env=os.environ | {"PYTHONPATH": f"{STAND_INS}{os.pathsep}{ROOT / 'src'}"},
         capture_output=True,
         check=False,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
+    for name, settings in runs.items():
+        check_run(recipe, tmp_path / name, settings)
+
+
+def check_run(recipe: Path, run: Path, settings: list[str]) -> None:
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         # The engine's likelihood of each token over the trained model's own.
         assert line["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-3)
         assert line["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-3)
-    assert any(bool(values.any()) for values in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values())
-    updates = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any(bool(values.any()) for values in load_file(run / "adapter/adapter_model.safetensors").values())
+    updates = [json.loads(line) for line in Path(f"{run}.updates.jsonl").read_text().splitlines()]
     assert len(updates) == 4
     plan = make_plan(load_recipe(recipe, [*settings, "objective.vllm=null"]))
     weights = sum(kind.count * kind.shape[0] * kind.shape[1] for kind in plan.targets if kind.shape)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from launching import ROOT, run_python
+from launching import ROOT, forked_python, run_python
 from safetensors.torch import load_file
 
 from diablo.errors import UserError
@@ -51,7 +50,7 @@ def launch(
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes as a user starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    command = [forked_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 

@@ -205,6 +205,9 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
     LOGGER.info("steps               %d of %s, in %s on %s", plan.steps, batch, dtype, plan.device)
     if checkpoint is not None:
         LOGGER.info("goes on from %s", checkpoint.name)
+    if recipe.merge and isinstance(recipe.method, FullMethod):
+        whole = f"full fine-tuning writes a whole model, {recipe.output / 'model'}"
+        console.print(f"merge: there is nothing to merge; {whole}.", markup=False, soft_wrap=True)
     if plan.prompts_before:
         console.print(f"adapter: {plan.prompts_before}.", markup=False, soft_wrap=True)
     if (counts := plan.token_counts) is not None and counts.absent:
