@@ -5,6 +5,7 @@ This file holds what several of them share.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -16,18 +17,22 @@ import pytest
 # The command line's console would keep the width that workers of the tests are given.
 os.environ.pop("COLUMNS", None)
 
+import typer.main
+from launching import interpret_triton_where_there_is_no_gpu, share_forks
+
 import diablo_cli.verbs
+
+# A process makes the command line once. The tests run it a thousand times in one.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have Triton interpret where there is no GPU: it reads this once, when a library imports it."""
+    """Begin what takes a while, and have Triton interpret where there is no GPU."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         # This process hands the tests out, and its workers wait for it: it does not import torch.
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        share_forks()
+    else:
+        interpret_triton_where_there_is_no_gpu()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

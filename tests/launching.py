@@ -34,12 +34,25 @@ IMPORTED = (
     "diablo_cli",
     "matplotlib.pyplot",
 )
-RANKS = "FORKED_PYTHON_RANKS"
+RANKS, SHARED = "FORKED_PYTHON_RANKS", "FORKED_PYTHON"
 
 
 @functools.cache
 def forked_python() -> str:
-    """The path of a program that does what Python does, in a fork; the process that is forked ends with this one."""
+    """The path of a program that does what Python does, in a fork; the process that is forked ends with this one.
+
+    The workers of a session share the process that :func:`share_forks` has started.
+    """
+    return os.environ.get(SHARED) or start_server()
+
+
+def share_forks() -> None:
+    """Start what is forked for this process, and for those that it starts."""
+    os.environ[SHARED] = forked_python()
+
+
+def start_server() -> str:
+    """Start the process that is forked, and return the program's path."""
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     atexit.register(folder.cleanup)
     address, program = Path(folder.name, "socket"), Path(folder.name, "python")
@@ -102,8 +115,17 @@ def run_python(
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
+def interpret_triton_where_there_is_no_gpu() -> None:
+    """Triton reads this once, when a library imports it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def serve(listener: socket.socket, program: str) -> list[str]:
     """Fork for every task; returns in the forks, with the arguments of Python. What they start is a fork again."""
+    interpret_triton_where_there_is_no_gpu()
     for name in IMPORTED:
         __import__(name)
     # Forks share the memory of what they do not walk.

@@ -37,7 +37,7 @@ def in_weight(model: nn.Module) -> set[bool]:
 
 def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
     pairs = [(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True) if q.grad is not None]
-    assert len(pairs) >= 4
+    assert len(pairs) >= 2
     for got, expected in pairs:
         assert expected.grad.norm() > 0
         assert (got.grad - expected.grad).norm() <= TOLERANCE * expected.grad.norm()
@@ -153,8 +153,12 @@ def test_a_copy_holds_its_own():
 
 def test_under_the_compiler_it_is_outside_of_the_graph_where_asked_for_and_makes_copies_where_left_open():
     torch._dynamo.reset()
-    asked, _ = twins(mixtral)
-    left_open, beside = adapted(mixtral).train(), adapted(mixtral, in_place=False).train()
+
+    def build() -> nn.Module:
+        return mixtral(layers=1)
+
+    asked, _ = twins(build)
+    left_open, beside = adapted(build).train(), adapted(build, in_place=False).train()
     before = base_weights(asked)
     for model in (asked, left_open):
         loss_of(torch.compile(model, backend="aot_eager"), 1).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def test_a_rescaled_model_computes_the_same(tiny_model: Path) -> None:
 
 def test_both_experiments_run_and_are_drawn(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_rate, "FARTHEST", 1)
-    real = learning_rate.run(str(tiny_model), rows=64, held_out=4, num_blocks=(4,), kinds=("up_proj",))
+    texts = learning_rate_widths.read_texts()
+    short = replace(texts, judged=texts.judged[:4096])
+    monkeypatch.setattr(learning_rate_widths, "read_texts", lambda: short)
+    real = learning_rate.run(str(tiny_model), rows=32, held_out=4, num_blocks=(4,), kinds=("up_proj",))
     assert {name: len(settings) for name, settings in real.items()} == {"factors": 3, "scale": 2, "kind": 1, "N": 1}
     small = learning_rate_widths.run(widths=(64,), num_blocks=(8,), kinds=("v_proj",), steps=3, pretraining=1, seeds=1)
     for experiment, results in ((learning_rate.EXPERIMENT, real), (learning_rate_widths.EXPERIMENT, small)):

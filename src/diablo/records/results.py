@@ -155,7 +155,9 @@ def plot_losses(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    # Margins that hold the labels of any loss; to measure the labels takes as long again as to draw them.
+    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.13, top=0.91)
     if train:
         # The dot shows a run that logged once.
         axes.plot(*zip(*train, strict=True), ".-", label="training")
