@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
+.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint style types schema wheel docs clean
+.PHONY: tests-that-are-not-slow
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -13,7 +14,11 @@ quickstart: .venv/installed
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
-test: lint
+# The type checker uses what the tests leave of the cores.
+test: style
+	@$(MAKE) --no-print-directory --jobs 2 types tests-that-are-not-slow
+
+tests-that-are-not-slow: .venv/installed
 	$(PYTEST) -m "not slow"
 
 test-all: lint
@@ -70,9 +75,13 @@ fuzz: .venv/installed
 		HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/readers.py $$reader .venv/fuzz/$$reader -max_total_time=60 \
 			-artifact_prefix=.venv/fuzz/$$reader- || exit 1; done
 
-lint: .venv/installed
+lint: style types
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
 	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 # The schema of recipes, which is shipped as a file, after a change of their keys.

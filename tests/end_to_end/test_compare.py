@@ -182,10 +182,10 @@ def run_with(monkeypatch: pytest.MonkeyPatch, carry_out: InThisProcess) -> None:
 
 def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp_path, monkeypatch):
     run_with(monkeypatch, InThisProcess(fail="lora"))
-    arguments = command(tiny_model, tmp_path / "run", "--methods", "lora,diablo", "--lrs", "1e-2", "--seeds", 1)
+    arguments = command(tiny_model, tmp_path / "run", "--methods", "lora,diablo", "--lrs", "0.3", "--seeds", 1)
     status, out, _ = diablo(*arguments)
     assert status == 1
-    assert "Failed: lora, validation, learning rate 0.01, seed 0: out of memory" in out
+    assert "Failed: lora, validation, learning rate 0.3, seed 0: out of memory" in out
     record = json.loads((tmp_path / "run-comparison" / "comparison.json").read_text())
     assert [(method["method"], method["seeds"]) for method in record["methods"]] == [("diablo", 1), ("lora", 0)]
     # What has failed is tried again, and what has not is not.
@@ -199,7 +199,7 @@ def test_a_failing_run_is_reported_and_ends_nothing_else(diablo, tiny_model, tmp
 
 def test_optimizers_are_compared_each_at_its_best_rate(diablo, tiny_model, tmp_path, monkeypatch):
     run_with(monkeypatch, InThisProcess())
-    arguments = ["--methods", "diablo", "--optimizers", "muon,sgd", "--lrs", "1e-3,1e-2", "--seeds", 1]
+    arguments = ["--methods", "diablo", "--optimizers", "muon,sgd", "--lrs", "3,30,300", "--seeds", 1]
     status, out, _ = diablo(*command(tiny_model, tmp_path / "run", *arguments))
     assert status == 0
     assert "diablo+muon" in out

@@ -103,7 +103,10 @@ def test_the_verbs_of_no_run_print_their_records(record, tiny_model, tmp_path):
     imported = record("import", chkpt, tmp_path / "imported", "--base", tiny_model)
     assert imported == {"folder": str(tmp_path / "imported"), "modules": 1, "parameters": 256, "num_blocks": 4}
 
-    quantized = record("quantize", tiny_model, tmp_path / "quantized", "--length", 16, "--rows", 4, "--group-size", 16)
+    # The compiled kernels of gptqmodel are its own.
+    with torch.compiler.set_stance("force_eager"):
+        command = ["quantize", tiny_model, tmp_path / "quantized", "--length", 16, "--rows", 4, "--group-size", 16]
+        quantized = record(*command)
     assert quantized["bytes_after"] < quantized["bytes_before"]
     assert len(quantized["errors"]) == 14
 

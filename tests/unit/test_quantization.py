@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,13 @@ def test_a_layer_is_what_its_stored_integers_say(bits: int) -> None:
 
 
 # A model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_not_compiled() -> Iterator[None]:
+    """The compiled kernels of gptqmodel are its own, and each takes seconds to compile."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module")
