@@ -91,6 +91,7 @@ class Chat:
         model: a causal language model or ``PeftModel``.
         encoder: turns rows into tokens as in training.
         console: where answers go.
+        notes: where all else goes, such as what a command has done; as ``console`` if None.
         max_new_tokens: length limit of an answer.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
@@ -102,6 +103,7 @@ class Chat:
         encoder: RowEncoder,
         console: Console,
         *,
+        notes: Console | None = None,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int = 0,
@@ -110,7 +112,7 @@ class Chat:
         # An answer may be shorter than its limit, and half of the context is the conversation's in any case.
         room = context - min(max_new_tokens, context // 2) if context else None
         self.model = model
-        self.console = console
+        self.console, self._notes = console, notes or console
         self.conversation = Conversation(encoder, room)
         self._encoder = encoder
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
@@ -229,7 +231,7 @@ class Chat:
         self._say(f"Wrote {path}.")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        self._notes.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Streamer(TextStreamer):

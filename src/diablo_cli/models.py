@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -289,5 +290,14 @@ def chat(
     if use_template is None and not recipe_of_run(model):
         has_template = bool(encoder.tokenizer.chat_template)
         encoder = RowEncoder(encoder.tokenizer, chat=has_template, stop_token_ids=encoder.stop_token_ids)
-    conversation = Chat(loaded, encoder, out, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversation = Chat(
+        loaded,
+        encoder,
+        out,
+        # A script reads the answers alone.
+        notes=None if sys.stdin.isatty() else progress,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     conversation.run(lambda: read_line(out))

@@ -251,7 +251,7 @@ def print_result(out: Console, result: RunResult) -> None:
     if runs:
         out.print(f"  diablo evaluate {folder}", markup=False)
     if what == "adapter" and result.merged is None:
-        out.print(f"  diablo merge {folder} {folder}/merged{into_quantized(record)}", markup=False)
+        out.print(f"  diablo merge {folder} {folder}-merged{into_quantized(record)}", markup=False)
     if result.upload is None:
         out.print(f"  diablo push {folder} OWNER/NAME", markup=False)
 

@@ -223,6 +223,11 @@ def test_the_command_reads_piped_lines_and_ends_with_them(tiny_model: Path, mode
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "base model" in result.stdout
+    # Scripts read the answers alone.
+    assert "Talking to the model" in result.stderr
+    assert f"Wrote {path}." in result.stderr
+    assert "Wrote" not in result.stdout
+    assert "Talking" not in result.stdout
     # The tokenizer has a chat template, and no run says that it was not used.
     assert json.loads(path.read_text())["messages"][0] == {"role": "user", "content": "the dog"}
 

@@ -447,7 +447,7 @@ def test_the_head_of_a_quantized_model_is_trained_unquantized(diablo, recipe, tm
     run = tmp_path / "run"
     status, out, err = diablo("train", recipe, "quantization=nf4", "training.max_steps=2", f"output={run}")
     assert status == 0, err
-    assert f"diablo merge {run} {run}/merged --into stored\n" in out
+    assert f"diablo merge {run} {run}-merged --into stored\n" in out
     # Packed weights hold fewer tensors' entries than the model has parameters.
     plain = json.loads(diablo("train", recipe, f"output={tmp_path / 'plain'}", "--dry-run", "--json")[1])
     assert json.loads((run / "run.json").read_text())["parameters"] == plain["parameters"]

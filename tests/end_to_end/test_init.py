@@ -57,10 +57,42 @@ def test_what_is_written_from_options_trains(diablo, tiny_model, folder, row, ch
 def test_columns_of_a_table_are_guessed_and_shown(diablo, tiny_model, folder):
     write_rows(folder / "q.csv", "level,question,answer", "1,What is 2 + 2?,4", "2,What is 3 + 3?,6")
     assert diablo("init", "--model", tiny_model, "--data", "q.csv", "--num-blocks", 4)[0] == 0
-    assert "columns: {prompt: question, completion: answer}" in (folder / "recipe.yaml").read_text()
+    written = (folder / "recipe.yaml").read_text()
+    assert "columns: {prompt: '{{ question }} Answer:', completion: ' {{ answer }}'}" in written
     status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")
     assert status == 0
-    assert "What is 2 + 2?‹4›" in out
+    assert "What is 2 + 2? Answer:‹ 4›" in out
+
+
+def test_of_two_columns_the_second_follows_the_first(diablo, tiny_model, folder):
+    write_rows(folder / "products.csv", "the description,product_line", "a red ball,toys", "a net,sports")
+    assert diablo("init", "--model", tiny_model, "--data", "products.csv", "--num-blocks", 4)[0] == 0
+    status, out, _ = diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")
+    assert status == 0
+    assert "a red ball Product line: toys</s>" in out.replace("‹", "").replace("›", "")
+    assert "run together" not in out
+
+
+def test_words_that_run_together_are_told(diablo, tiny_model, folder):
+    write_rows(folder / "rows.csv", "prompt,completion", "a red ball,toys", "a net,sports", "a table: ,home")
+    recipe = f"model: {tiny_model}\ndata: {{train: rows.csv}}\nmethod: {{num_blocks: 4}}\noutput: run\n"
+    (folder / "recipe.yaml").write_text(f"{recipe}precision: fp32\ntraining: {{max_steps: 1, warmup_steps: 1}}\n")
+    told = "2 of 3 completions follow their prompt without a space, as in 'balltoys'; end the prompt with a cue"
+    status, out, _ = diablo("train", "recipe.yaml", "--dry-run")
+    assert status == 0
+    assert f"run together        {told}" in out
+    status, _, error = diablo("train", "recipe.yaml")
+    assert status == 0
+    assert f"data: {told}" in error
+    assert "training.warmup_steps: found 1 of 1 steps, so that the learning rate never reaches its value" in error
+    assert "without a space" not in diablo("train", "recipe.yaml", "--dry-run", "chat=true")[1]
+
+
+def test_rows_in_the_place_of_a_recipe_are_told(diablo, folder):
+    write_rows(folder / "rows.csv", "prompt,completion", "a,b")
+    status, _, error = diablo("train", "rows.csv")
+    assert status == 2
+    assert "rows.csv is a file of rows, and no recipe; write one that trains on it with: diablo init --data" in error
 
 
 def test_what_is_written_from_answers_trains(diablo, tiny_model, folder, monkeypatch):

@@ -240,7 +240,7 @@ def test_an_adapter_is_trained_over_a_quantized_model(diablo: Any, quantized: Pa
     )
     status, out, err = diablo("train", tmp_path / "recipe.yaml")
     assert status == 0, err
-    assert f"diablo merge {tmp_path / 'run'} {tmp_path / 'run'}/merged --into dequantized\n" in out
+    assert f"diablo merge {tmp_path / 'run'} {tmp_path / 'run'}-merged --into dequantized\n" in out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     before, after = (loss for _, loss in record["training"]["held_out_loss"])
     assert after < before - 0.2

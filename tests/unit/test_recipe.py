@@ -45,6 +45,7 @@ def test_good_recipe_loads_with_defaults(tmp_path: Path) -> None:
     [
         ({"modle": 1}, ["modle: unknown key", "allowed: model, adapter, objective, task,"]),
         ({"seeds": 1}, ["seeds: unknown key", "Did you mean seed?"]),
+        ({"epochs": 3}, ["epochs: unknown key", "Did you mean training.epochs?"]),
         ({"training": {"lerning_rate": 1}}, ["training.lerning_rate: unknown key", "Did you mean learning_rate?"]),
         ({"method": {"num_block": 3}}, ["method.num_block: unknown key", "Did you mean num_blocks?"]),
         (

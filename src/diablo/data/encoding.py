@@ -21,6 +21,13 @@ IGNORED = -100
 """The label of a token that carries no loss, as PyTorch's cross-entropy has it."""
 
 
+def words_at_joint(prompt: str, completion: str) -> str:
+    """The last word of a prompt with the first one of its completion, where nothing stands between; empty elsewhere."""
+    if not (prompt[-1:].isalnum() and completion[:1].isalnum()):
+        return ""
+    return prompt.rsplit(maxsplit=1)[-1] + completion.split(maxsplit=1)[0]
+
+
 @dataclass(frozen=True)
 class EncodedRow:
     """A row as the model sees it, or one of several that a conversation makes.
@@ -32,6 +39,8 @@ class EncodedRow:
         special_text: the special tokens that the row's own text spells, each as often as it does.
         apart: why answers of the conversation are trained in rows of their own, in words; empty where they are not.
         joined_system: whether a system's text was put before the first question.
+        run_together: the last word of the prompt with the first one of the completion, where nothing stands between
+            them; empty elsewhere.
         source: the name of the file or dataset that the row is from; empty where there is only one.
         rejected: the same prompt with a worse completion, where the row is a pair.
         desired: whether the completion is a good one, where the row is judged; None where it is not.
@@ -52,6 +61,7 @@ class EncodedRow:
     special_text: tuple[str, ...] = ()
     apart: str = ""
     joined_system: bool = False
+    run_together: str = ""
     source: str = ""
     rejected: EncodedRow | None = None
     desired: bool | None = None
@@ -186,7 +196,8 @@ class RowEncoder:
             prompt, completion = self._prompt(row), self._completion(row)
             labels = [IGNORED] * len(prompt) + self._supervise(completion)
             read = len(prompt) if self.encoder_decoder else None
-            return [EncodedRow(row.number, prompt + completion, labels, spelled, read=read)]
+            joint = "" if self.encoder_decoder else words_at_joint(row.prompt, row.completion)
+            return [EncodedRow(row.number, prompt + completion, labels, spelled, read=read, run_together=joint)]
         messages = row.as_messages()
         joined_system = self._template.has_no_system and messages[0]["role"] == "system"
         turns = self._template.turns(row.number, *self._guarded(row))

@@ -18,6 +18,7 @@ from diablo.data.faults import Place, Placed, RowFault, by_reason, name_places
 from diablo.data.packing import join
 from diablo.data.reading.sources import SourceRows
 from diablo.data.special_text import describe_special_text
+from diablo.errors import shortened
 from diablo.models.heads import Head, head_modules
 from diablo.models.loading import (
     meta_model,
@@ -171,6 +172,18 @@ class Plan:
         return len(spelled), dict(Counter(token for tokens in spelled for token in tokens).most_common())
 
     @property
+    def run_together(self) -> str:
+        """What is to be said of training rows whose completion follows the prompt without a space; empty if few do."""
+        found = [row.run_together for row in self.train if row.run_together]
+        if 2 * len(found) <= len(self.train):
+            return ""
+        return (
+            f"{len(found):,} of {len(self.train):,} completions follow their prompt without a space, as in "
+            f"{shortened(found[0])}; end the prompt with a cue, such as ' Answer:', and begin the completion with a "
+            "space, by templates in data.columns, or set chat: true for a model that was made to chat"
+        )
+
+    @property
     def token_counts(self) -> TokenCounts | None:
         """How often the tokens whose rows are trained occur; None where there are none."""
         if self.trained_tokens is None:
@@ -286,8 +299,13 @@ class Plan:
             yield f"too long, cut       {self.cut:,} rows (data.on_long: truncate)"
         if self.tested:
             yield f"tested rows         {self.tested} left out of training"
+        yield from self._text_lines()
+
+    def _text_lines(self) -> Iterator[str]:
         if self.special_text[0]:
             yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
+        if self.run_together:
+            yield f"run together        {self.run_together}"
 
     @property
     def _rows_line(self) -> str:

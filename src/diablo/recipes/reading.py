@@ -60,6 +60,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+_OF_ROWS = (".csv", ".jsonl", ".parquet", ".tsv", ".xlsx")
 # A date with a month of 13 or a number of 5000 digits is a bare ValueError, deep nesting a RecursionError.
 _YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -73,6 +74,10 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
             f"There is no recipe file {str(source)!r}; give a YAML file, {general}, or one of the paper's, which "
             f"docs/paper-recipes.md lists."
             f"{did_you_mean(str(source), shipped)}"
+        )
+    if path.suffix.lower() in _OF_ROWS:
+        raise UserError(
+            f"{path} is a file of rows, and no recipe; write one that trains on it with: diablo init --data {path}"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -140,7 +145,13 @@ def _explain(fault: Any) -> str:
     key, last = ".".join(path), path[-1].partition("[")[0]
     if fault["type"] in ("extra_forbidden", "invalid_key"):
         allowed = list(owner.model_fields)
-        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{did_you_mean(last, allowed)}"
+        inside = [
+            name
+            for name, section in _SECTIONS.items()
+            if owner is Recipe and name in allowed and last in section.model_fields
+        ]
+        within = f" Did you mean {inside[0]}.{last}?" if inside else did_you_mean(last, allowed)
+        return f"{key}: unknown key; allowed: {', '.join(allowed)}.{within}"
     description = owner.model_fields[last].description
     if fault["type"] == "missing":
         return f"{key}: missing; give {description}."

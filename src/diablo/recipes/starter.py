@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 # Comments stand below each other up to this column, and behind longer lines.
 _COLUMN = 40
 _END = """
-# All other keys, and what they allow: docs/recipes.md.
+# All other keys, and what they allow: https://github.com/diablo-peft/diablo-peft/blob/main/docs/recipes.md
 # For an editor that completes and checks keys: run "diablo schema --out recipe.schema.json" in this folder, and let the
 # first line be "# yaml-language-server: $schema=recipe.schema.json".
 """
@@ -68,12 +69,30 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
 
 
 def _guessed_columns(data: Data) -> dict[str, str] | None:
-    """Which columns of the first training file a prompt and a completion are; None where it is in a format already."""
+    """How the columns of the first training file make a prompt and a completion; None where it is in a format already.
+
+    A file of two columns with other names has the prompt in the first one. The prompt ends with the name of what is to
+    follow, and the completion begins with a space, or else the two would run together.
+    """
     place = next((source.resolved(None).place for source in data.train or ()), None)
     if not isinstance(place, Path):
         return None
     record = next((record for _, record in read_records_of(files_of(place)[0])), None)
-    return proposed_columns(record) if isinstance(record, dict) and format_of(record) is None else None
+    if not isinstance(record, dict) or format_of(record) is not None:
+        return None
+    columns = proposed_columns(record)
+    if columns is None and len(record) == 2:
+        columns = dict(zip(("prompt", "completion"), record, strict=True))
+    if columns is None or columns.keys() != {"prompt", "completion"}:
+        return columns
+    prompt, completion = columns["prompt"], columns["completion"]
+    cue = completion.replace("_", " ").strip().capitalize()
+    return {"prompt": f"{_filled(prompt)} {cue}:", "completion": f" {_filled(completion)}"}
+
+
+def _filled(column: str) -> str:
+    """The piece of a template that stands for a column."""
+    return f"{{{{ {column} }}}}" if column.isidentifier() else f"{{{{ row[{json.dumps(column)}] }}}}"
 
 
 def _lines(section: Section, keys: Mapping[str, tuple[str, ...]], indent: str = "") -> Iterator[tuple[str, str]]:

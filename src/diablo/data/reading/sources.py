@@ -110,7 +110,8 @@ def read_sources(
             count, faults = _read_into(found, place, names[place], kind, left)
             if faults and on_malformed == "error":
                 why = explain_faults([replace(fault, source="") for fault in faults])
-                lines.append(f"{place} has {len(faults)} malformed of {count} rows. {why}")
+                mend = "." if len(faults) == count else ", or set data.on_malformed=skip to leave them out."
+                lines.append(f"{place} has {len(faults)} malformed of {count} rows. {why} Mend them{mend}")
         if not found.rows and not (found.faults and on_malformed == "error"):
             why = f" {explain_faults(found.faults)}" if found.faults else ""
             raise UserError(
@@ -118,8 +119,7 @@ def read_sources(
             )
         result.append(found)
     if lines:
-        advice = "Mend them, or set data.on_malformed=skip to leave them out."
-        raise UserError("\n".join(f"{line} {advice}" for line in lines))
+        raise UserError("\n".join(lines))
     return result
 
 
