@@ -24,7 +24,9 @@ def init(
     file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help=f"A folder, a hub id or builtin:NAME; {_MODEL} by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="A file of rows to train on.")] = None,
-    eval_file: Annotated[Path | None, typer.Option("--eval", help="A file of held-out rows, beside --data.")] = None,
+    eval_file: Annotated[
+        Path | None, typer.Option("--eval", help="A file of held-out rows; a tenth of many rows by default.")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(

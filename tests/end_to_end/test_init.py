@@ -73,6 +73,14 @@ def test_of_two_columns_the_second_follows_the_first(diablo, tiny_model, folder)
     assert "run together" not in out
 
 
+@pytest.mark.parametrize(("count", "held_out"), [(49, 0), (50, 5)])
+def test_a_tenth_of_the_rows_is_held_out_where_they_are_enough(diablo, tiny_model, folder, count, held_out):
+    write_rows(folder / "rows.jsonl", *({"prompt": f"{n}:", "completion": " x"} for n in range(count)))
+    assert diablo("init", "--model", tiny_model, "--data", "rows.jsonl", "--num-blocks", 4)[0] == 0
+    assert ("eval: 10%" in (folder / "recipe.yaml").read_text()) == (held_out > 0)
+    assert f"held-out rows       {held_out}\n" in diablo("train", "recipe.yaml", "--dry-run", "precision=fp32")[1]
+
+
 def test_words_that_run_together_are_told(diablo, tiny_model, folder):
     write_rows(folder / "rows.csv", "prompt,completion", "a red ball,toys", "a net,sports", "a table: ,home")
     recipe = f"model: {tiny_model}\ndata: {{train: rows.csv}}\nmethod: {{num_blocks: 4}}\noutput: run\n"

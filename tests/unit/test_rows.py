@@ -172,6 +172,14 @@ def test_malformed_row_is_refused_by_number_or_skipped(tmp_path: Path, line: str
     assert f"{faults[0].reason}; {faults[0].mend}".startswith(reason)
 
 
+@pytest.mark.parametrize("header", ["prompt;completion", '"prompt";"completion"'])
+def test_semicolons_separate_where_the_first_line_has_no_comma(tmp_path: Path, header: str) -> None:
+    (tmp_path / "rows.csv").write_text(f'{header}\n"1,5; 2";3\n4,5;"6"\n')
+    rows, faults = read_rows(tmp_path / "rows.csv")
+    assert [(row.number, row.prompt, row.completion) for row in rows] == [(2, "1,5; 2", "3"), (3, "4,5", "6")]
+    assert faults == []
+
+
 def test_a_reason_is_said_once_with_its_rows_and_how_to_mend_it(tmp_path: Path) -> None:
     numbers = [{"prompt": "x", "completion": number} for number in (1, 2.5, 1e300)]
     path = write(tmp_path, [*numbers[:2], GOOD, 3, *numbers * 5, {"prompt": "x", "completion": ""}], ".jsonl")

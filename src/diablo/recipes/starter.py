@@ -28,6 +28,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "output": (),
     "merge": (),
 }
+_ENOUGH_TO_HOLD_OUT = 50
 # Comments stand below each other up to this column, and behind longer lines.
 _COLUMN = 40
 _END = """
@@ -43,6 +44,7 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
     Args:
         settings: what is known of it, as its YAML would have it. Where ``chat`` is not among them, it is true for data
             files with conversations. Where ``data.columns`` is not, they are guessed for a file that is in no format.
+            Where ``data.eval`` is not, a tenth of the rows is held out if they are 50 or more.
 
     Returns:
         The YAML; and the malformed rows of each of its sources.
@@ -54,11 +56,14 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
     if recipe.data.columns is None and (columns := _guessed_columns(recipe.data)):
         settings = {**settings, "data": {**settings["data"], "columns": columns}}
         recipe = check_settings(settings)
-    faults, has_conversations = {}, False
+    faults, has_conversations, count = {}, False, 0
     for source in (*(recipe.data.train or ()), *recipe.data.eval_sources):
         [found] = read_sources([source.resolved(recipe.data.columns)], kind=recipe.objective.rows, on_malformed="skip")
         faults[str(found.source.place)] = found.faults
         has_conversations |= any(row.messages for row in found.rows)
+        count += len(found.rows)
+    if recipe.data.train and recipe.data.eval is None and count >= _ENOUGH_TO_HOLD_OUT:
+        settings = {**settings, "data": {**settings["data"], "eval": "10%"}}
     recipe = check_settings({"chat": has_conversations, **settings})
     if recipe.method.name == "diablo":
         training = {"learning_rate": "auto", **settings.get("training", {})}

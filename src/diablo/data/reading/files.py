@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -146,7 +147,11 @@ def _read_tsv(path: Path, file: IO[bytes]) -> Records:
 def _read_table(path: Path, file: IO[bytes], delimiter: str) -> Records:
     before = csv.field_size_limit(sys.maxsize)  # its own limit is shorter than many documents
     try:
-        rows = csv.reader(_lines(file, newline=""), delimiter=delimiter, strict=True)
+        lines = iter(_lines(file, newline=""))
+        first = next(lines, "")
+        # Where a comma is the decimal mark, spreadsheets write .csv with semicolons.
+        delimiter = ";" if delimiter == "," and "," not in first and ";" in first else delimiter
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = next(rows, [])
         twice = [name for name in header if header.count(name) > 1]
         if twice:
