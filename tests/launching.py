@@ -62,13 +62,14 @@ def start_server() -> str:
     words = [sys.executable, "-I", "-S", Path(__file__).with_name("forked_python.py"), address, sys.executable]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
     program.chmod(0o755)
-    subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno()), str(program)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         pass_fds=[listener.fileno()],
     )
+    atexit.register(server.kill)
     return str(program)
 
 

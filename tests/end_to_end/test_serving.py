@@ -326,10 +326,11 @@ def test_sigterm_in_the_middle_of_a_stream_finishes_it_and_refuses_others(tiny_m
 
 
 def test_what_takes_longer_than_the_grace_is_told_so_and_a_run_is_served_by_its_own_name(tiny_model, first):
-    server = Server(first, "--grace", 0, "--max-tokens", 240)
+    # Eight answers, one after the other: none of them knows how soon the signal arrives.
+    server = Server(first, "--grace", 0, "--max-tokens", 240, "--batch-size", 1)
     try:
         assert [model.id for model in server.client.models.list()] == ["model", "a"]
-        stream = iter(server.client.completions.create(model="a", prompt="x", max_tokens=240, stream=True))
+        stream = iter(server.client.completions.create(model="a", prompt="x", max_tokens=240, n=8, stream=True))
         next(stream)
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="The server has ended"):

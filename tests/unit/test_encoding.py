@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from diablo.data.batching import LengthGroupedSampler, collate
-from diablo.data.encoding import IGNORED, RowEncoder
+from diablo.data.encoding import IGNORED, RowEncoder, words_at_joint
 from diablo.data.rows import Row
 from diablo.errors import UserError
 
@@ -51,6 +51,24 @@ def parts(tokenizer: Any, encoded: Any) -> list[tuple[bool, str]]:
             runs.append((supervised, []))
         runs[-1][1].append(token)
     return [(supervised, tokenizer.decode(tokens)) for supervised, tokens in runs]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("a desk", "office", "deskoffice"),
+        ("it is 4", "more words", "4more"),
+        ("a desk ", "office", ""),
+        ("a desk", " office", ""),
+        ("a desk:", "office", ""),
+        ("a desk", "!", ""),
+        ("", "office", ""),
+        ("a desk", "", ""),
+        ("桌子", "办公室", ""),
+    ],
+)
+def test_words_that_nothing_parts_are_told(prompt: str, completion: str, expected: str) -> None:
+    assert words_at_joint(prompt, completion) == expected
 
 
 def test_prompt_is_not_supervised_and_the_completion_is_with_its_stop(tokenizer: Any) -> None:

@@ -22,8 +22,12 @@ IGNORED = -100
 
 
 def words_at_joint(prompt: str, completion: str) -> str:
-    """The last word of a prompt with the first one of its completion, where nothing stands between; empty elsewhere."""
-    if not (prompt[-1:].isalnum() and completion[:1].isalnum()):
+    """The last word of a prompt with the first one of its completion, where nothing stands between; empty elsewhere.
+
+    Scripts without upper and lower case, such as Chinese, are left alone: many of them have no spaces between words.
+    """
+    ends = (prompt[-1:], completion[:1])
+    if not all(end.isdigit() or end.lower() != end.upper() for end in ends):
         return ""
     return prompt.rsplit(maxsplit=1)[-1] + completion.split(maxsplit=1)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -77,7 +78,8 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
         )
     if path.suffix.lower() in _OF_ROWS:
         raise UserError(
-            f"{path} is a file of rows, and no recipe; write one that trains on it with: diablo init --data {path}"
+            f"{path} is a file of rows, and no recipe; write one that trains on it with: "
+            f"diablo init --data {shlex.quote(str(path))}"
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
