@@ -73,6 +73,13 @@ def test_of_two_columns_the_second_follows_the_first(diablo, tiny_model, folder)
     assert "run together" not in out
 
 
+def test_what_is_no_text_is_not_taken_for_a_prompt(diablo, tiny_model, folder):
+    write_rows(folder / "talks.jsonl", {"id": 1, "turns": [{"a": "b"}]})
+    status, _, error = diablo("init", "--model", tiny_model, "--data", "talks.jsonl", "--num-blocks", 4)
+    assert status == 2
+    assert "say with data.columns which they are of id, turns" in error
+
+
 @pytest.mark.parametrize(("count", "held_out"), [(49, 0), (50, 5)])
 def test_a_tenth_of_the_rows_is_held_out_where_they_are_enough(diablo, tiny_model, folder, count, held_out):
     write_rows(folder / "rows.jsonl", *({"prompt": f"{n}:", "completion": " x"} for n in range(count)))

@@ -304,8 +304,8 @@ class Plan:
     def _text_lines(self) -> Iterator[str]:
         if self.special_text[0]:
             yield f"special text        {describe_special_text(*self.special_text, self.recipe.data.special_text)}"
-        if self.run_together:
-            yield f"run together        {self.run_together}"
+        if run_together := self.run_together:
+            yield f"run together        {run_together}"
 
     @property
     def _rows_line(self) -> str:

@@ -76,8 +76,8 @@ def starter_recipe(settings: Mapping[str, Any]) -> tuple[str, dict[str, list[Row
 def _guessed_columns(data: Data) -> dict[str, str] | None:
     """How the columns of the first training file make a prompt and a completion; None where it is in a format already.
 
-    A file of two columns with other names has the prompt in the first one. The prompt ends with the name of what is to
-    follow, and the completion begins with a space, or else the two would run together.
+    A file of two columns of text with other names has the prompt in the first one. The prompt ends with the name of
+    what is to follow, and the completion begins with a space, or else the two would run together.
     """
     place = next((source.resolved(None).place for source in data.train or ()), None)
     if not isinstance(place, Path):
@@ -86,10 +86,10 @@ def _guessed_columns(data: Data) -> dict[str, str] | None:
     if not isinstance(record, dict) or format_of(record) is not None:
         return None
     columns = proposed_columns(record)
-    if columns is None and len(record) == 2:
+    if columns is None and len(record) == 2 and all(isinstance(value, str) for value in record.values()):
         columns = dict(zip(("prompt", "completion"), record, strict=True))
-    if columns is None or columns.keys() != {"prompt", "completion"}:
-        return columns
+    if columns is None:
+        return None
     prompt, completion = columns["prompt"], columns["completion"]
     cue = completion.replace("_", " ").strip().capitalize()
     return {"prompt": f"{_filled(prompt)} {cue}:", "completion": f" {_filled(completion)}"}

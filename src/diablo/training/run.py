@@ -212,8 +212,8 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
         console.print(f"adapter: {plan.prompts_before}.", markup=False, soft_wrap=True)
     if (counts := plan.token_counts) is not None and counts.absent:
         console.print(f"new_tokens: {counts.absent}.", markup=False, soft_wrap=True)
-    if plan.run_together:
-        console.print(f"data: {plan.run_together}.", markup=False, soft_wrap=True)
+    if run_together := plan.run_together:
+        console.print(f"data: {run_together}.", markup=False, soft_wrap=True)
     if recipe.training.warmup_steps >= plan.steps:
         console.print(
             f"training.warmup_steps: found {recipe.training.warmup_steps} of {plan.steps} steps, so that the learning "
