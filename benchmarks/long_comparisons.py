@@ -4,7 +4,8 @@
     python -m benchmarks.long_comparisons mawps gsm8k commonsense --folder DATA --dry-run
 
 Every method has its own best rate of a grid in steps of two, and about as many trained parameters as DiaBlo. A
-comparison that was interrupted goes on where it stopped. Each record is a comparison.json, as diablo compare writes it.
+comparison that was interrupted goes on where it stopped, and more methods can be added to it. Each record is a
+comparison.json, as diablo compare writes it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ METHODS = (
     *("peft:HIRA:r", "peft:LILY:r", "peft:SHIRA:r", "peft:GRALORA:r", "peft:DELORA:r", "peft:RANDLORA:r"),
 )
 RATES = (1e-3, 2e-3)
+OWN_RATES = {"full": (1e-4, 2e-4)}
 
 
 def main(
@@ -42,14 +44,16 @@ def main(
     """Run the comparison of each task."""
     quiet()
     console = Console()
+    names = methods.split(",")
     data = [] if folder is None else [f"data.folder={folder}"]
     comparisons = [
         plan_comparison(
             # The word problems of MAWPS are part of the package.
             load_recipe(QUALITY / f"long-{task}.yaml", [] if task == "mawps" else data),
-            methods=methods.split(","),
+            methods=names,
             seeds=seeds,
             rates=RATES,
+            own_rates={name: rates for name, rates in OWN_RATES.items() if name in names},
             folder=out / task,
         )
         for task in tasks

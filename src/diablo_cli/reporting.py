@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from diablo.comparison import Comparison
     from diablo.models.inspection import Inspection
     from diablo.planning.plan import Plan
-    from diablo.planning.sizes import Sizes
+    from diablo.planning.sizes import Memory, Sizes
     from diablo.recipes.applying import TargetKind
     from diablo.training.run import RunResult
 
 
-def print_plan(out: Console, plan: Plan) -> None:
-    """What a plan will do, and two of its rows with every token marked."""
+def print_plan(out: Console, plan: Plan, memory: Memory | None) -> None:
+    """What a plan will do, and two of its rows with every token marked.
+
+    Args:
+        out: where to write.
+        plan: the plan.
+        memory: an estimate of what its longest batch takes; None where there is none.
+    """
     from diablo.models.loading import stored_quantization
 
     recipe, (trainable, total) = plan.recipe, plan.parameters
@@ -46,11 +52,19 @@ def print_plan(out: Console, plan: Plan) -> None:
     out.print(f"padding             {plan.padding_share:.1%} of a batch{'' if plan.rewards is None else ' of prompts'}")
     out.print(f"effective batch     {plan.effective_batch_in_words}")
     out.print(f"steps               {plan.steps}")
-    for line in _optimization(plan.recipe.training, plan.recipe.objective.scores):
+    for line in _optimization(plan):
         out.print(line, markup=False)
     if library := plan.recipe.quantization or stored_quantization(plan.config).get("quant_method"):
         out.print(f"quantization        {library}")
     out.print(f"precision           {str(plan.dtype).removeprefix('torch.')} on {plan.device}")
+    if memory is not None:
+        batch = f"{recipe.training.batch_size} x {plan.longest:,} tokens"
+        out.print(f"memory              about {format_bytes(memory.total)} at the longest batch, {batch}")
+    _print_rows(out, plan)
+
+
+def _print_rows(out: Console, plan: Plan) -> None:
+    recipe = plan.recipe
     worse = ", [bold red]of worse completions red[/]" if recipe.objective.rows in ("pairs", "judged") else ""
     marks = f": prompt plain, [bold green]supervised tokens green in ‹marks›[/]{worse}"
     if recipe.objective.rows == "texts":
@@ -71,10 +85,10 @@ def print_plan(out: Console, plan: Plan) -> None:
             out.print(f"[bold green]{escape(said)}[/]\n")
 
 
-def _optimization(training: Training, scores: Sequence[str]) -> list[str]:
+def _optimization(plan: Plan) -> list[str]:
     """What of the optimisation is not as it is by default, in lines of a plan."""
-    default = Training()
-    lines = []
+    training, scores, default = plan.recipe.training, plan.recipe.objective.scores, Training()
+    lines = [f"warm-up             {plan.long_warmup}"] if plan.long_warmup else []
     if training.learning_rate == "auto":
         lines.append("learning rate       auto: found in the weights, when they are loaded")
     if training.optimizer != default.optimizer:
@@ -136,6 +150,11 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         "Activations are the most that is kept for the backward at a time, with fused attention and the loss on every "
         "token; buffers of kernels and of the allocator come on top."
     )
+    if sizes.method not in [row.method for row in sizes.memory]:
+        out.print(
+            f"What {sizes.method} takes is not estimated: its adapters are made from the values of the weights, which "
+            "are not read for this."
+        )
 
 
 def format_bytes(count: int) -> str:
@@ -316,7 +335,8 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
         table.add_row(contender.title, contender.size, f"{contender.trained:,}", share, deviation)
     out.print(table)
     runs, data = comparison.planned_runs, comparison.recipe.data
-    out.print(f"learning rates      {', '.join(f'{rate:g}' for rate in comparison.rates)}, extended at an edge")
+    rates = comparison.grids.in_words([contender.name for contender in comparison.contenders])
+    out.print(f"learning rates      {escape(rates)}; extended at an edge")
     out.print(f"validation rows     {data.validation_rows} of the training rows, chosen by seed {data.validation_seed}")
     out.print(f"seeds               {', '.join(map(str, comparison.seeds))}")
     scored = comparison.recipe.scored if comparison.recipe.evaluation.after else []

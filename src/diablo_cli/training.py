@@ -45,13 +45,15 @@ def train(
         materials = gather(settings)
         # What can be refused without torch has been.
         from diablo.planning.making import make_plan
+        from diablo.planning.sizes import run_memory
         from diablo.publishing.hub import check_upload
         from diablo_cli.reporting import print_plan
 
         check_upload(settings.push_to_hub)
         plan_of_run = make_plan(settings, materials=materials)
-        print_plan(out, plan_of_run)
-        answer(plan_of_run.record())
+        memory = run_memory(plan_of_run)
+        print_plan(out, plan_of_run, memory)
+        answer({**plan_of_run.record(), "memory": memory and memory.record()})
         return
     from diablo.training import train as run
     from diablo_cli.reporting import print_result
@@ -100,7 +102,12 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds; the first is the recipe's.")] = 3,
     lrs: Annotated[
-        str | None, typer.Option(help="Learning rates to try, separated by commas; 2e-4,5e-4,1e-3,2e-3 if not given.")
+        list[str] | None,
+        typer.Option(
+            metavar="[METHOD=]RATES",
+            help="Learning rates to try, separated by commas; 2e-4,5e-4,1e-3,2e-3 if not given, and a tenth of them "
+            "for full. METHOD= gives a method rates of its own; may be given several times.",
+        ),
     ] = None,
     general: Annotated[
         str | None, typer.Option(help="A .txt or .jsonl file to measure forgetting on, in place of the builtin text.")
@@ -113,11 +120,11 @@ def compare(
     from diablo.recipes.reading import load_recipe
 
     settings = load_recipe(recipe, [*(overrides or []), *([f"evaluation.general={general}"] if general else [])])
-    from diablo.comparison import DEFAULT_METHODS, DEFAULT_RATES, parse_rates, plan_comparison
+    from diablo.comparison import DEFAULT_METHODS, parse_rates, plan_comparison
     from diablo.comparison import compare as run
     from diablo_cli.reporting import print_comparison, print_comparison_plan
 
-    rates = DEFAULT_RATES if lrs is None else parse_rates(lrs)
+    rates, own_rates = parse_rates(lrs or [])
     names = DEFAULT_METHODS if methods is None else methods.split(",")
     quiet()
     comparison = plan_comparison(
@@ -126,6 +133,7 @@ def compare(
         optimizers=None if optimizers is None else optimizers.split(","),
         seeds=seeds,
         rates=rates,
+        own_rates=own_rates,
         folder=folder,
     )
     print_comparison_plan(out, comparison)
@@ -200,6 +208,7 @@ def plan(
             f"{training.batch_size} x {sizes.length} tokens ({why}) in {dtype}, "
             f"gradient checkpointing: {training.gradient_checkpointing}",
         )
+        out.print("The rows were not read. Where they are shorter, diablo train --dry-run says what they take.")
         answer(
             {
                 "model": recipe.model,

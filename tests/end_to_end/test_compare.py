@@ -55,11 +55,19 @@ def plan_in(
     model: Path,
     methods: tuple[str, ...] = ("diablo", "lora"),
     optimizers: tuple[str, ...] | None = None,
+    seeds: int = 2,
+    rates: tuple[float, ...] = RATES,
+    own_rates: dict[str, tuple[float, ...]] | None = None,
     **changes: Any,
 ) -> Comparison:
-    recipe = recipe_on(model, folder / "run", **changes)
     return plan_comparison(
-        recipe, methods=methods, optimizers=optimizers, seeds=2, rates=RATES, folder=folder / "comparison"
+        recipe_on(model, folder / "run", **changes),
+        methods=methods,
+        optimizers=optimizers,
+        seeds=seeds,
+        rates=rates,
+        own_rates=own_rates,
+        folder=folder / "comparison",
     )
 
 
@@ -126,6 +134,7 @@ def test_the_folder_holds_the_figures_and_the_adapters_of_the_last_runs_alone(co
     for run in record["runs"]:
         has_adapter = (folder / run["folder"] / "adapter" / "adapter_config.json").is_file()
         assert has_adapter == (run["stage"] == "test")
+        assert not (folder / run["folder"] / "checkpoints").exists(), "nothing was saved on the way"
 
 
 def test_a_finished_comparison_is_not_run_again(compared, tiny_model, tmp_path):
@@ -149,17 +158,52 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped_and_ends_the_same(co
     assert without_timings(record) == without_timings(undisturbed)
 
 
+def test_methods_seeds_and_rates_are_added_and_nothing_is_run_again(compared, tiny_model, tmp_path):
+    folder, record, _ = compared
+    shutil.copytree(folder, tmp_path / "comparison")
+    carry_out = InThisProcess()
+    extended = plan_in(
+        tmp_path, tiny_model, methods=("miss", "diablo", "lora"), seeds=3, own_rates={"lora": (*RATES, 1e-4)}
+    )
+    again = compare(extended, console=QUIET, runner=carry_out)
+    best = {method["method"]: method["learning_rate"] for method in record["methods"]}
+    added = {name for name in carry_out.done if not name.startswith("miss-")}
+    assert added >= {f"{name}-test-lr{rate:g}-seed2" for name, rate in best.items()}
+    assert "lora-validation-lr0.0001-seed0" in added
+    assert not added & {run["folder"].removeprefix("runs/") for run in record["runs"]}
+    assert any(name.startswith("miss-test-") for name in carry_out.done)
+    figures, before = without_timings(again), without_timings(record)
+    assert {name: figures.get(name) for name in before if "-test-" in name} == {
+        name: value for name, value in before.items() if "-test-" in name
+    }
+    assert {method["method"]: method["seeds"] for method in again["methods"]} == {"diablo": 3, "lora": 3, "miss": 3}
+
+
 def test_another_setting_is_an_error_that_names_it(compared, tiny_model, tmp_path):
     folder, *_ = compared
     shutil.copytree(folder, tmp_path / "comparison")
     for comparison, name in (
         (plan_in(tmp_path, tiny_model, training={"max_steps": 4, "batch_size": 8}), "training.max_steps"),
-        (plan_in(tmp_path, tiny_model, methods=("diablo",)), "methods"),
         (plan_in(tmp_path, tiny_model, optimizers=("muon",)), "optimizers"),
-        (plan_in(tmp_path, tiny_model, seed=5), "seeds, seed"),
+        (plan_in(tmp_path, tiny_model, seed=5), "seed"),
     ):
         with pytest.raises(UserError, match=rf"^{name}: changed since the comparison in .*--out"):
             compare(comparison, console=QUIET, runner=InThisProcess(stop_after=0))
+
+
+def test_a_comparison_is_not_cut(compared, tiny_model, tmp_path):
+    folder, *_ = compared
+    shutil.copytree(folder, tmp_path / "comparison")
+    before = (tmp_path / "comparison" / "settings.json").read_bytes()
+    for comparison, option, left_out in (
+        (plan_in(tmp_path, tiny_model, methods=("diablo", "miss")), "--methods", "lora"),
+        (plan_in(tmp_path, tiny_model, seeds=1), "--seeds", "seed 1"),
+        (plan_in(tmp_path, tiny_model, rates=(0.1, 0.2)), "--lrs", "0.3 for diablo"),
+        (plan_in(tmp_path, tiny_model, own_rates={"lora": (0.3, 0.6)}), "--lrs", "0.1 for lora"),
+    ):
+        with pytest.raises(UserError, match=rf"^{option}: the comparison in .* also has {left_out}; .*--out"):
+            compare(comparison, console=QUIET, runner=InThisProcess(stop_after=0))
+    assert (tmp_path / "comparison" / "settings.json").read_bytes() == before
 
 
 def test_a_folder_of_others_is_not_written_to(tiny_model, tmp_path):
@@ -215,10 +259,16 @@ def test_optimizers_are_compared_each_at_its_best_rate(diablo, tiny_model, tmp_p
 
 
 def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_path):
-    arguments = command(tiny_model, tmp_path / "run", "--lrs", "1e-3,1e-2", "--seeds", 2)
+    arguments = command(tiny_model, tmp_path / "run", "--lrs", "1e-3,1e-2", "--lrs", "full=1e-4", "--seeds", 2)
     status, out, _ = diablo(*arguments, "--dry-run")
     assert status == 0
-    for expected in ("r = 4, alpha 8", "-8.33%", "all weights", "28 of 2 steps, 56 steps in all", "0.001, 0.01"):
+    for expected in (
+        "r = 4, alpha 8",
+        "-8.33%",
+        "all weights",
+        "27 of 2 steps, 54 steps in all",
+        "0.001, 0.01; full: 0.0001",
+    ):
         assert expected in out
     assert not (tmp_path / "run-comparison").exists()
 
@@ -229,6 +279,7 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(diablo, tiny_model, tmp_pat
         (["--methods", "diablo,lorra"], "--methods: found 'lorra'"),
         (["--lrs", "1e-3,fast"], "--lrs: found '1e-3,fast'"),
         (["--lrs", "-1"], "--lrs: found -1"),
+        (["--lrs", "lora=1e-3", "--lrs", "lora=2e-3"], "--lrs: found a second grid of 'lora', '2e-3'"),
         (["--optimizers", "muon,mion"], "--optimizers: found 'mion'; allowed: adamw_torch_fused"),
         (["--seeds", "0"], "--seeds: found 0"),
         (["--general", "none.txt"], "evaluation.general: there is no file 'none.txt'"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diablo.comparison import Comparison, plan_comparison
+from diablo.comparison import Comparison, parse_rates, plan_comparison
 from diablo.comparison.processes import shares_of, side_by_side
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
 from diablo.comparison.sweep import Sweep, sweep
@@ -74,6 +74,30 @@ def test_every_method_comes_as_close_to_diablos_parameters_as_its_ranks_do(tiny_
             # A rank more or less of the coarsest of them is 700 parameters.
             assert abs(contender.trained - comparison.budget) <= 350
     assert comparison.planned_runs == 7 * (4 + 3)
+
+
+def test_full_fine_tuning_has_a_grid_of_its_own_unless_grids_are_given(tiny_model, tmp_path):
+    def tried(**options: Any) -> dict[str, list[float]]:
+        comparison = plan_on(tiny_model, tmp_path, methods=["diablo", "lora", "full"], **options)
+        return {contender.name: comparison.grids.of(contender.name) for contender in comparison.contenders}
+
+    common = [2e-4, 5e-4, 1e-3, 2e-3]
+    assert tried() == {"diablo": common, "lora": common, "full": [2e-5, 5e-5, 1e-4, 2e-4]}
+    assert tried(rates=[2e-3, 1e-3]) == {name: [1e-3, 2e-3] for name in ("diablo", "lora", "full")}
+    assert tried(own_rates={"lora": [0.1], "full": [0.2]}) == {"diablo": common, "lora": [0.1], "full": [0.2]}
+
+
+@pytest.mark.parametrize(
+    ("texts", "common", "own"),
+    [
+        ([], None, {}),
+        (["1e-3,2e-3"], [1e-3, 2e-3], {}),
+        (["full=1e-4,2e-4", "1e-3"], [1e-3], {"full": [1e-4, 2e-4]}),
+        (["peft:GRALORA:r:gralora_k=4=0.01"], None, {"peft:GRALORA:r:gralora_k=4": [0.01]}),
+    ],
+)
+def test_grids_are_read_as_they_are_written_on_the_command_line(texts, common, own):
+    assert parse_rates(texts) == (common, own)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +232,8 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
         ({"rates": [1e-3, 0.0]}, {}, ["--lrs: found 0.001, 0", "above 0"]),
         ({"rates": [math.inf]}, {}, ["--lrs: found inf"]),
         ({"rates": [1e-3, 1e-3]}, {}, ["--lrs: found 0.001, 0.001", "different"]),
+        ({"own_rates": {"lora": []}}, {}, ["--lrs: found none"]),
+        ({"own_rates": {"lorra": [1e-3]}}, {}, ["--lrs: found a grid of 'lorra'", "not compared", "mean lora?"]),
         ({}, {"method": "lora"}, ["method: found lora", "method=diablo"]),
         ({}, {"training": {"keep": "best", "eval_steps": 1}}, ["training.keep", "by the rows that a run is judged by"]),
         ({}, {"training": {"early_stopping_patience": 1, "eval_steps": 1}}, ["training.early_stopping_patience=null."]),

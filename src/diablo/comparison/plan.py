@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diablo.comparison.grids import Grids, make_grids
 from diablo.comparison.names import OFFERED, check_methods, check_optimizers
 from diablo.data.general_text import BUILTIN_TEXT
 from diablo.errors import UserError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diablo.comparison.contenders import Contender
 
 DEFAULT_METHODS = tuple(OFFERED)
-DEFAULT_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 
 _VALIDATION_SHARE = 10
 _MOST_VALIDATION_ROWS = 512
@@ -57,7 +56,7 @@ class Comparison:
         folder: where everything is written.
         contenders: the methods at their sizes, each once for every optimizer.
         seeds: the seeds of the runs that are judged on the test rows. The runs of the sweep use the first one.
-        rates: the grid of learning rates, in ascending order.
+        grids: the learning rates that are tried.
         budget: number of DiaBlo's trained parameters.
         total: number of the model's parameters.
         steps: number of optimizer steps of each run.
@@ -67,7 +66,7 @@ class Comparison:
     folder: Path
     contenders: list[Contender]
     seeds: list[int]
-    rates: list[float]
+    grids: Grids
     budget: int
     total: int
     steps: int
@@ -75,11 +74,11 @@ class Comparison:
     @property
     def planned_runs(self) -> int:
         """Number of runs, without the runs that extend a grid of learning rates."""
-        return len(self.contenders) * (len(self.rates) + len(self.seeds))
+        return sum(len(self.grids.of(contender.name)) + len(self.seeds) for contender in self.contenders)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings, for a JSON file. An interrupted comparison goes on only where they are the same."""
+        """The settings, for a JSON file. A comparison goes on in its folder where they are the same, or extended."""
         recipe = self.recipe.model_dump(mode="json")
         optimizers = [contender.optimizer.name for contender in self.contenders if contender.optimizer]
         # These two are left out, since each run has a folder and a rate of its own.
@@ -88,7 +87,8 @@ class Comparison:
             "methods": list(dict.fromkeys(contender.name for contender in self.contenders)),
             "optimizers": list(dict.fromkeys(optimizers)) or None,
             "seeds": self.seeds,
-            "lrs": self.rates,
+            "lrs": self.grids.common,
+            "own_lrs": self.grids.own,
             **recipe,
         }
 
@@ -139,7 +139,8 @@ def plan_comparison(
     methods: Sequence[str] = DEFAULT_METHODS,
     optimizers: Sequence[str] | None = None,
     seeds: int = 3,
-    rates: Sequence[float] = DEFAULT_RATES,
+    rates: Sequence[float] | None = None,
+    own_rates: Mapping[str, Sequence[float]] | None = None,
     folder: Path | None = None,
 ) -> Comparison:
     """Resolve and check a comparison. Config, tokenizer and data are read; models are built on the meta device.
@@ -152,13 +153,15 @@ def plan_comparison(
         methods: names of the methods to compare, and ``peft:TYPE:KEY`` for one of PEFT's types whose KEY is solved for.
         optimizers: names of the optimizers with each of which every method is run; the recipe's own where None.
         seeds: number of seeds of the runs on the test rows. They count up from the recipe's seed.
-        rates: the grid of learning rates.
+        rates: the grid of learning rates, for all methods that have none of their own. Where None, it is 2e-4, 5e-4,
+            1e-3 and 2e-3, and that of full fine-tuning is a tenth of it.
+        own_rates: grids of single methods, by their names in ``methods``.
         folder: where to write; the recipe's output with ``-comparison`` behind it where None.
 
     Raises:
         UserError: an argument, the recipe, the model or the data does not fit.
     """
-    _check(recipe, methods, optimizers, seeds, rates)
+    grids = _check(recipe, methods, optimizers, seeds, rates, own_rates)
     folder = folder or recipe.output.with_name(f"{recipe.output.name}-comparison")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {str(folder)!r} is a file; give a folder.")
@@ -197,41 +200,27 @@ def plan_comparison(
         folder=folder,
         contenders=[replace(contender, optimizer=section) for contender in sized for section in sections],
         seeds=[recipe.seed + number for number in range(seeds)],
-        rates=sorted(rates),
+        grids=grids,
         budget=budget,
         total=total,
         steps=plan.steps,
     )
 
 
-def parse_rates(text: str) -> list[float]:
-    """Read learning rates as they are written on the command line, separated by commas.
-
-    Raises:
-        UserError: one of them is not a number.
-    """
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"--lrs: found {text!r}; give numbers, separated by commas.") from None
-
-
 def _check(
-    recipe: Recipe, methods: Sequence[str], optimizers: Sequence[str] | None, seeds: int, rates: Sequence[float]
-) -> None:
+    recipe: Recipe,
+    methods: Sequence[str],
+    optimizers: Sequence[str] | None,
+    seeds: int,
+    rates: Sequence[float] | None,
+    own_rates: Mapping[str, Sequence[float]] | None,
+) -> Grids:
     check_methods(methods)
     if optimizers is not None:
         check_optimizers(optimizers)
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}; give an integer of at least 1.")
-    # The names of the runs' folders have the rates with six digits. Two rates with the same digits would share one.
-    if (
-        not rates
-        or len({f"{rate:g}" for rate in rates}) < len(rates)
-        or not all(rate > 0 and math.isfinite(rate) for rate in rates)
-    ):
-        found = ", ".join(f"{rate:g}" for rate in rates) or "none"
-        raise UserError(f"--lrs: found {found}; give different numbers above 0.")
+    grids = make_grids(methods, rates, own_rates)
     if not isinstance(recipe.method, DiabloMethod):
         raise UserError(
             f"method: found {recipe.method.name}; a comparison takes a recipe of diablo, whose num_blocks sets how "
@@ -246,6 +235,7 @@ def _check(
             "There is nothing to score the methods by: give held-out rows as data.eval, or evaluation.tasks, or a task "
             "that has a test split."
         )
+    return grids
 
 
 def _check_objective(recipe: Recipe) -> None:

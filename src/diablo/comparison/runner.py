@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from diablo.comparison.grids import Grids
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.processes import Processes, raised_sigterm, shares_of, side_by_side
 from diablo.comparison.summary import describe_run, summarize, write_comparison
@@ -122,7 +123,7 @@ def _contend(
         outcomes.extend(tried)
         return [outcome.held_out_loss for outcome in tried]
 
-    found = sweep(comparison.rates, measure)
+    found = sweep(comparison.grids.of(contender.name), measure)
     if found.best is not None:
         outcomes += carry_out([comparison.run(contender, "test", found.best, seed) for seed in comparison.seeds])
     return _Contest(found, outcomes)
@@ -142,29 +143,61 @@ def _summarize(comparison: Comparison, contests: dict[str, _Contest], jobs: int)
 
 
 def open_folder(comparison: Comparison, jobs: int) -> int:
-    """Make the comparison's folder. Where it exists already, check that it holds this very comparison.
+    """Make the comparison's folder. Where it exists already, check that it holds this comparison, or a part of it.
 
     Returns:
         How many of its runs went on at once at most, here and before.
 
     Raises:
-        UserError: the folder holds something else, or a comparison with other settings.
+        UserError: the folder holds something else, or a comparison with other settings, or with methods, optimizers,
+            seeds or rates that are left out now.
     """
     folder, path = comparison.folder, comparison.folder / "settings.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = changed_settings(before, comparison.settings)
+        extended = _may_be_extended(before)
+        fixed = {name: value for name, value in comparison.settings.items() if name not in extended}
+        changed = changed_settings(before, fixed)
         if changed:
             raise UserError(
                 f"{', '.join(changed)}: changed since the comparison in {str(folder)!r} was started; set them back as "
                 f"{path} has them, or give another folder with --out."
             )
+        _check_extended(before, comparison)
         jobs = max(jobs, before["jobs"])
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--out: {str(folder)!r} has files of something else; give a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, comparison.settings | {"jobs": jobs})
     return jobs
+
+
+def _may_be_extended(before: Mapping[str, Any]) -> set[str]:
+    """The settings of which a comparison may have more than before, since they change no run that is finished."""
+    settings = {"methods", "seeds", "lrs", "own_lrs"}
+    # A method that is run with several optimizers has other names than one that is run with the recipe's own.
+    return settings if before["optimizers"] is None else settings | {"optimizers"}
+
+
+def _check_extended(before: Mapping[str, Any], comparison: Comparison) -> None:
+    """Refuse to leave out what the comparison had before: its record would lack runs that are finished."""
+    now, had = comparison.settings, Grids(before["lrs"], before["own_lrs"])
+    pairs = [
+        *((f"--{name}", before[name] or [], now[name] or []) for name in ("methods", "optimizers")),
+        ("--seeds", [f"seed {seed}" for seed in before["seeds"]], [f"seed {seed}" for seed in now["seeds"]]),
+        *(("--lrs", *(_tried(grids, name) for grids in (had, comparison.grids))) for name in before["methods"]),
+    ]
+    for option, earlier, later in pairs:
+        left_out = [value for value in earlier if value not in later]
+        if left_out:
+            raise UserError(
+                f"{option}: the comparison in {str(comparison.folder)!r} also has {', '.join(left_out)}; it can be "
+                "extended but not cut. Give that too, or another folder with --out."
+            )
+
+
+def _tried(grids: Grids, method: str) -> list[str]:
+    return [f"{rate:g} for {method}" for rate in grids.of(method)]
 
 
 def finished_record(run: Run) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo.comparison.figure import plot_comparison
+from diablo.comparison.grids import Grids
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.sweep import Sweep
 from diablo.records.results import kept_loss, write_json
@@ -146,6 +147,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     """The notes under the table: how the figures were measured, and which runs failed."""
     settings = record["settings"]
     data, seeds = settings["data"], settings["seeds"]
+    grids = Grids(settings["lrs"], settings["own_lrs"])
     scored = sorted({task for run in record["runs"] for task in run.get("scores", {})})
     metrics = f"{'headline metric' if len(scored) == 1 else 'mean of the headline metrics'} of {', '.join(scored)}"
     each = "Every method, with each of the optimizers," if settings["optimizers"] else "Every method"
@@ -154,10 +156,10 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         f"deviation over the seeds {', '.join(map(str, seeds))}. "
         + (f"The score is the {metrics} on the test problems. " if scored else "")
         + f"Losses are {'in ' * record['loss_unit'].startswith('nats')}{record['loss_unit']}.",
-        f"{each} was run at the learning rates {', '.join(f'{rate:g}' for rate in settings['lrs'])} with seed "
-        f"{seeds[0]}. The rate with the lowest loss on {data['validation_rows']} validation rows was then used for all "
-        f"seeds. These rows were cut from the training rows with seed {data['validation_seed']}, and no run is trained "
-        "or tested on them.",
+        f"{each} was run at the learning rates {grids.in_words(settings['methods'])} with seed {seeds[0]}. The rate "
+        f"with the lowest loss on {data['validation_rows']} validation rows was then used for all seeds. These rows "
+        f"were cut from the training rows with seed {data['validation_seed']}, and no run is trained or tested on "
+        "them.",
         _sizes(record),
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",
