@@ -61,17 +61,31 @@ class App(typer.Typer):
 
 
 class _Verb(TyperCommand):
-    """A command whose errors of usage are records, too."""
+    """A command whose errors of usage are records, too, and say how a setting of a recipe is written."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        is_asked_for = "--json" in itertools.takewhile(lambda argument: argument != "--", args)
+        given = list(args)  # the parser takes them out of the list
+        is_asked_for = "--json" in itertools.takewhile(lambda argument: argument != "--", given)
         try:
             return super().make_context(info_name, args, *rest, **extra)
         except Exception as error:
+            if any(parameter.name == "overrides" for parameter in self.params):
+                _explain_setting(error, given)
             # Typer's errors of usage have this method; what ends the program at --help does not.
             if is_asked_for and hasattr(error, "format_message"):
                 print(json.dumps({"error": error.format_message()}))
             raise
+
+
+def _explain_setting(error: Any, given: list[str]) -> None:
+    """Say how a setting of a recipe is written, where the error is that there is no such option."""
+    from diablo.recipes.recipe import Recipe
+
+    option = getattr(error, "option_name", "")
+    key = option.removeprefix("--")
+    if key.partition(".")[0] in Recipe.model_fields:
+        values = [text.partition("=")[2] for text in given if text.startswith(f"{option}=")]
+        error.message = f"No such option: {option}; write {key}={(values or ['VALUE'])[0]}, without dashes"
 
 
 def _taking_json(verb: Callable[..., None], no_record: str | None) -> Callable[..., None]:

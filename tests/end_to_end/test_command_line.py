@@ -1,6 +1,7 @@
 """Every verb of the command line, on a tiny random Llama and real word problems."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,11 @@ def test_a_dry_run_reads_no_weights_and_marks_tokens(diablo, tiny_model, tmp_pat
     assert out.count("Problem:") == 2
     assert "‹" in out
     assert not (tmp_path / "run").exists()
+    # As diablo plan has it for rows of that length.
+    memory, longest = re.search(r"memory {14}about (.*) at the longest batch, 8 x (\d+) tokens", out).groups()
+    _, *arguments = quickstart_on(without_weights, tmp_path / "run", f"training.max_length={longest}")
+    planned = diablo("plan", *arguments)[1]
+    assert re.search(r"│ total +│ (.*?) +│", planned)[1] == memory
 
 
 def own_data(folder: Path, model: Path, *rows: object, chat: bool) -> list[str]:

@@ -96,6 +96,7 @@ def test_words_that_run_together_are_told(diablo, tiny_model, folder):
     status, out, _ = diablo("train", "recipe.yaml", "--dry-run")
     assert status == 0
     assert f"run together        {told}" in out
+    assert "warm-up             found 1 of 1 steps" in out
     status, _, error = diablo("train", "recipe.yaml")
     assert status == 0
     assert f"data: {told}" in error

@@ -72,6 +72,8 @@ def test_the_verbs_of_a_run_print_their_records(record, tiny_model, tmp_path):
     assert trained == {"folder": str(run), "adapter": str(run / "adapter"), "merged": None, **saved}
     assert planned["training"].items() <= saved["training"].items()
     assert planned["parameters"] == saved["parameters"]
+    assert planned["memory"]["trained"] == saved["parameters"]["trainable"]
+    assert planned["memory"]["total"] > planned["memory"]["weights"]
     assert planned["data"]["supervised_tokens"] == saved["data"]["supervised_tokens"]
     assert {token["supervised"] for token in planned["examples"][0]} == {True, False}
 

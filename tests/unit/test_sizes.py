@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import ShiraConfig, get_peft_model
 from references import SavedBytes, allocations
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +19,7 @@ from diablo.models.stored_weights import StoredWeights
 from diablo.planning import rates
 from diablo.planning.kept import kept_for_backward
 from diablo.planning.sizes import plan_sizes, sizes_of
-from diablo.recipes.methods import LoraMethod
+from diablo.recipes.methods import LoraMethod, PeftMethod
 
 
 def test_parameters_and_activations_are_those_of_the_real_model(tiny_model):
@@ -75,6 +75,22 @@ def test_the_methods_are_compared_at_equal_parameters(tiny_model):
     assert full.trained > 5 * diablo.trained
     assert diablo.activations < lora.activations
     assert diablo.total < lora.total < full.total
+
+
+def test_a_method_that_starts_from_the_values_of_weights_has_parameters_and_no_estimate_of_memory(tiny_model):
+    sizes = sizes_of(
+        load_config(str(tiny_model)),
+        PeftMethod.model_validate({"name": "peft", "type": "SHIRA", "r": 4, "target_modules": ["q_proj"]}),
+        batch_size=2,
+        length=8,
+        dtype=torch.float32,
+        files_of=str(tiny_model),
+    )
+    config = ShiraConfig(r=4, target_modules=["q_proj"])
+    real = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    assert (sizes.trained, sizes.total) == real.get_nb_trainable_parameters()
+    assert [each.method for each in sizes.memory] == ["full fine-tuning"]
+    assert sizes.learning_rate is None
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.05, 0.03])

@@ -184,6 +184,14 @@ class Plan:
         )
 
     @property
+    def long_warmup(self) -> str:
+        """What is to be said of a warm-up that does not end before the run; empty where it does."""
+        warmup = self.recipe.training.warmup_steps
+        if warmup < self.steps:
+            return ""
+        return f"found {warmup} of {self.steps} steps, so that the learning rate never reaches its value; give fewer"
+
+    @property
     def token_counts(self) -> TokenCounts | None:
         """How often the tokens whose rows are trained occur; None where there are none."""
         if self.trained_tokens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ from diablo.models.loading import (
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning.kept import ATTENTION, kept_on_meta
+from diablo.planning.making import adapt_on_meta
 from diablo.planning.optimizers import state_bytes
+from diablo.planning.plan import Plan
 from diablo.planning.rates import stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
@@ -68,6 +71,10 @@ class Memory:
         """All of it."""
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
+    def record(self) -> dict[str, Any]:
+        """The same as values of JSON."""
+        return {**asdict(self), "total": self.total}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -81,7 +88,8 @@ class Sizes:
         total: parameters of the model with its adapter, as PEFT counts them.
         dtype: dtype of the frozen weights and of the activations.
         memory: an estimate for the method and, beside it, for full fine-tuning and, where the method is DiaBlo, for
-            LoRA of as many trained parameters.
+            LoRA of as many trained parameters. There is none for a method whose adapters are made from the values of
+            the weights, which the meta device has not.
         length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
         learning_rate: the rate that suits DiaBlo's blocks, from the model's files; None for another method, or where
@@ -109,7 +117,7 @@ class Sizes:
             "trained_tokens": self.tokens and self.tokens.record(),
             "learning_rate": self.learning_rate,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "memory": [{**asdict(each), "total": each.total} for each in self.memory],
+            "memory": [each.record() for each in self.memory],
         }
 
 
@@ -196,9 +204,11 @@ def sizes_of(
     Raises:
         UserError: the method does not fit the model.
     """
-    adapted = _adapted(config, method, dtype, tokens)
-    trained, total = count_parameters(adapted)
-    targets = target_kinds(adapted)
+    adapted = _adapted_or_none(config, method, dtype, tokens)
+    if adapted is None:
+        targets, (trained, total) = adapt_on_meta(method, config)
+    else:
+        targets, (trained, total) = target_kinds(adapted), count_parameters(adapted)
     # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
     full = FullMethod(name="full")
     compared: list[AnyMethod] = [] if isinstance(method, FullMethod) else [full]
@@ -212,9 +222,9 @@ def sizes_of(
 
     def memory(method: AnyMethod, adapted: Any) -> Memory:
         kept = kept_on_meta(adapted, batch_size, length, checkpointing)
-        if isinstance(method, FullMethod):
-            return _memory(in_words(method), adapted, kept, optimizer, full=True)
-        return _memory(in_words(method), adapted, kept, optimizer, _frozen_bytes(adapted, quantization))
+        return _memory(method, adapted, kept, optimizer, quantization)
+
+    own = [] if adapted is None else [memory(method, adapted)]
 
     return Sizes(
         method=in_words(method),
@@ -223,10 +233,10 @@ def sizes_of(
         trained=trained,
         total=total,
         dtype=dtype,
-        memory=[memory(method, adapted), *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
+        memory=[*own, *(memory(each, _adapted(config, each, dtype, tokens)) for each in compared)],
         length=length,
         tokens=tokens,
-        learning_rate=None if files_of is None else stored_learning_rate(files_of, adapted),
+        learning_rate=None if files_of is None or adapted is None else stored_learning_rate(files_of, adapted),
     )
 
 
@@ -268,6 +278,25 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
     )
 
 
+def run_memory(plan: Plan) -> Memory | None:
+    """Estimate the memory of a run at the batch of its longest rows.
+
+    Args:
+        plan: the run's plan.
+
+    Returns:
+        The estimate; None where rows have images, where completions are written in training, and for a method whose
+        adapters are made from the values of the weights.
+    """
+    recipe = plan.recipe
+    adapted = _adapted_or_none(copy.deepcopy(plan.config), recipe.method, plan.dtype, plan.trained_tokens)
+    if plan.rewards is not None or plan.images or adapted is None:
+        return None
+    sequences = recipe.training.batch_size * len(plan.train[0].sequences)
+    kept = kept_on_meta(adapted, sequences, plan.longest, recipe.training.gradient_checkpointing)
+    return _memory(recipe.method, adapted, kept, recipe.training.optimizer, recipe.quantization)
+
+
 def in_words(method: AnyMethod) -> str:
     """A method and its size."""
     if isinstance(method, FullMethod):
@@ -282,6 +311,16 @@ def in_words(method: AnyMethod) -> str:
 def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: TrainedTokens | None) -> Any:
     config._attn_implementation = ATTENTION
     return apply_method(meta_model(config).to(dtype), method, tokens).train()
+
+
+def _adapted_or_none(
+    config: PretrainedConfig, method: AnyMethod, dtype: torch.dtype, tokens: TrainedTokens | None
+) -> Any:
+    try:
+        return _adapted(config, method, dtype, tokens)
+    except NotImplementedError:
+        # Torch says so of the meta device, which has no values.
+        return None
 
 
 def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules: list[str] | str | None) -> int:
@@ -301,11 +340,9 @@ def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules:
     )
 
 
-def _memory(
-    name: str, model: nn.Module, activations: int, optimizer: Optimizer, frozen: int = 0, *, full: bool = False
-) -> Memory:
+def _memory(method: AnyMethod, model: Any, activations: int, optimizer: Optimizer, quantization: str | None) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
+    count, is_full = sum(parameter.numel() for parameter in trained), isinstance(method, FullMethod)
     adapter = sum(parameter.nbytes for parameter in trained)
     # In place, the diagonal of each weight is kept as it was: as many values as there are in the blocks.
     adapter += sum(
@@ -314,10 +351,10 @@ def _memory(
         if isinstance(layer, DiabloLayer)
     )
     return Memory(
-        method=name,
+        method=in_words(method),
         trained=count,
-        weights=4 * count if full else frozen,
-        adapter=0 if full else adapter,
+        weights=4 * count if is_full else _frozen_bytes(model, quantization),
+        adapter=0 if is_full else adapter,
         gradients=4 * count,
         optimizer=state_bytes(optimizer, trained),
         activations=activations,

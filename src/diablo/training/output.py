@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,6 +153,9 @@ def _open_output(recipe: Recipe, *, resume: bool) -> None:
 def close_output(recipe: Recipe, record: dict[str, Any], losses: Losses) -> None:
     """Write what tells that the run is finished, last."""
     shutil.rmtree(recipe.output / "start", ignore_errors=True)
+    # The trainer makes this folder even where nothing is saved in it.
+    with contextlib.suppress(OSError):
+        (recipe.output / "checkpoints").rmdir()
     title = f"{recipe.method.title} on {recipe.model}"
     if losses.rewards:
         # The loss of completions that the model has just written says nothing: it is near 0 all the way.

@@ -214,13 +214,8 @@ def _say_plan(plan: Plan, console: Console, checkpoint: Path | None) -> None:
         console.print(f"new_tokens: {counts.absent}.", markup=False, soft_wrap=True)
     if run_together := plan.run_together:
         console.print(f"data: {run_together}.", markup=False, soft_wrap=True)
-    if recipe.training.warmup_steps >= plan.steps:
-        console.print(
-            f"training.warmup_steps: found {recipe.training.warmup_steps} of {plan.steps} steps, so that the learning "
-            "rate never reaches its value; give fewer.",
-            markup=False,
-            soft_wrap=True,
-        )
+    if long_warmup := plan.long_warmup:
+        console.print(f"training.warmup_steps: {long_warmup}.", markup=False, soft_wrap=True)
     spelling, tokens = plan.special_text
     if spelling:
         console.print(f"data: {describe_special_text(spelling, tokens, recipe.data.special_text)}", markup=False)

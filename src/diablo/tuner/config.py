@@ -173,7 +173,9 @@ class DiabloConfig(PeftConfig):
         counts: tuple[int, int] | None = self._trained_of_all
         if counts is None:
             return
-        trained, total = counts
+        trained, of_base = counts
+        # PEFT counts the blocks among all parameters too.
+        total = of_base and of_base + trained
         targets = {
             "target modules": self.target_modules,
             "target parameters": self.target_parameters,
