@@ -25,6 +25,7 @@ from versions import not_on_oldest_peft
 
 from diablo import DiabloConfig
 from diablo.errors import UserError
+from diablo.models import loading
 from diablo.models.loading import load_model, load_tokenizer
 from diablo.quantization import Scheme, calibration_rows
 from diablo.quantization import model as quantization
@@ -369,6 +370,16 @@ def test_a_missing_library_names_the_extra(
     assert status == 2
     assert "pip install 'diablo-peft[gptq]'" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="older ones are fine on a GPU")
+def test_a_bitsandbytes_that_fails_in_the_backward_on_a_cpu_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loading, "version", lambda name: {"bitsandbytes": "0.49.2"}[name])
+    with pytest.raises(UserError, match=r"nf4 on a CPU needs bitsandbytes 0\.50 or newer, and 0\.49\.2 is installed"):
+        load_model(str(tiny_model), torch.float32, quantization="nf4")
 
 
 def test_a_checkpoint_must_hold_the_models_tensors(tiny_model: Path, calibration: torch.Tensor, tmp_path: Path) -> None:

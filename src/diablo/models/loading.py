@@ -7,12 +7,14 @@ import shutil
 import textwrap
 import warnings
 from contextlib import suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -257,11 +259,7 @@ def _quantization_config(
             f"({stored.get('quant_method')}); leave it out."
         )
     if quantization is not None:
-        if not find_spec("bitsandbytes"):
-            raise UserError(
-                f"quantization: {quantization} needs bitsandbytes; install it with: pip install "
-                "'diablo-peft[quantized]'."
-            )
+        _check_bitsandbytes(quantization)
         if quantization == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -275,6 +273,20 @@ def _quantization_config(
         trainable = "auto_trainable" if choose_device().type == "cuda" else "gptq_torch"
         return GPTQConfig(bits=stored["bits"], backend=trainable)
     return None
+
+
+def _check_bitsandbytes(quantization: str) -> None:
+    if not find_spec("bitsandbytes"):
+        raise UserError(
+            f"quantization: {quantization} needs bitsandbytes; install it with: pip install 'diablo-peft[quantized]'."
+        )
+    # Older ones load on a CPU, and fail in the first backward.
+    found = version("bitsandbytes")
+    if choose_device().type == "cpu" and Version(found) < Version("0.50"):
+        raise UserError(
+            f"quantization: {quantization} on a CPU needs bitsandbytes 0.50 or newer, and {found} is installed; "
+            "install a newer one with: pip install -U 'diablo-peft[quantized]'."
+        )
 
 
 def meta_model(config: PretrainedConfig) -> Any:

@@ -32,13 +32,12 @@ from diablo.planning.rates import stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
-from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod
 from diablo.recipes.objectives import LabelObjective
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.training import Optimizer
 from diablo.tuner import DiabloLayer
 
-_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA", "miss": "MiSS"}
 _QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 """Bytes of a weight that bitsandbytes holds; with nf4, 64 of them share a scale in fp32."""
 
@@ -227,7 +226,7 @@ def sizes_of(
     own = [] if adapted is None else [memory(method, adapted)]
 
     return Sizes(
-        method=in_words(method),
+        method=method.with_size,
         num_blocks=method.num_blocks if isinstance(method, DiabloMethod) else None,
         targets=targets,
         trained=trained,
@@ -297,17 +296,6 @@ def run_memory(plan: Plan) -> Memory | None:
     return _memory(recipe.method, adapted, kept, recipe.training.optimizer, recipe.quantization)
 
 
-def in_words(method: AnyMethod) -> str:
-    """A method and its size."""
-    if isinstance(method, FullMethod):
-        return "full fine-tuning"
-    if isinstance(method, DiabloMethod):
-        return f"DiaBlo, N = {method.num_blocks}"
-    if isinstance(method, PeftMethod):
-        return method.type
-    return f"{_TITLES[method.name]}, r = {method.r}"
-
-
 def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: TrainedTokens | None) -> Any:
     config._attn_implementation = ATTENTION
     return apply_method(meta_model(config).to(dtype), method, tokens).train()
@@ -351,7 +339,7 @@ def _memory(method: AnyMethod, model: Any, activations: int, optimizer: Optimize
         if isinstance(layer, DiabloLayer)
     )
     return Memory(
-        method=in_words(method),
+        method=method.with_size,
         trained=count,
         weights=4 * count if is_full else _frozen_bytes(model, quantization),
         adapter=0 if is_full else adapter,

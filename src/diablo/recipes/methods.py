@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJso
 
 from diablo.recipes.section import LayerIndices, ModuleNames, Section, explained
 
+_WRITTEN = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA"}
+
 
 class NamedMethod(Section):
     """What all methods have in common."""
@@ -18,6 +20,11 @@ class NamedMethod(Section):
     def title(self) -> str:
         """What the method is called in messages and tables."""
         return self.name
+
+    @property
+    def with_size(self) -> str:
+        """The method with its size, as tables of memory have it."""
+        return self.title
 
     @property
     def needs_plain_weights(self) -> bool:
@@ -58,6 +65,11 @@ class DiabloMethod(AdapterMethod):
         {}, description="module names or expressions to num_blocks, where they differ from the others"
     )
 
+    @property
+    def with_size(self) -> str:
+        """The method with its size, as tables of memory have it."""
+        return f"DiaBlo, N = {self.num_blocks}"
+
 
 class LoraMethod(AdapterMethod):
     """LoRA and its kin, from PEFT, on the same target modules as DiaBlo where none are given.
@@ -75,6 +87,11 @@ class LoraMethod(AdapterMethod):
     )
 
     @property
+    def with_size(self) -> str:
+        """The method with its size, as tables of memory have it."""
+        return f"{_WRITTEN[self.name]}, r = {self.r}"
+
+    @property
     def alpha(self) -> int:
         """The alpha that is used: where none is given, the one that makes the method's usual scale.
 
@@ -89,6 +106,11 @@ class MissMethod(AdapterMethod):
 
     name: Literal["miss"] = Field(description="miss")
     r: int = Field(16, ge=1, description="an integer from 1 to the smallest input of a target: the rank")
+
+    @property
+    def with_size(self) -> str:
+        """The method with its size, as tables of memory have it."""
+        return f"MiSS, r = {self.r}"
 
 
 def _known_type(value: str) -> str:
@@ -149,6 +171,11 @@ class FullMethod(NamedMethod):
     """Full fine-tuning: every weight is trained, in fp32 under autocast."""
 
     name: Literal["full"] = Field(description="full: every weight is trained")
+
+    @property
+    def with_size(self) -> str:
+        """The method with its size, as tables of memory have it."""
+        return "full fine-tuning"
 
 
 METHODS: dict[str, type[Section]] = {
