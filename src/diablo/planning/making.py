@@ -54,7 +54,7 @@ from diablo.planning.suited import (
     is_encoder_decoder,
 )
 from diablo.planning.tokens import tokens_of_recipe
-from diablo.recipes.applying import TargetKind, apply_method, kinds_by_layer, target_kinds
+from diablo.recipes.applying import TargetKind, apply_on_meta, kinds_by_layer, target_kinds
 from diablo.recipes.embedding import EmbeddingObjective
 from diablo.recipes.methods import AnyMethod, FullMethod, PeftMethod
 from diablo.recipes.peft_methods import check_merges
@@ -229,21 +229,24 @@ def adapt_on_meta(method: AnyMethod, config: PretrainedConfig) -> tuple[list[Tar
     return _adapted_on_meta(method, config)[1:]
 
 
+def adapt_layers(method: PeftMethod, config: PretrainedConfig) -> tuple[Any, list[TargetKind], tuple[int, int]]:
+    """The same for a method whose adapters are made from the values of weights, with a model that stands in for it."""
+    model = meta_model(config)
+    total = count_parameters(model)[1]
+    stand_in, kinds = kinds_by_layer(method, model)
+    trained = sum(kind.parameters for kind in kinds)
+    return stand_in, kinds, (trained, total + trained)
+
+
 def _adapted_on_meta(
     method: AnyMethod, config: PretrainedConfig, tokens: TrainedTokens | None = None
 ) -> tuple[Any, list[TargetKind], tuple[int, int]]:
-    model = meta_model(config)
-    total = count_parameters(model)[1]
-    try:
-        adapted = apply_method(model, method, tokens)
-        kinds = target_kinds(adapted)
-        parameters = count_parameters(adapted)
-    except NotImplementedError:
-        # Torch says so of the meta device, which has no values: some methods start from those of the weights.
+    adapted = apply_on_meta(meta_model(config), method, tokens)
+    if adapted is None:
         assert isinstance(method, PeftMethod)
-        adapted, kinds = kinds_by_layer(method, meta_model(config))
-        trained = sum(kind.parameters for kind in kinds)
-        parameters = trained, total + trained
+        adapted, kinds, parameters = adapt_layers(method, config)
+    else:
+        kinds, parameters = target_kinds(adapted), count_parameters(adapted)
     chosen = not isinstance(method, FullMethod) and isinstance(method.target_modules, str)
     preflight.check_towers(adapted, chosen=chosen)
     return adapted, kinds, parameters

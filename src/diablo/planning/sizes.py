@@ -25,14 +25,14 @@ from diablo.models.loading import (
 )
 from diablo.models.vocabulary import TrainedTokens, config_with_rows
 from diablo.planning.kept import ATTENTION, kept_on_meta
-from diablo.planning.making import adapt_on_meta
+from diablo.planning.making import adapt_layers
 from diablo.planning.optimizers import state_bytes
 from diablo.planning.plan import Plan
 from diablo.planning.rates import stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
-from diablo.recipes.applying import TargetKind, apply_method, nearest_size, shapes_of, target_kinds
-from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod
+from diablo.recipes.applying import TargetKind, apply_method, apply_on_meta, nearest_size, shapes_of, target_kinds
+from diablo.recipes.methods import AnyMethod, DiabloMethod, FullMethod, LoraMethod, PeftMethod
 from diablo.recipes.objectives import LabelObjective
 from diablo.recipes.recipe import Recipe
 from diablo.recipes.training import Optimizer
@@ -203,9 +203,10 @@ def sizes_of(
     Raises:
         UserError: the method does not fit the model.
     """
-    adapted = _adapted_or_none(config, method, dtype, tokens)
+    adapted = _adapted(config, method, dtype, tokens)
     if adapted is None:
-        targets, (trained, total) = adapt_on_meta(method, config)
+        assert isinstance(method, PeftMethod)
+        _, targets, (trained, total) = adapt_layers(method, config)
     else:
         targets, (trained, total) = target_kinds(adapted), count_parameters(adapted)
     # The weights that are trained are kept in fp32; autocast lowers what is computed with them.
@@ -288,27 +289,20 @@ def run_memory(plan: Plan) -> Memory | None:
         adapters are made from the values of the weights.
     """
     recipe = plan.recipe
-    adapted = _adapted_or_none(copy.deepcopy(plan.config), recipe.method, plan.dtype, plan.trained_tokens)
-    if plan.rewards is not None or plan.images or adapted is None:
+    if plan.rewards is not None or plan.images:
+        return None
+    adapted = _adapted(copy.deepcopy(plan.config), recipe.method, plan.dtype, plan.trained_tokens)
+    if adapted is None:
         return None
     sequences = recipe.training.batch_size * len(plan.train[0].sequences)
     kept = kept_on_meta(adapted, sequences, plan.longest, recipe.training.gradient_checkpointing)
     return _memory(recipe.method, adapted, kept, recipe.training.optimizer, recipe.quantization)
 
 
-def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: TrainedTokens | None) -> Any:
+def _adapted(config: PretrainedConfig, method: Any, dtype: torch.dtype, tokens: TrainedTokens | None) -> Any | None:
     config._attn_implementation = ATTENTION
-    return apply_method(meta_model(config).to(dtype), method, tokens).train()
-
-
-def _adapted_or_none(
-    config: PretrainedConfig, method: AnyMethod, dtype: torch.dtype, tokens: TrainedTokens | None
-) -> Any:
-    try:
-        return _adapted(config, method, dtype, tokens)
-    except NotImplementedError:
-        # Torch says so of the meta device, which has no values.
-        return None
+    adapted = apply_on_meta(meta_model(config).to(dtype), method, tokens)
+    return None if adapted is None else adapted.train()
 
 
 def _fitting_num_blocks(config: PretrainedConfig, budget: float, target_modules: list[str] | str | None) -> int:

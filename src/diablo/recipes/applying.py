@@ -205,6 +205,19 @@ _ROWS = f"{_ROWS_LAYER}.trainable_tokens_delta."
 """What PEFT calls the trained rows of an embedding or an output layer, behind the layer's name."""
 
 
+def apply_on_meta(model: Any, method: AnyMethod, tokens: TrainedTokens | None = None) -> Any | None:
+    """The same as :func:`apply_method`, to a model on the meta device.
+
+    Returns:
+        None for a method whose adapters are made from the values of the weights, which the meta device has not:
+        :func:`kinds_by_layer` says what such a method adapts.
+    """
+    try:
+        return apply_method(model, method, tokens)
+    except NotImplementedError:  # what torch raises for an operation that needs values
+        return None
+
+
 def kinds_by_layer(method: PeftMethod, model: Any) -> tuple[Any, list[TargetKind]]:
     """What a method adapts whose adapters are made from the values of the weights, which the meta device has not.
 
