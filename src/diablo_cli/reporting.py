@@ -336,7 +336,8 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(table)
     runs, data = comparison.planned_runs, comparison.recipe.data
     rates = comparison.grids.in_words([contender.name for contender in comparison.contenders])
-    out.print(f"learning rates      {escape(rates)}; extended at an edge")
+    tried = f"seed{'s' * (len(comparison.rate_seeds) > 1)} {', '.join(map(str, comparison.rate_seeds))}"
+    out.print(f"learning rates      {escape(rates)}, with {tried}; extended at an edge")
     out.print(f"validation rows     {data.validation_rows} of the training rows, chosen by seed {data.validation_seed}")
     out.print(f"seeds               {', '.join(map(str, comparison.seeds))}")
     scored = comparison.recipe.scored if comparison.recipe.evaluation.after else []
@@ -344,7 +345,7 @@ def print_comparison_plan(out: Console, comparison: Comparison) -> None:
     out.print(f"forgetting          loss on general text ({escape(str(comparison.recipe.evaluation.general))})")
     out.print(
         f"runs                {runs} of {comparison.steps} steps, {runs * comparison.steps:,} steps in all; up to "
-        f"{MOST_EXTENSIONS} more on each side of a grid, as long as the best rate is at its edge"
+        f"{MOST_EXTENSIONS} more rates on each side of a grid, as long as the best rate is at its edge"
     )
     out.print(f"folder              {escape(str(comparison.folder))}")
 

@@ -101,6 +101,9 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds; the first is the recipe's.")] = 3,
+    rate_seeds: Annotated[
+        int, typer.Option(help="With how many of the seeds each learning rate is tried; the best mean is taken.")
+    ] = 1,
     lrs: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,6 +135,7 @@ def compare(
         methods=names,
         optimizers=None if optimizers is None else optimizers.split(","),
         seeds=seeds,
+        rate_seeds=rate_seeds,
         rates=rates,
         own_rates=own_rates,
         folder=folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -56,6 +57,7 @@ def plan_in(
     methods: tuple[str, ...] = ("diablo", "lora"),
     optimizers: tuple[str, ...] | None = None,
     seeds: int = 2,
+    rate_seeds: int = 1,
     rates: tuple[float, ...] = RATES,
     own_rates: dict[str, tuple[float, ...]] | None = None,
     **changes: Any,
@@ -65,6 +67,7 @@ def plan_in(
         methods=methods,
         optimizers=optimizers,
         seeds=seeds,
+        rate_seeds=rate_seeds,
         rates=rates,
         own_rates=own_rates,
         folder=folder / "comparison",
@@ -177,6 +180,26 @@ def test_methods_seeds_and_rates_are_added_and_nothing_is_run_again(compared, ti
         name: value for name, value in before.items() if "-test-" in name
     }
     assert {method["method"]: method["seeds"] for method in again["methods"]} == {"diablo": 3, "lora": 3, "miss": 3}
+
+
+def test_a_rate_is_chosen_by_the_mean_of_its_seeds_and_these_can_be_added(compared, tiny_model, tmp_path):
+    folder, record, _ = compared
+    shutil.copytree(folder, tmp_path / "comparison")
+    carry_out = InThisProcess()
+    again = compare(plan_in(tmp_path, tiny_model, rate_seeds=2), console=QUIET, runner=carry_out)
+    swept = [run for run in record["runs"] if run["stage"] == "validation"]
+    added = [run["folder"].removeprefix("runs/").replace("-seed0", "-seed1") for run in swept]
+    assert set(carry_out.done) >= set(added)
+    for method in again["methods"]:
+        runs = [run for run in again["runs"] if run["method"] == method["method"] and run["stage"] == "validation"]
+        for tried in method["sweep"]:
+            losses = [run["validation_loss"] for run in runs if run["learning_rate"] == tried["learning_rate"]]
+            assert tried["validation_losses"] == losses
+            assert len(set(losses)) == 2
+            assert tried["validation_loss"] == statistics.fmean(losses)
+        assert (
+            method["learning_rate"] == min(method["sweep"], key=lambda tried: tried["validation_loss"])["learning_rate"]
+        )
 
 
 def test_another_setting_is_an_error_that_names_it(compared, tiny_model, tmp_path):

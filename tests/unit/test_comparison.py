@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from diablo.comparison import Comparison, parse_rates, plan_comparison
 from diablo.comparison.processes import shares_of, side_by_side
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
-from diablo.comparison.sweep import Sweep, sweep
+from diablo.comparison.sweep import Sweep, mean_loss, sweep
 from diablo.data.encoding import IGNORED, EncodedRow
 from diablo.data.general_text import encode_general_text
 from diablo.data.rows import Row
@@ -229,6 +230,7 @@ def test_both_stages_train_on_the_same_rows_and_on_none_that_they_are_judged_by(
         ({"optimizers": ["muon", "muon"]}, {}, ["--optimizers: found muon, muon", "once"]),
         ({"optimizers": []}, {}, ["--optimizers: found none"]),
         ({"seeds": 0}, {}, ["--seeds: found 0", "at least 1"]),
+        ({"rate_seeds": 0}, {}, ["--rate-seeds: found 0", "at least 1"]),
         ({"rates": [1e-3, 0.0]}, {}, ["--lrs: found 0.001, 0", "above 0"]),
         ({"rates": [math.inf]}, {}, ["--lrs: found inf"]),
         ({"rates": [1e-3, 1e-3]}, {}, ["--lrs: found 0.001, 0.001", "different"]),
@@ -494,7 +496,59 @@ def test_the_notes_name_edges_extensions_and_failures(summary):
     assert "full: no run of the sweep gave a finite loss." in said
     assert "Failed: lora, test, learning rate 0.001, seed 1: out of memory" in said
     assert "6 validation rows" in said
+    assert "with seed 0. The rate with the lowest loss on" in said
     assert "at once" not in said
+    assert "by chance" not in said
+
+
+@pytest.mark.parametrize(
+    ("rate_seeds", "losses", "told"),
+    [
+        # The test losses deviate by 0.3536.
+        (
+            1,
+            {1e-3: [1.0], 2e-3: [1.3], 4e-3: [9.0]},
+            "0.001 and 0.002 differ by 0.3000 in loss. That is less than .*0.3536",
+        ),
+        (1, {1e-3: [1.4], 2e-3: [1.0], 4e-3: [math.inf]}, None),
+        (1, {1e-3: [1.0]}, None),
+        (
+            2,
+            {1e-3: [1.5, 1.7], 2e-3: [1.0, 1.8]},
+            "0.002 and 0.001 differ by 0.2000 in loss. That is less than .*0.5657",
+        ),
+        (2, {1e-3: [1.5, 1.7], 2e-3: [1.3, 1.4]}, None),
+        (2, {1e-3: [1.5, 1.7], 2e-3: [1.3, None]}, None),
+    ],
+)
+def test_rates_that_the_seeds_do_not_tell_apart_are_told(tiny_model, tmp_path, rate_seeds, losses, told):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo"], rate_seeds=rate_seeds, rates=list(losses))
+    (diablo,) = comparison.contenders
+    runs = [
+        describe_run(
+            comparison.run(diablo, "validation", rate, seed), figures_of(0, loss or 0), None if loss else "cut"
+        )
+        for rate, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    runs += [
+        describe_run(comparison.run(diablo, "test", 1e-3, s), figures_of(0, loss), None)
+        for s, loss in ((0, 1.0), (1, 1.5))
+    ]
+    found = sweep(list(losses), lambda rates: [mean_loss(losses.get(rate, [math.inf])) for rate in rates])
+    record = summarize(comparison, {"diablo": found}, runs, [], jobs=1)
+    swept = {each["learning_rate"]: each["validation_losses"] for each in record["methods"][0]["sweep"]}
+    assert {rate: swept[rate] for rate in losses} == losses
+    said = " ".join(note for note in notes(record) if "by chance" in note)
+    assert re.search(told, said) if told else not said
+    assert ("--rate-seeds 3" in said) == (bool(told) and rate_seeds == 1)
+
+
+def test_the_figure_and_the_notes_say_how_many_seeds_chose_the_rate(tiny_model, tmp_path):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo"], rate_seeds=2)
+    assert comparison.planned_runs == 4 * 2 + 3
+    record = summarize(comparison, {}, [], [], jobs=1)
+    assert "with seeds 0, 1. The rate with the lowest mean loss on" in "\n".join(notes(record))
 
 
 def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model, tmp_path):

@@ -58,7 +58,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any]) -> None:
             axes.set_yticks(range(len(methods)), names)
             axes.set_ylim(-0.5, len(methods) - 0.5)
     rates, steps, time, memory = below.subplots(1, 4)
-    _draw_rates(rates, methods, colours)
+    _draw_rates(rates, record, colours)
     _draw_steps(steps, record, colours)
     _draw_cost(time, methods, "training_seconds", 1, "training (s)", colours)
     _draw_cost(memory, methods, "peak_memory_bytes", 1e-9, "peak memory (GB)", colours)
@@ -89,7 +89,8 @@ def _draw_figures(
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_rates(axes: Any, methods: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+def _draw_rates(axes: Any, record: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    methods = record["methods"]
     lowest = math.inf
     for method in methods:
         swept = [(each["learning_rate"], each["validation_loss"]) for each in method["sweep"]]
@@ -98,7 +99,8 @@ def _draw_rates(axes: Any, methods: Sequence[Mapping[str, Any]], colours: Mappin
             continue
         lowest = min(lowest, *(loss for _, loss in finite))
         axes.plot(*zip(*finite, strict=True), "o-", color=colours[method["method"]], label=method["method"])
-    axes.set(xscale="log", xlabel="learning rate", title="validation loss, first seed")
+    of_seeds = "first seed" if len(record["settings"]["rate_seeds"]) == 1 else "mean over the seeds"
+    axes.set(xscale="log", xlabel="learning rate", title=f"validation loss, {of_seeds}")
     rates = sorted({each["learning_rate"] for method in methods for each in method["sweep"]})
     if len(rates) <= _MOST_TICKS:
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])

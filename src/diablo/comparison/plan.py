@@ -55,7 +55,8 @@ class Comparison:
         recipe: the recipe, with DiaBlo as its method.
         folder: where everything is written.
         contenders: the methods at their sizes, each once for every optimizer.
-        seeds: the seeds of the runs that are judged on the test rows. The runs of the sweep use the first one.
+        seeds: the seeds of the runs that are judged on the test rows.
+        rate_seeds: the seeds of the runs that choose the learning rate, by their mean loss on the validation rows.
         grids: the learning rates that are tried.
         budget: number of DiaBlo's trained parameters.
         total: number of the model's parameters.
@@ -66,6 +67,7 @@ class Comparison:
     folder: Path
     contenders: list[Contender]
     seeds: list[int]
+    rate_seeds: list[int]
     grids: Grids
     budget: int
     total: int
@@ -74,7 +76,8 @@ class Comparison:
     @property
     def planned_runs(self) -> int:
         """Number of runs, without the runs that extend a grid of learning rates."""
-        return sum(len(self.grids.of(contender.name)) + len(self.seeds) for contender in self.contenders)
+        tried = [len(self.grids.of(contender.name)) for contender in self.contenders]
+        return len(self.rate_seeds) * sum(tried) + len(self.seeds) * len(self.contenders)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class Comparison:
             "methods": list(dict.fromkeys(contender.name for contender in self.contenders)),
             "optimizers": list(dict.fromkeys(optimizers)) or None,
             "seeds": self.seeds,
+            "rate_seeds": self.rate_seeds,
             "lrs": self.grids.common,
             "own_lrs": self.grids.own,
             **recipe,
@@ -139,6 +143,7 @@ def plan_comparison(
     methods: Sequence[str] = DEFAULT_METHODS,
     optimizers: Sequence[str] | None = None,
     seeds: int = 3,
+    rate_seeds: int = 1,
     rates: Sequence[float] | None = None,
     own_rates: Mapping[str, Sequence[float]] | None = None,
     folder: Path | None = None,
@@ -153,6 +158,8 @@ def plan_comparison(
         methods: names of the methods to compare, and ``peft:TYPE:KEY`` for one of PEFT's types whose KEY is solved for.
         optimizers: names of the optimizers with each of which every method is run; the recipe's own where None.
         seeds: number of seeds of the runs on the test rows. They count up from the recipe's seed.
+        rate_seeds: number of seeds that each learning rate is tried with, counted in the same way. The rate with the
+            lowest mean loss is taken.
         rates: the grid of learning rates, for all methods that have none of their own. Where None, it is 2e-4, 5e-4,
             1e-3 and 2e-3, and that of full fine-tuning is a tenth of it.
         own_rates: grids of single methods, by their names in ``methods``.
@@ -161,7 +168,10 @@ def plan_comparison(
     Raises:
         UserError: an argument, the recipe, the model or the data does not fit.
     """
-    grids = _check(recipe, methods, optimizers, seeds, rates, own_rates)
+    for option, count in (("--seeds", seeds), ("--rate-seeds", rate_seeds)):
+        if count < 1:
+            raise UserError(f"{option}: found {count}; give an integer of at least 1.")
+    grids = _check(recipe, methods, optimizers, rates, own_rates)
     folder = folder or recipe.output.with_name(f"{recipe.output.name}-comparison")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {str(folder)!r} is a file; give a folder.")
@@ -200,6 +210,7 @@ def plan_comparison(
         folder=folder,
         contenders=[replace(contender, optimizer=section) for contender in sized for section in sections],
         seeds=[recipe.seed + number for number in range(seeds)],
+        rate_seeds=[recipe.seed + number for number in range(rate_seeds)],
         grids=grids,
         budget=budget,
         total=total,
@@ -211,15 +222,12 @@ def _check(
     recipe: Recipe,
     methods: Sequence[str],
     optimizers: Sequence[str] | None,
-    seeds: int,
     rates: Sequence[float] | None,
     own_rates: Mapping[str, Sequence[float]] | None,
 ) -> Grids:
     check_methods(methods)
     if optimizers is not None:
         check_optimizers(optimizers)
-    if seeds < 1:
-        raise UserError(f"--seeds: found {seeds}; give an integer of at least 1.")
     grids = make_grids(methods, rates, own_rates)
     if not isinstance(recipe.method, DiabloMethod):
         raise UserError(

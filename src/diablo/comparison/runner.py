@@ -16,7 +16,7 @@ from diablo.comparison.grids import Grids
 from diablo.comparison.plan import Comparison, Run
 from diablo.comparison.processes import Processes, raised_sigterm, shares_of, side_by_side
 from diablo.comparison.summary import describe_run, summarize, write_comparison
-from diablo.comparison.sweep import Sweep, sweep
+from diablo.comparison.sweep import Sweep, mean_loss, sweep
 from diablo.errors import UserError
 from diablo.recipes.recipe import Recipe
 from diablo.records.results import changed_settings, kept_loss, read_run, write_json
@@ -115,13 +115,13 @@ def compare(
 def _contend(
     comparison: Comparison, contender: Contender, carry_out: Callable[[Sequence[Run]], list[Outcome]]
 ) -> _Contest:
-    first, *_ = comparison.seeds
     outcomes: list[Outcome] = []
+    seeds = comparison.rate_seeds
 
     def measure(rates: Sequence[float]) -> list[float | None]:
-        tried = carry_out([comparison.run(contender, "validation", rate, first) for rate in rates])
+        tried = carry_out([comparison.run(contender, "validation", rate, seed) for rate in rates for seed in seeds])
         outcomes.extend(tried)
-        return [outcome.held_out_loss for outcome in tried]
+        return [mean_loss([each.held_out_loss for each in tried if each.run.rate == rate]) for rate in rates]
 
     found = sweep(comparison.grids.of(contender.name), measure)
     if found.best is not None:
@@ -174,7 +174,7 @@ def open_folder(comparison: Comparison, jobs: int) -> int:
 
 def _may_be_extended(before: Mapping[str, Any]) -> set[str]:
     """The settings of which a comparison may have more than before, since they change no run that is finished."""
-    settings = {"methods", "seeds", "lrs", "own_lrs"}
+    settings = {"methods", "seeds", "rate_seeds", "lrs", "own_lrs"}
     # A method that is run with several optimizers has other names than one that is run with the recipe's own.
     return settings if before["optimizers"] is None else settings | {"optimizers"}
 
@@ -184,7 +184,10 @@ def _check_extended(before: Mapping[str, Any], comparison: Comparison) -> None:
     now, had = comparison.settings, Grids(before["lrs"], before["own_lrs"])
     pairs = [
         *((f"--{name}", before[name] or [], now[name] or []) for name in ("methods", "optimizers")),
-        ("--seeds", [f"seed {seed}" for seed in before["seeds"]], [f"seed {seed}" for seed in now["seeds"]]),
+        *(
+            (f"--{name.replace('_', '-')}", *([f"seed {seed}" for seed in each[name]] for each in (before, now)))
+            for name in ("seeds", "rate_seeds")
+        ),
         *(("--lrs", *(_tried(grids, name) for grids in (had, comparison.grids))) for name in before["methods"]),
     ]
     for option, earlier, later in pairs:

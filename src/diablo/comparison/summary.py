@@ -95,7 +95,9 @@ def summarize(
         if contender.title not in sweeps:
             continue
         found = sweeps[contender.title]
-        tested = [run for run in runs if run["method"] == contender.title and run["stage"] == "test"]
+        own = [run for run in runs if run["method"] == contender.title]
+        tested = [run for run in own if run["stage"] == "test"]
+        tried = [(rate, [run for run in own if _chooses(run, rate)], loss) for rate, loss in found.losses.items()]
         methods.append(
             {
                 "method": contender.title,
@@ -105,7 +107,14 @@ def summarize(
                 "trained_parameters": contender.trained,
                 "deviation_from_budget": contender.deviation,
                 "learning_rate": found.best,
-                "sweep": [{"learning_rate": rate, "validation_loss": loss} for rate, loss in found.losses.items()],
+                "sweep": [
+                    {
+                        "learning_rate": rate,
+                        "validation_loss": loss,
+                        "validation_losses": [run.get("validation_loss") for run in at_rate],
+                    }
+                    for rate, at_rate, loss in tried
+                ],
                 "extended_by": found.extended,
                 "at_edge": found.edge,
                 "seeds": sum(run["failure"] is None for run in tested),
@@ -151,15 +160,17 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     scored = sorted({task for run in record["runs"] for task in run.get("scores", {})})
     metrics = f"{'headline metric' if len(scored) == 1 else 'mean of the headline metrics'} of {', '.join(scored)}"
     each = "Every method, with each of the optimizers," if settings["optimizers"] else "Every method"
+    rate_seeds = settings["rate_seeds"]
+    several = len(rate_seeds) > 1
     said = [
         f"The model is {settings['model']}. A run has {record['steps']} steps. Figures are the mean ± the standard "
         f"deviation over the seeds {', '.join(map(str, seeds))}. "
         + (f"The score is the {metrics} on the test problems. " if scored else "")
         + f"Losses are {'in ' * record['loss_unit'].startswith('nats')}{record['loss_unit']}.",
-        f"{each} was run at the learning rates {grids.in_words(settings['methods'])} with seed {seeds[0]}. The rate "
-        f"with the lowest loss on {data['validation_rows']} validation rows was then used for all seeds. These rows "
-        f"were cut from the training rows with seed {data['validation_seed']}, and no run is trained or tested on "
-        "them.",
+        f"{each} was run at the learning rates {grids.in_words(settings['methods'])} with seed{'s' * several} "
+        f"{', '.join(map(str, rate_seeds))}. The rate with the lowest {'mean ' * several}loss on "
+        f"{data['validation_rows']} validation rows was then used for all seeds. These rows were cut from the training "
+        f"rows with seed {data['validation_seed']}, and no run is trained or tested on them.",
         _sizes(record),
         "Forgetting is the rise of the loss on general text through training. Training time and peak memory do not "
         "include scoring.",
@@ -180,6 +191,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
                 f"* {method['method']}: the best rate is the {method['at_edge']} that was tried. A better one may lie "
                 "beyond it."
             )
+        if tie := _tie(method):
+            said.append(tie + ("" if several else " --rate-seeds 3 chooses by the mean over three seeds."))
         if method["learning_rate"] is None:
             said.append(f"{method['method']}: no run of the sweep gave a finite loss.")
     said += [
@@ -189,6 +202,29 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         if run["failure"] is not None
     ]
     return said
+
+
+def _chooses(run: Mapping[str, Any], rate: float) -> bool:
+    """Whether a run is one of those that say how good a rate is."""
+    return run["stage"] == "validation" and bool(run["learning_rate"] == rate)
+
+
+def _tie(method: Mapping[str, Any]) -> str | None:
+    """That the best two rates differ by less than the seeds do; None where they differ by more, or it is not known."""
+    losses = {each["learning_rate"]: each["validation_loss"] for each in method["sweep"]}
+    ranked = sorted((loss, rate) for rate, loss in losses.items() if loss is not None and math.isfinite(loss))
+    if len(ranked) < 2:
+        return None
+    (lowest, best), (second, other) = ranked[:2]
+    at_best = next(each["validation_losses"] for each in method["sweep"] if each["learning_rate"] == best)
+    over_seeds = _spread(at_best) if len(at_best) > 1 else method["test_loss"]
+    if over_seeds is None or over_seeds["deviation"] is None or second - lowest >= over_seeds["deviation"]:
+        return None
+    return (
+        f"{method['method']}: on the validation rows the learning rates {best:g} and {other:g} differ by "
+        f"{second - lowest:.4f} in loss. That is less than the deviation over the seeds, "
+        f"{over_seeds['deviation']:.4f}, so the choice between the two is by chance."
+    )
 
 
 def _sizes(record: Mapping[str, Any]) -> str:

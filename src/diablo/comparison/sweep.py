@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ class Sweep:
     """The outcome of a sweep.
 
     Attributes:
-        losses: validation loss by learning rate, in ascending order of rates. The loss is infinite where the training
-            diverged, and None where the run failed.
+        losses: validation loss by learning rate, in ascending order of rates, of one seed or the mean over several. The
+            loss is infinite where a training diverged, and None where a run failed.
         extended: the rates by which the grid was extended.
         best: the rate of the lowest loss; None where every run failed or diverged.
         edge: ``"lowest"`` or ``"highest"`` where the best rate is the lowest or the highest of all that were tried. A
@@ -40,7 +41,7 @@ def sweep(rates: Sequence[float], measure: Callable[[Sequence[float]], list[floa
 
     Args:
         rates: the grid.
-        measure: trains with each of some rates and returns the validation losses, each None where the run failed.
+        measure: trains with each of some rates and returns the validation losses, each None where a run failed.
     """
     grid = sorted(rates)
     losses = dict(zip(grid, map(_comparable, measure(grid)), strict=True))
@@ -53,6 +54,12 @@ def sweep(rates: Sequence[float], measure: Callable[[Sequence[float]], list[floa
         steps[edge] += 1
     best = best_rate(losses)
     return Sweep(dict(sorted(losses.items())), extended, best, _edge(losses))
+
+
+def mean_loss(losses: Sequence[float | None]) -> float | None:
+    """The mean over the seeds of one rate; None where one of them failed."""
+    known = [loss for loss in losses if loss is not None]
+    return statistics.fmean(known) if len(known) == len(losses) else None
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float | None:
