@@ -122,6 +122,7 @@ def test_each_method_is_swept_and_then_run_with_each_seed_at_its_best_rate(compa
         assert [(run["learning_rate"], run["seed"]) for run in tested] == [(method["learning_rate"], s) for s in (0, 1)]
         assert tested[0]["test_loss"] != tested[1]["test_loss"]
         assert {run["trained_parameters"] for run in runs} == {method["trained_parameters"]}
+        assert [run["solved"]["mawps"].count("1") for run in tested] == [4 * run["score"] for run in tested]
         assert method["test_loss"]["values"] == [run["test_loss"] for run in tested]
         assert all(run["forgetting"] != 0 for run in tested)
         # What the curves are drawn from: the loss over the steps.

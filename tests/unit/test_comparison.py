@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diablo.comparison import Comparison, parse_rates, plan_comparison
+from diablo.comparison.differences import paired_difference, read_solved
 from diablo.comparison.processes import shares_of, side_by_side
 from diablo.comparison.summary import HEADERS, describe_run, markdown, notes, summarize, table_rows
 from diablo.comparison.sweep import Sweep, mean_loss, sweep
@@ -549,6 +550,78 @@ def test_the_figure_and_the_notes_say_how_many_seeds_chose_the_rate(tiny_model, 
     assert comparison.planned_runs == 4 * 2 + 3
     record = summarize(comparison, {}, [], [], jobs=1)
     assert "with seeds 0, 1. The rate with the lowest mean loss on" in "\n".join(notes(record))
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda problems: st.lists(
+            st.lists(st.text("01", min_size=problems, max_size=problems), min_size=1, max_size=3),
+            min_size=2,
+            max_size=2,
+        )
+    )
+)
+def test_a_difference_is_that_of_the_scores_and_its_error_that_of_a_mean_over_problems(runs):
+    one, other = runs
+    difference, error = paired_difference([{"t": each} for each in one], [{"t": each} for each in other])
+    solved = [torch.tensor([[float(digit) for digit in run] for run in each]).double() for each in runs]
+    assert difference == pytest.approx(solved[0].mean().item() - solved[1].mean().item(), abs=1e-9)
+    by_problem = solved[0].mean(0) - solved[1].mean(0)
+    assert error == pytest.approx(by_problem.std().item() / len(by_problem) ** 0.5, abs=1e-9)
+
+
+def test_of_several_tasks_the_mean_is_taken():
+    one, other = {"a": "1100", "b": "11"}, {"a": "0000", "b": "10"}
+    difference, error = paired_difference([one], [other])
+    assert difference == pytest.approx((0.5 + 0.5) / 2)
+    # The variances of 1, 1, 0, 0 and of 0, 1.
+    assert error == pytest.approx(math.sqrt((1 / 3) / 4 + (1 / 2) / 2) / 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([], [{"a": "11"}]),
+        ([{"a": "11"}], []),
+        ([{"a": "11"}], [{"a": "111"}]),
+        ([{"a": "11"}], [{"a": "11"}, {}]),
+        ([{}], [{}]),
+        ([{"a": "1"}], [{"a": "0"}]),
+    ],
+)
+def test_a_difference_that_is_not_known(one, other):
+    assert paired_difference(one, other) is None
+
+
+def test_what_a_run_has_solved_is_read_where_its_score_is_the_share_of_that(tmp_path):
+    def written(*answers: tuple[str, int, bool]) -> Path:
+        lines = [json.dumps(dict(zip(("task", "sample", "right"), answer, strict=True))) for answer in answers]
+        (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
+        return tmp_path / "answers.jsonl"
+
+    two = written(("a", 0, True), ("a", 0, False), ("b", 0, True))
+    assert read_solved(two, {"a": 0.5, "b": 1.0}) == {"a": "10", "b": "1"}
+    # The headline figure is another one.
+    assert read_solved(two, {"a": 0.4, "b": 1.0}) == {}
+    assert read_solved(written(("a", 0, True), ("a", 1, False)), {"a": 0.5}) == {}
+    assert read_solved(tmp_path / "none.jsonl", {}) == {}
+
+
+def test_the_note_on_differences_names_the_best_method(tiny_model, tmp_path):
+    comparison = plan_on(tiny_model, tmp_path, methods=["diablo", "lora", "full"])
+    runs = []
+    for contender, solved in zip(comparison.contenders, ("1110", "0110", ""), strict=True):
+        run = comparison.run(contender, "test", 1e-3, 0)
+        run.recipe.output.mkdir(parents=True)
+        lines = [json.dumps({"task": "mawps", "sample": 0, "right": digit == "1"}) for digit in solved]
+        (run.recipe.output / "answers-after.jsonl").write_text("\n".join(lines))
+        runs.append(describe_run(run, figures_of(solved.count("1") / 4, 1.0), None))
+    sweeps = {contender.name: Sweep({1e-3: 1.0}, [], 1e-3, None) for contender in comparison.contenders}
+    record = summarize(comparison, sweeps, runs, [], jobs=1)
+    assert [run["solved"] for run in record["runs"]] == [{"mawps": "1110"}, {"mawps": "0110"}, {}]
+    below = {method["method"]: method["below_best"] for method in record["methods"]}
+    assert below == {"diablo": None, "lora": {"difference": 0.25, "standard_error": 0.25}, "full": None}
+    assert "On the same test problems, lora is 25.0 ± 25.0 points below diablo." in "\n".join(notes(record))
 
 
 def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diablo.comparison.differences import paired_difference, read_solved
 from diablo.comparison.figure import plot_comparison
 from diablo.comparison.grids import Grids
 from diablo.comparison.plan import Comparison, Run
@@ -63,6 +64,7 @@ def describe_run(run: Run, record: Mapping[str, Any], failure: str | None) -> di
         f"{run.stage}_loss": kept_loss(training),
         "score": statistics.fmean(scores.values()) if scores else None,
         "scores": scores,
+        "solved": read_solved(run.recipe.output / "answers-after.jsonl", scores),
         "training_seconds": record["timings"]["train_seconds"],
         "tokens_per_second": training["tokens_per_second"],
         "peak_memory_bytes": training["peak_memory_bytes"],
@@ -90,7 +92,7 @@ def summarize(
         records: the contents of the runs' ``run.json``. Machines and versions are taken from them.
         jobs: how many runs went on at once at most.
     """
-    methods = []
+    methods: list[dict[str, Any]] = []
     for contender in comparison.contenders:
         if contender.title not in sweeps:
             continue
@@ -121,6 +123,9 @@ def summarize(
                 **{name: _spread([run.get(name) for run in tested]) for name in _FIGURES},
             }
         )
+    ranked = sorted(methods, key=_rank)
+    for method in ranked:
+        method["below_best"] = _below_best(runs, ranked[0]["method"], method["method"])
     return {
         "settings": comparison.settings,
         "budget": comparison.budget,
@@ -130,7 +135,7 @@ def summarize(
         "loss_unit": comparison.recipe.objective.loss_unit,
         "machines": _distinct([record["machine"] for record in records]),
         "versions": _distinct([record["versions"] for record in records]),
-        "methods": sorted(methods, key=_rank),
+        "methods": ranked,
         "runs": list(runs),
     }
 
@@ -180,6 +185,12 @@ def notes(record: Mapping[str, Any]) -> list[str]:
             f"Up to {record['jobs']} runs went on at once, which disturb each other's training times. The losses and "
             "scores do not depend on it."
         )
+    if below := [method for method in record["methods"] if method["below_best"]]:
+        said.append(
+            f"On the same test problems, {', '.join(map(_say_below, below))} points below "
+            f"{record['methods'][0]['method']}. There ± is the standard error over the problems, which the deviation "
+            "over the seeds does not hold: other problems of the same kind would change the difference by about that."
+        )
     for method in record["methods"]:
         if method["extended_by"]:
             rates = " and then by ".join(f"{rate:g}" for rate in method["extended_by"])
@@ -204,6 +215,13 @@ def notes(record: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _below_best(runs: Sequence[Mapping[str, Any]], best: str, method: str) -> dict[str, float] | None:
+    """By how much the score of a method is below the best one, on the same problems; None where it is not known."""
+    solved = [[run["solved"] for run in runs if run["method"] == each and run.get("solved")] for each in (best, method)]
+    found = None if method == best else paired_difference(*solved)
+    return None if found is None else dict(zip(("difference", "standard_error"), found, strict=True))
+
+
 def _chooses(run: Mapping[str, Any], rate: float) -> bool:
     """Whether a run is one of those that say how good a rate is."""
     return run["stage"] == "validation" and bool(run["learning_rate"] == rate)
@@ -225,6 +243,11 @@ def _tie(method: Mapping[str, Any]) -> str | None:
         f"{second - lowest:.4f} in loss. That is less than the deviation over the seeds, "
         f"{over_seeds['deviation']:.4f}, so the choice between the two is by chance."
     )
+
+
+def _say_below(method: Mapping[str, Any]) -> str:
+    below = method["below_best"]
+    return f"{method['method']} is {100 * below['difference']:.1f} ± {100 * below['standard_error']:.1f}"
 
 
 def _sizes(record: Mapping[str, Any]) -> str:
