@@ -1,8 +1,9 @@
-"""Which entries of a weight are trained: patterns of equal size behind one interface.
+"""What of a weight is trained: patterns of equal size behind one interface.
 
-A pattern is a module around a frozen ``nn.Linear``. It holds the trained values as one parameter, says what they add to
-the output, and can write them as a dense matrix, by which it is tested. A new one is a subclass with three methods and
-a line in :data:`PATTERNS`.
+Most patterns train some of the entries. Those of :data:`MIXTURES` are fed sums of the inputs, so that every output
+depends on all inputs. A pattern is a module around a frozen ``nn.Linear``. It holds the trained values as one
+parameter, says what they add to the output, and can write them as a dense matrix, by which it is tested. A new one is a
+subclass with three methods and a line in :data:`PATTERNS`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diablo import BlockLayout, block_diagonal_linear
 
 
 class Pattern(nn.Module, ABC):
-    """A linear layer of which some entries are trained, from zero.
+    """A linear layer to which something is added that is trained, from zero.
 
     In the paper's convention, Y = X W: a row of W belongs to an input, a column to an output.
 
@@ -217,6 +218,72 @@ class RandomRows(Pattern):
         return delta
 
 
+class RotatedBlocks(DiagonalBlocks):
+    """Diagonal blocks that see the inputs turned by a random rotation: each output sees block_in sums of all inputs."""
+
+    rotation: torch.Tensor
+
+    def choose(self) -> tuple[int, ...]:
+        """A rotation of the inputs."""
+        drawn = torch.randn(self.layout.in_features, self.layout.in_features, generator=self.generator)
+        self.register_buffer("rotation", torch.linalg.qr(drawn).Q.to(self.base.weight))
+        return super().choose()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product of the turned inputs with the diagonal."""
+        return block_diagonal_linear(x @ self.rotation.to(x.dtype), self.values, self.layout, self.base(x))
+
+    def dense(self) -> torch.Tensor:
+        """The diagonal, turned back."""
+        return super().dense() @ self.rotation.to(self.values.dtype).T
+
+
+class PooledInputs(Pattern):
+    """What MiSS trains: every output sees the same block_in sums, each of N inputs that are block_in apart."""
+
+    def choose(self) -> tuple[int, ...]:
+        """As many sums as a block has inputs."""
+        return self.layout.block_in, self.layout.out_features
+
+    def signs(self) -> torch.Tensor:
+        """``(in_features,)``: with which factor an input is part of its sum."""
+        return torch.ones(self.layout.in_features, device=self.base.weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sums, and a product with them."""
+        filled = F.pad(x * self.signs().to(x.dtype), (0, -self.layout.in_features % self.layout.block_in))
+        sums = filled.unflatten(-1, (-1, self.layout.block_in)).sum(-2)
+        return self.base(x) + sums @ self.values.to(x.dtype)
+
+    def dense(self) -> torch.Tensor:
+        """The values below each other, as often as there are inputs."""
+        repeated = self.values.detach().repeat(-(-self.layout.in_features // self.layout.block_in), 1)
+        return (repeated[: self.layout.in_features] * self.signs().to(self.values.dtype)[:, None]).T.contiguous()
+
+
+class PooledWithSigns(PooledInputs):
+    """The same with a random sign for each input, so that a sum does not hold what its inputs have in common."""
+
+    drawn: torch.Tensor
+
+    def choose(self) -> tuple[int, ...]:
+        """The signs."""
+        signs = torch.randint(0, 2, (self.layout.in_features,), generator=self.generator) * 2 - 1
+        self.register_buffer("drawn", signs.to(self.base.weight))
+        return super().choose()
+
+    def signs(self) -> torch.Tensor:
+        """Those that were drawn."""
+        return self.drawn
+
+
+MIXTURES: dict[str, type[Pattern]] = {
+    "rotated blocks": RotatedBlocks,
+    "pooled inputs": PooledInputs,
+    "pooled with signs": PooledWithSigns,
+}
+"""Of these no entry of the weight is trained by itself."""
+
 PATTERNS: dict[str, type[Pattern]] = {
     "diagonal blocks": DiagonalBlocks,
     "shifted blocks": ShiftedBlocks,
@@ -225,6 +292,7 @@ PATTERNS: dict[str, type[Pattern]] = {
     "random entries": RandomEntries,
     "random columns": RandomColumns,
     "random rows": RandomRows,
+    **MIXTURES,
 }
 
 

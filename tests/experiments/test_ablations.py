@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
+from peft import MissConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from diablo import BlockLayout
-from experiments import choice_of_n, learning_rate, sparsity_patterns, stability, update_parts, variants
-from experiments.patterns import PATTERNS, RandomBlocks, apply_pattern
+from diablo.data.rows import Row
+from diablo.tasks import Problem
+from experiments import (
+    choice_of_n,
+    inputs_seen,
+    learning_rate,
+    near_copies,
+    sparsity_patterns,
+    stability,
+    update_parts,
+    variants,
+)
+from experiments.patterns import MIXTURES, PATTERNS, Pattern, RandomBlocks, apply_pattern
 
 
 def make_pattern(name: str, num_blocks: int = 4, seed: int = 0):
@@ -30,27 +44,63 @@ def test_a_pattern_computes_with_its_dense_update(name):
     torch.testing.assert_close(pattern(x), expected)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_a_patterns_gradient_is_the_whole_gradient_at_its_entries(name):
-    pattern = make_pattern(name)
+def gradients_of(pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a loss by a pattern's values, and by the whole weight that they are part of."""
     x = torch.randn(7, 16, dtype=torch.float64)
     target = torch.randn(7, 24, dtype=torch.float64)
     (pattern(x) - target).square().sum().backward()
     weight = (pattern.base.weight + pattern.dense()).detach().requires_grad_()
     (nn.functional.linear(x, weight, pattern.base.bias) - target).square().sum().backward()
+    return pattern.values.grad, weight.grad
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_patterns_gradient_is_that_of_its_dense_update(name):
+    pattern = make_pattern(name)
+    of_values, of_weight = gradients_of(pattern)
+    direction = torch.randn_like(pattern.values)
+    with torch.no_grad():
+        pattern.values.copy_(direction)
+    assert (of_values * direction).sum().item() == pytest.approx((of_weight * pattern.dense()).sum().item())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_output_of_a_mixture_sees_every_input(name):
+    pattern = make_pattern(name)
+    assert (pattern.dense() != 0).all()
+    assert pattern.values.numel() == pattern.layout.num_parameters
+
+
+def test_pooled_inputs_are_what_miss_trains():
+    pattern = make_pattern("pooled inputs")
+    model = nn.Sequential(nn.Linear(16, 24).double())
+    adapted = get_peft_model(model, MissConfig(r=pattern.layout.block_in, target_modules=["0"]))
+    with torch.no_grad():
+        adapted.base_model.model[0].miss_block["default"].copy_(pattern.values)
+        model[0].base_layer.load_state_dict(pattern.base.state_dict())
+    x = torch.randn(3, 16, dtype=torch.float64)
+    torch.testing.assert_close(pattern(x), adapted(x), check_dtype=False)
+
+
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name not in MIXTURES])
+def test_a_patterns_gradient_is_the_whole_gradient_at_its_entries(name):
+    pattern = make_pattern(name)
+    _, of_weight = gradients_of(pattern)
     # A small step along the values' gradient is one along the masked gradient.
     before = pattern.dense()
     with torch.no_grad():
         pattern.values -= pattern.values.grad
     moved = before - pattern.dense()
     mask = (moved != 0).double()
-    torch.testing.assert_close(moved, weight.grad * mask)
+    torch.testing.assert_close(moved, of_weight * mask)
     assert int(mask.sum()) == pattern.values.numel() == pytest.approx(16 * 24 / 4, abs=24)
 
 
 def test_the_entries_depend_on_the_seed():
-    for name in PATTERNS.keys() - {"diagonal blocks", "interleaved blocks"}:
-        first, again, other = (make_pattern(name, seed=seed).dense() != 0 for seed in (0, 0, 1))
+    for name in PATTERNS.keys() - {"diagonal blocks", "interleaved blocks", "pooled inputs"}:
+        first, again, other = (make_pattern(name, seed=seed).dense() for seed in (0, 0, 1))
+        if name not in MIXTURES:
+            first, again, other = first != 0, again != 0, other != 0
         assert torch.equal(first, again)
         assert not torch.equal(first, other), name
 
@@ -176,3 +226,96 @@ def test_the_whole_update_is_worth_what_full_fine_tuning_gains(tiny_model, tmp_p
     assert update_parts.gained(results, losses["all weights"]) == 1
     assert all(update_parts.EXPERIMENT.report(results))
     update_parts.EXPERIMENT.publish({}, results, tmp_path)
+
+
+def test_a_merged_pattern_computes_as_before_and_is_gone(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base = {name: weight.clone() for name, weight in model.named_parameters()}
+    apply_pattern(model, "rotated blocks", 4, {"q_proj", "up_proj"}, 0)
+    for module in model.modules():
+        if isinstance(module, Pattern):
+            nn.init.normal_(module.values, std=0.1)
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    norm = inputs_seen.merge_patterns(model)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    weights = dict(model.named_parameters())
+    assert weights.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(weights[name], base[name])}
+    assert len(changed) == 4
+    square = {name: (weights[name] - base[name]).square().sum().item() for name in changed}
+    assert norm == pytest.approx(
+        (sum(square.values()) / sum(base[name].square().sum().item() for name in changed)) ** 0.5
+    )
+
+
+def test_few_inputs_and_all_of_them_are_trained_on_a_recipe(tiny_model, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\ntask: mawps\ndata: {{limit: 24, validation_rows: 8}}\nmethod: {{num_blocks: 4}}\n"
+        "training: {batch_size: 8}\nevaluation: {limit: 4, batch_size: 4}\noutput: unused\n"
+    )
+    rates = {"diagonal blocks": (1e-3, 1e-1), "rotated blocks": (1e-1,)}
+    settings = {"recipe": str(recipe), "rates": rates, "names": ",".join(rates), "seeds": 2}
+    results = inputs_seen.run(**settings, kept=str(tmp_path / "runs.jsonl"))
+    diagonal, rotated = results["patterns"]
+    assert [run["rate"] for run in diagonal["sweep"]] == [1e-3, 1e-1]
+    assert diagonal["best"][0] == min(diagonal["sweep"], key=lambda run: run["loss"])
+    assert [run["seed"] for run in rotated["best"]] == [0, 1]
+    assert diagonal["best"][0]["parameters"] == rotated["best"][0]["parameters"]
+    assert diagonal["sweep"][0]["relative_norm"] < diagonal["sweep"][1]["relative_norm"]
+    runs = [run for each in results["patterns"] for run in (*each["sweep"], *each["best"])]
+    assert all(run["forgetting"] != 0 for run in runs)
+    assert all(inputs_seen.EXPERIMENT.report(results))
+    inputs_seen.EXPERIMENT.publish({}, results, tmp_path)
+    # What is kept is not run again.
+    recipe.write_text(recipe.read_text().replace("limit: 24", "limit: 16"))
+    assert inputs_seen.run(**settings, kept=str(tmp_path / "runs.jsonl")) == results
+
+
+def problems_of(*prompts: str) -> list[Problem]:
+    return [Problem(Row(number, prompt, "x=1"), 1) for number, prompt in enumerate(prompts, start=1)]
+
+
+def test_numbers_and_what_stands_in_every_prompt_do_not_make_problems_alike():
+    asked = problems_of("Problem: Tom has 3 red apples .", "Problem: how far is it ?")
+    trained = problems_of("Problem: Tom has 99 red apples !", "Problem: Ann has 3 pears .")
+    assert near_copies.likenesses(asked, trained) == [1.0, 0.0]
+
+
+def test_halves_hold_every_problem_once_and_the_likest_in_the_first():
+    likeness = [0.1, 0.9, 0.5, 0.9, 0.2]
+    assert near_copies.halves(likeness) == {"near copies": [1, 2, 3], "others": [0, 4]}
+
+
+def test_methods_are_told_apart_on_each_half_of_the_test_problems(tiny_model, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\ntask: mawps\ndata: {{validation_rows: 128}}\nmethod: {{num_blocks: 4}}\noutput: unused\n"
+    )
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(tiny_model)
+
+    def run_of(method: str, solved: str) -> dict[str, object]:
+        return {"method": method, "stage": "test", "learning_rate": 1e-3, "seed": 0, "folder": "runs/tiny"} | {
+            "solved": {"mawps": solved}
+        }
+
+    def part(runs: list[dict[str, object]], **options: Any) -> dict[str, Any]:
+        (tmp_path / "record.json").write_text(json.dumps({"runs": runs}))
+        return near_copies.run(str(recipe), str(tmp_path / "record.json"), **options)
+
+    likeness = part([run_of("none", "0" * 238)])["likeness"]
+    # The one method has solved the near copies, the other one the others.
+    near = set(near_copies.halves(likeness)["near copies"])
+    copies = "".join(str(int(number in near)) for number in range(238))
+    runs = [run_of("one", copies), run_of("other", copies.translate({48: 49, 49: 48}))]
+    results = part(runs, adapters=str(tmp_path), asked=3)
+    one, other = results["contenders"]
+    assert one["solved"] == {"near copies": [{"mawps": "1" * 119}], "others": [{"mawps": "0" * 119}]}
+    assert other["solved"] == {"near copies": [{"mawps": "0" * 119}], "others": [{"mawps": "1" * 119}]}
+    assert [0 <= share <= 1 for share in one["trained_on"]] == [True]
+    assert results["least_of_near_copies"] >= max(likeness[number] for number in range(238) if number not in near)
+    said = list(near_copies.EXPERIMENT.report(results))
+    assert said[0] == "other at 0.001, near copies: -100.0 ± 0.0 points against one at 0.001"
+    near_copies.EXPERIMENT.publish({}, results, tmp_path)

@@ -187,7 +187,7 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         )
     if below := [method for method in record["methods"] if method["below_best"]]:
         said.append(
-            f"On the same test problems, {', '.join(map(_say_below, below))} points below "
+            f"On the same test problems, {' and '.join(map(_say_below, below))} points below "
             f"{record['methods'][0]['method']}. There ± is the standard error over the problems, which the deviation "
             "over the seeds does not hold: other problems of the same kind would change the difference by about that."
         )
