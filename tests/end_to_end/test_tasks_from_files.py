@@ -175,6 +175,7 @@ def test_own_rows_that_are_tested_on_are_left_out(diablo, tiny_model, tmp_path, 
     assert status == 0
     assert "training rows       3:" in out
     assert "tested rows         2 left out of training" in out
+    assert "near copies         3 of 3 test problems have the words of a training row, with other numbers" in out
 
 
 def test_a_dry_run_says_what_is_scored_and_what_is_left_out(diablo, tiny_model, tmp_path, data):

@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import pytest
 
+from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.tasks import PROTOCOLS, TASKS, MultipleChoice, Problem, Task, get_task, without_tested
+from diablo.tasks import PROTOCOLS, TASKS, MultipleChoice, Problem, Task, get_task, near_copies, without_tested
 from diablo.tasks.arithmetic.word_problems import Gsm8k
 from diablo.tasks.sources import read_records
 
@@ -328,6 +329,31 @@ def test_tested_problems_are_left_out_of_training(tmp_path: Path) -> None:
     write(tmp_path / "AddSub.test.json", [WORDS[0] | {"instruction": GSM8K[2]["question"]}])
     other = get_task("addsub", folder=tmp_path).problems("test")
     assert [row.number for row in without_tested(kept, other)[0]] == [1]
+
+
+def test_near_copies_differ_from_a_training_row_in_numbers_and_punctuation_alone() -> None:
+    def problem(prompt: str, user: str | None = None) -> Problem:
+        return Problem(Row(1, prompt, "1", user=user), 1)
+
+    train = [Row(1, "Tom has 3 apples. How many?", "3"), Row(2, "12 + 5", "17")]
+    tested = [
+        problem("Tom has 40.5 apples , how many ?"),
+        problem("TOM has three apples. How many?"),
+        problem("Tom has 3 pears. How many?"),
+        # Numbers alone are no words.
+        problem("30 + 7"),
+        problem("Below is a question. Tom has 3 apples. How many?", user="Tom has 3 apples. How many?"),
+    ]
+    assert near_copies(train, tested) == 2
+    turns = ("user", "Tom has 8 apples. How many?"), ("assistant", "8")
+    conversation = Row(1, messages=tuple({"role": role, "content": content} for role, content in turns))
+    assert near_copies([conversation], tested) == 2
+    assert near_copies([], tested) == near_copies(train, []) == 0
+
+
+def test_near_copies_of_other_scripts() -> None:
+    tested = [Problem(Row(1, "Сколько будет 2 и 3?", "5"), 5), Problem(Row(2, "Сколько стоит 2?", "5"), 5)]
+    assert near_copies([Row(1, "сколько будет 70 и 1", "71")], tested) == 1
 
 
 def test_tasks_by_name() -> None:

@@ -140,6 +140,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         faults=faults,
         too_long=too_long,
         tested=rows.tested,
+        near_copies=rows.near_copies,
         validation=rows.validation,
         general=encode_general_text(general, encoder.tokenizer, training.max_length, special_text) if general else [],
         targets=targets,

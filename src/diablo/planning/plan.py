@@ -59,6 +59,7 @@ class Plan:
         faults: rows that were left out because they are malformed, or the chat template does not take them.
         too_long: where the rows stand that are left out because they exceed ``training.max_length``.
         tested: how many training rows were left out because their prompt is one that is tested on.
+        near_copies: how many problems that are tested on have the words of a training row, and how many there are.
         validation: how many rows were kept out of training for validation.
         general: encoded general text, whose loss is measured before and after training; empty where there is none.
         targets: what the method adapts, by kind.
@@ -92,6 +93,7 @@ class Plan:
     faults: list[RowFault]
     too_long: list[Place]
     tested: int
+    near_copies: tuple[int, int]
     validation: int
     general: list[EncodedRow]
     targets: list[TargetKind]
@@ -307,6 +309,12 @@ class Plan:
             yield f"too long, cut       {self.cut:,} rows (data.on_long: truncate)"
         if self.tested:
             yield f"tested rows         {self.tested} left out of training"
+        if self.near_copies[0]:
+            found, problems = self.near_copies
+            yield (
+                f"near copies         {found:,} of {problems:,} test problems have the words of a training row, with "
+                "other numbers or punctuation"
+            )
         yield from self._text_lines()
 
     def _text_lines(self) -> Iterator[str]:
@@ -343,6 +351,7 @@ class Plan:
             "long_rows_cut": self.cut,
             "labels": self.labels,
             "tested_rows_left_out": self.tested,
+            "near_copies": dict(zip(("found", "problems"), self.near_copies, strict=True)),
             "special_text": {"rows": spelling, "tokens": special_tokens},
             "sequences": len(self.sequences),
         }

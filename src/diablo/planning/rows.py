@@ -18,7 +18,7 @@ from diablo.errors import UserError
 from diablo.models.heads import Head
 from diablo.recipes.data import Data
 from diablo.recipes.recipe import Recipe
-from diablo.tasks import Problem, Split, Task, get_task, without_tested
+from diablo.tasks import Problem, Split, Task, get_task, near_copies, without_tested
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Rows:
         held_out: rows that the held-out loss is of.
         faults: malformed rows, which were left out.
         tested: how many training rows were left out because they are tested on.
+        near_copies: how many problems that are tested on have the words of a training row, and how many there are.
         validation: how many rows were kept out of training for validation.
         validation_problems: the problems that these rows are of, by task; nothing where they are not of tasks.
         problems: all problems of the tasks that are trained on, by task.
@@ -41,6 +42,7 @@ class Rows:
     held_out: list[Row]
     faults: list[RowFault] = field(default_factory=list)
     tested: int = 0
+    near_copies: tuple[int, int] = (0, 0)
     validation: int = 0
     validation_problems: dict[str, list[Problem]] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ def choose_rows(recipe: Recipe, scored: Sequence[Task]) -> Rows:
         train=train,
         held_out=validation if data.held_out == "validation" else held_out,
         tested=left_out,
+        near_copies=(near_copies(train, tested), len(tested)),
         validation=len(validation),
         validation_problems=_problems_of(validation, problems),
         problems={name: [*of_task, *tests.get(name, [])] for name, of_task in problems.items()},

@@ -252,6 +252,12 @@ def _data(record: Mapping[str, Any]) -> str:
         text += f" Left out: {', '.join(told)}."
     if data.get("long_rows_cut"):
         text += f" The end of {data['long_rows_cut']:,} was cut off."
+    near_copies = data.get("near_copies")
+    if near_copies and near_copies["found"]:
+        text += (
+            f" {near_copies['found']:,} of the {near_copies['problems']:,} test problems have the words of a training "
+            "row, with other numbers or punctuation."
+        )
     if data.get("labels"):
         text += f"\n\nLabels: {', '.join(f'{label} ({count:,})' for label, count in data['labels'].items())}."
     return "\n".join(["## Data", "", *lines, "", text])

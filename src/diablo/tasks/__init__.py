@@ -9,7 +9,7 @@ from typing import Any
 from diablo.errors import UserError, did_you_mean
 from diablo.execution import describe_isolation
 from diablo.tasks import arithmetic, code, commonsense, safety
-from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, without_tested
+from diablo.tasks.base import PROTOCOLS, MultipleChoice, Problem, Protocol, Task, near_copies, without_tested
 from diablo.tasks.sources import SPLITS, Split
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_split",
     "chosen_tasks",
     "get_task",
+    "near_copies",
     "task_class",
     "without_tested",
 ]

@@ -182,3 +182,23 @@ def without_tested(train: Sequence[Row], tested: Iterable[Problem]) -> tuple[lis
         row for row in train if (row.question.strip() not in questions if row.messages else row.prompt not in prompts)
     ]
     return kept, len(train) - len(kept)
+
+
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
+
+
+def near_copies(train: Iterable[Row], tested: Sequence[Problem]) -> int:
+    """How many problems that are tested on ask in the very words of a training row, but for numbers and punctuation.
+
+    What a model scores on them says little of how it does on new problems.
+    """
+    asked = [
+        {_letters(question) for question in (problem.row.prompt, problem.row.as_messages()[0]["content"])} - {b""}
+        for problem in tested
+    ]
+    known = set().union(*asked).intersection(_letters(row.question) for row in train)
+    return sum(not known.isdisjoint(letters) for letters in asked)
+
+
+def _letters(text: str) -> bytes:
+    return text.lower().encode().translate(None, _NO_LETTERS)
