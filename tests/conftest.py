@@ -18,7 +18,7 @@ import pytest
 os.environ.pop("COLUMNS", None)
 
 import typer.main
-from launching import interpret_triton_where_there_is_no_gpu, share_forks
+from launching import forked_python, has_gpu, interpret_triton_where_there_is_no_gpu, share_forks
 
 import diablo_cli.verbs
 
@@ -31,7 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         # This process hands the tests out, and its workers wait for it: it does not import torch.
         share_forks()
+        if not has_gpu():
+            # A fork could not use what has seen the GPU in the process that is forked.
+            config.option.tx = [f"popen//python={forked_python()}" for _ in config.option.tx]
     else:
+        # What a test starts by this is a process of its own, whatever the worker is.
+        sys.executable = str(Path(sys.prefix, "bin", "python"))
         interpret_triton_where_there_is_no_gpu()
 
 

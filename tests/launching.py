@@ -41,7 +41,8 @@ RANKS, SHARED = "FORKED_PYTHON_RANKS", "FORKED_PYTHON"
 def forked_python() -> str:
     """The path of a program that does what Python does, in a fork; the process that is forked ends with this one.
 
-    The workers of a session share the process that :func:`share_forks` has started.
+    The workers of a session share the process that :func:`share_forks` has started. They are forks of it themselves
+    where there is no GPU.
     """
     return os.environ.get(SHARED) or start_server()
 
@@ -114,6 +115,11 @@ def run_python(
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU of NVIDIA or AMD, without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def interpret_triton_where_there_is_no_gpu() -> None:
