@@ -621,7 +621,7 @@ def test_the_note_on_differences_names_the_best_method(tiny_model, tmp_path):
     assert [run["solved"] for run in record["runs"]] == [{"mawps": "1110"}, {"mawps": "0110"}, {}]
     below = {method["method"]: method["below_best"] for method in record["methods"]}
     assert below == {"diablo": None, "lora": {"difference": 0.25, "standard_error": 0.25}, "full": None}
-    assert "On the same test problems, lora is 25.0 ± 25.0 points below diablo." in "\n".join(notes(record))
+    assert "Points below diablo on the same test problems: lora 25.0 ± 25.0." in "\n".join(notes(record))
 
 
 def test_pairs_of_a_method_and_an_optimizer_have_figures_of_their_own(tiny_model, tmp_path):

@@ -187,8 +187,8 @@ def notes(record: Mapping[str, Any]) -> list[str]:
         )
     if below := [method for method in record["methods"] if method["below_best"]]:
         said.append(
-            f"On the same test problems, {' and '.join(map(_say_below, below))} points below "
-            f"{record['methods'][0]['method']}. There ± is the standard error over the problems, which the deviation "
+            f"Points below {record['methods'][0]['method']} on the same test problems: "
+            f"{', '.join(map(_say_below, below))}. Here ± is the standard error over the problems, which the deviation "
             "over the seeds does not hold: other problems of the same kind would change the difference by about that."
         )
     for method in record["methods"]:
@@ -247,7 +247,7 @@ def _tie(method: Mapping[str, Any]) -> str | None:
 
 def _say_below(method: Mapping[str, Any]) -> str:
     below = method["below_best"]
-    return f"{method['method']} is {100 * below['difference']:.1f} ± {100 * below['standard_error']:.1f}"
+    return f"{method['method']} {100 * below['difference']:.1f} ± {100 * below['standard_error']:.1f}"
 
 
 def _sizes(record: Mapping[str, Any]) -> str:
