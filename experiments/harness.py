@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,20 @@ RESULTS = Path("docs/results")
 
 Model = Annotated[str, typer.Option(help="A folder, a hub id or builtin:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+def kept_runs(kept: str) -> list[dict[str, Any]]:
+    """What is in a file of JSON lines, one for each run; nothing where there is no file."""
+    if not kept or not Path(kept).exists():
+        return []
+    return [json.loads(line) for line in Path(kept).read_text(encoding="utf-8").splitlines()]
+
+
+def keep_run(kept: str, run: Mapping[str, Any]) -> None:
+    """Add a run to such a file, where there is to be one, so that an experiment goes on after an interruption."""
+    if kept:
+        with Path(kept).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
 
 
 @dataclass(frozen=True)

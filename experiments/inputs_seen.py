@@ -10,7 +10,6 @@ many values in every layer, by a recipe of benchmarks/quality. Then problems are
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from diablo.recipes.methods import DiabloMethod
 from diablo.recipes.reading import load_recipe
 from diablo.scoring.generation import evaluate_task, held_out_loss
 from experiments.finetuning import finetune
-from experiments.harness import Experiment, Seed
+from experiments.harness import Experiment, Seed, keep_run, kept_runs
 from experiments.patterns import Pattern, apply_pattern
 
 QUESTION = "loss, solved problems and forgetting of blocks and sums that see few inputs or all of them"
@@ -104,7 +103,7 @@ def run(
     """
     measured_too = ["data.held_out=test", "evaluation.general=builtin"]
     plans = [make_plan(load_recipe(Path(recipe), [*measured_too, f"seed={seed + number}"])) for number in range(seeds)]
-    done = read_runs(kept)
+    done = kept_runs(kept)
     found = []
     for name in names.split(","):
 
@@ -128,20 +127,6 @@ def run(
             }
         )
     return {"patterns": found}
-
-
-def read_runs(kept: str) -> list[dict[str, Any]]:
-    """What is in a file of runs; nothing where there is no file."""
-    if not kept or not Path(kept).exists():
-        return []
-    return [json.loads(line) for line in Path(kept).read_text(encoding="utf-8").splitlines()]
-
-
-def keep_run(kept: str, run: Mapping[str, Any]) -> None:
-    """Add a run to a file, where there is to be one."""
-    if kept:
-        with Path(kept).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
 
 
 def describe(run: Mapping[str, Any]) -> str:

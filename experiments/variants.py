@@ -10,12 +10,10 @@ The variants with blocks in other places compute them beside the weights; "block
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from diablo.planning.plan import Plan
 from diablo.recipes.methods import AnyMethod, DiabloMethod, LoraMethod
 from diablo.scoring.generation import held_out_loss
 from experiments.finetuning import adamw, finetune, load_adapted, plan_data
-from experiments.harness import Experiment, Model, Seed
+from experiments.harness import Experiment, Model, Seed, keep_run, kept_runs
 from experiments.learning_rate import sweep
 from experiments.patterns import Pattern, apply_pattern
 
@@ -182,7 +180,7 @@ def run(
             run = (name, multiple, seed + number)
             if run not in measured:
                 measured[run] = tuned(plans[number], VARIANTS[name], multiple, seed + number)
-                keep_loss(kept, run, measured[run])
+                keep_run(kept, dict(zip(("variant", "multiple", "seed"), run, strict=True)) | {"loss": measured[run]})
             print(f"{name} at {multiple:g}, seed {seed + number}: {measured[run]:.4f}", flush=True)
             return measured[run]
 
@@ -206,19 +204,8 @@ def run(
 
 
 def read_losses(kept: str) -> dict[Run, float]:
-    """The losses of runs in a file; none where there is no file."""
-    if not kept or not Path(kept).exists():
-        return {}
-    lines = [json.loads(line) for line in Path(kept).read_text(encoding="utf-8").splitlines()]
-    return {(each["variant"], each["multiple"], each["seed"]): each["loss"] for each in lines}
-
-
-def keep_loss(kept: str, run: Run, loss: float) -> None:
-    """Add the loss of a run to a file, where there is to be one."""
-    if kept:
-        line = dict(zip(("variant", "multiple", "seed"), run, strict=True)) | {"loss": loss}
-        with Path(kept).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    """The losses of runs in a file."""
+    return {(each["variant"], each["multiple"], each["seed"]): each["loss"] for each in kept_runs(kept)}
 
 
 def spread(losses: list[float]) -> float:
