@@ -69,8 +69,9 @@ def measure(plan: Plan, name: str, rate: float, seed: int) -> dict[str, float]:
     parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
     found = finetune(model, plan, rate, warmup=plan.recipe.training.warmup_steps or 0)
     norm = merge_patterns(model)
+    scoring = plan.recipe.evaluation
     scores = [
-        evaluate_task(model, plan.encoder, task, batch_size=plan.recipe.evaluation.batch_size)
+        evaluate_task(model, plan.encoder, task, batch_size=scoring.batch_size, limit=scoring.limit)
         for task, _ in plan.scored
     ]
     return {
