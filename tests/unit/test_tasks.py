@@ -351,6 +351,22 @@ def test_near_copies_differ_from_a_training_row_in_numbers_and_punctuation_alone
     assert near_copies([], tested) == near_copies(train, []) == 0
 
 
+def test_near_copies_are_counted_beside_rows_that_cannot_be_encoded() -> None:
+    broken = Row(1, "half a \ud83d surrogate 1", "x")
+    assert (
+        near_copies(
+            [broken], [Problem(Row(1, "How many?", "1"), 1), Problem(Row(2, "Half a \ud83d surrogate", "1"), 1)]
+        )
+        == 1
+    )
+
+
+def test_no_row_is_read_where_nothing_is_tested() -> None:
+    rows = iter([Row(1, "How many?", "1")])
+    assert near_copies(rows, []) == 0
+    assert next(rows).number == 1
+
+
 def test_near_copies_of_other_scripts() -> None:
     tested = [Problem(Row(1, "Сколько будет 2 и 3?", "5"), 5), Problem(Row(2, "Сколько стоит 2?", "5"), 5)]
     assert near_copies([Row(1, "сколько будет 70 и 1", "71")], tested) == 1
