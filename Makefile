@@ -4,8 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint style types schema wheel docs clean
-.PHONY: tests-that-are-not-slow
+.PHONY: quickstart test test-fast test-all test-oldest test-3.12 test-3.13 fuzz lint schema wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/diablo train quickstart
@@ -14,11 +13,7 @@ quickstart: .venv/installed
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
-# The type checker uses what the tests leave of the cores.
-test: style
-	@$(MAKE) --no-print-directory --jobs 2 types tests-that-are-not-slow
-
-tests-that-are-not-slow: .venv/installed
+test: lint
 	$(PYTEST) -m "not slow"
 
 test-all: lint
@@ -75,14 +70,10 @@ fuzz: .venv/installed
 		HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz/readers.py $$reader .venv/fuzz/$$reader -max_total_time=60 \
 			-artifact_prefix=.venv/fuzz/$$reader- || exit 1; done
 
-lint: style types
-
-style: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: .venv/installed
-	MYPY_NUM_WORKERS=2 $(BIN)/mypy
+	$(BIN)/pyrefly check
 
 # The schema of recipes, which is shipped as a file, after a change of their keys.
 schema: .venv/installed

@@ -8,6 +8,7 @@ It counts, from configs alone: nothing is trained or sent.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from transformers import AutoConfig, LlamaConfig
@@ -36,7 +37,7 @@ def main(num_blocks: int = 16, out: Path = Path("docs/results/handover.json")) -
             architectures=["LlamaForCausalLM"],
         ),
     }
-    results = []
+    results: list[dict[str, Any]] = []
     for name, config in configs.items():
         targets, (trained, total) = adapt_on_meta(DiabloMethod(name="diablo", num_blocks=num_blocks), config)
         adapted = sum(kind.count * kind.shape[0] * kind.shape[1] for kind in targets if kind.shape is not None)

@@ -65,7 +65,7 @@ class BareLinear(nn.Module):
 
 def adapted(name: str, base: nn.Sequential, num_blocks: int) -> Any:
     """A copy of the layers with a method, or with the lower bound."""
-    model = copy.deepcopy(base).requires_grad_(False)
+    model: Any = copy.deepcopy(base).requires_grad_(False)
     if name == BARE:
         return nn.Sequential(*(BareLinear(layer.weight, num_blocks) for layer in model))
     return build(name, model, [layer for layer, _ in model.named_children()], num_blocks)

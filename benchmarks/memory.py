@@ -149,7 +149,8 @@ def _build(method: str, model: Any, num_blocks: int) -> Any:
     adapted = build(name, model, list(PAPER_TARGETS), num_blocks)
     adapted.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
     if checkpointing:
-        adapted.gradient_checkpointing_enable(checkpointing_options(checkpointing))
+        options = checkpointing_options(checkpointing)  # pyrefly: ignore[bad-argument-type]
+        adapted.gradient_checkpointing_enable(options)
     return adapted
 
 

@@ -40,7 +40,7 @@ def _plain(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module:
 
 
 def _loralib(model: nn.Module, targets: list[str], num_blocks: int) -> nn.Module:
-    import loralib
+    import loralib  # pyrefly: ignore[missing-import]
 
     rank = equal_size(lambda r: LoraConfig(r=r), model, targets, num_blocks)
     model.requires_grad_(False)

@@ -171,7 +171,7 @@ def every(
     """Measure every way."""
     if context.invoked_subcommand is not None:
         return
-    results = []
+    results: list[dict[str, Any]] = []
     for way in ways.split(";"):
         command = [sys.executable, "-m", "benchmarks.preferences", "one", way, dtype, str(batch_size)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def make_adapters(model: Any, folder: Path, count: int, num_blocks: int, scale: 
         Their names, and the parameters of each.
     """
     adapted = get_peft_model(model, DiabloConfig(num_blocks=num_blocks))
-    adapted.save_pretrained(folder / "a000")
+    adapted.save_pretrained(str(folder / "a000"))
     base = adapted.unload()
     tensors = load_file(folder / "a000" / ADAPTER_WEIGHTS)
     names = [f"a{number:03}" for number in range(count)]
@@ -84,7 +84,7 @@ def make_adapters(model: Any, folder: Path, count: int, num_blocks: int, scale: 
 
 
 @contextmanager
-def serving(model: str, folder: Path, *options: object) -> Iterator[tuple[OpenAI, int]]:
+def serving(model: str, folder: Path, *options: object) -> Generator[tuple[OpenAI, int]]:
     """A server in a process of its own, its client, and the number of the process."""
     command = [sys.executable, "-m", "diablo_cli", "serve", model, "--adapters", folder, "--port", 0, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -381,7 +381,7 @@ def main(
             recorder.measure("DiaBlo, mixed where that is faster", round_, lambda: served("auto", False))
             for is_mixed, title in ((False, "LoRA, set_adapter between batches"), (True, "LoRA, mixed batches")):
                 arguments = (plain, tokenizer, asked[: 3 * batch_size], num_blocks, batch_size, max_tokens, seconds)
-                recorder.measure(title, round_, lambda own=arguments, mixed=is_mixed: lora(*own, mixed=mixed))  # type: ignore[misc]
+                recorder.measure(title, round_, lambda own=arguments, mixed=is_mixed: lora(*own, mixed=mixed))
         compared, wrong = check(plain, tokenizer, name, folder, asked, answers, max_tokens, check_seconds)
     for line in wrong[:5]:
         print(line)

@@ -166,7 +166,7 @@ def main(
     out: Path = Path("docs/results/stages-mawps.json"),
 ) -> None:
     """Run every stage of every method and seed, and write the record."""
-    results = []
+    results: list[dict[str, Any]] = []
     for objective in objectives.split(","):
         for method in methods.split(","):
             first = supervised(folder, method, 0)

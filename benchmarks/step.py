@@ -47,7 +47,8 @@ def language_model(name: str, dtype: torch.dtype) -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 def sweeps_of(model: nn.Module) -> Callable[[], None]:

@@ -75,7 +75,7 @@ def with_trl(
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / padded}
+    return {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / padded}  # pyrefly: ignore[division-by-zero]
 
 
 def with_diablo(
@@ -158,7 +158,7 @@ def main(
             if round_ >= 0:
                 measured[key].append(figures)
     reference = [figures["tokens_per_second"] for figures in measured["TRL", "LoRA"]]
-    results = []
+    results: list[dict[str, Any]] = []
     for (trainer, name), figures in measured.items():
         speeds = [each["tokens_per_second"] for each in figures]
         results.append(

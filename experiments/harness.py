@@ -92,7 +92,7 @@ class Experiment:
         ]
         where = Annotated[Path, typer.Option(help="Folder of the record and the figure.")]
         options.append(inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=RESULTS, annotation=where))
-        measure.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        measure.__signature__ = inspect.Signature(options)  # pyrefly: ignore[missing-attribute]
         measure.__annotations__ = {}
         measure.__doc__ = f"Measure {self.question}."
         return measure

@@ -183,7 +183,7 @@ def begin(task: Mapping[str, object], streams: list[int]) -> None:
         os.close(stream)
     os.chdir(str(task["cwd"]))
     os.environ.clear()
-    os.environ.update(task["environment"])  # type: ignore[call-overload]
+    os.environ.update(task["environment"])
     ranks = os.environ.pop(RANKS, None)
     if ranks is not None:
         spread(int(ranks))

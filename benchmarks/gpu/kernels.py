@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ def our_kernels(device: torch.device) -> Any:
 
 
 @contextmanager
-def kernels_off(by: str) -> Iterator[None]:
+def kernels_off(by: str) -> Generator[None]:
     """Switch the kernels off in the package's own functions, where ``by`` says that torch is measured."""
     before = os.environ.get(SWITCH)
     if by == TORCH:

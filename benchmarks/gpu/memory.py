@@ -17,7 +17,7 @@ CHOICES = ("none", "selective", "full")
 METHODS = (FROZEN, IN_PLACE, "LoRA")
 
 
-def options_of(choice: str) -> dict[str, Any] | None:
+def options_of(choice: Any) -> dict[str, Any] | None:
     """Arguments of transformers' gradient checkpointing; None where the choice is ``none``.
 
     Raises:

@@ -47,7 +47,8 @@ def load_language(language: Language, device: torch.device) -> tuple[Any, str]:
     if model is None:
         torch.manual_seed(0)
         with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**language.shape)).to(DTYPES["bf16"])
+            drawn: Any = LlamaForCausalLM(LlamaConfig(**language.shape))
+            model = drawn.to(DTYPES["bf16"])
     model.set_attn_implementation(ATTENTION)
     return model.to(device).requires_grad_(False), weights
 

@@ -22,7 +22,7 @@ def _share_of_lora(rows: list[Row]) -> Callable[[Row], str]:
     lora = next((row.get("ratio_to_frozen") for row in rows if row["method"] == "LoRA"), None)
 
     def cell(row: Row) -> str:
-        if lora in (None, 1.0) or row.get("ratio_to_frozen") is None:
+        if lora is None or lora == 1.0 or row.get("ratio_to_frozen") is None:
             return ""
         return f"{(row['ratio_to_frozen'] - 1) / (lora - 1):.2f}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -95,6 +95,7 @@ class Bench:
             return {"run": Training(self.base, FROZEN, mode, self.language, self.device), "alike": None}
         first, _ = self._steps(method, mode)
         second, run = self._steps(method, mode, keep=True)
+        assert run is not None
         found: dict[str, Any] = {"run": run, "alike": equal(first, second)}
         if not found["alike"] and mode != COMPILED:
             with deterministic():
@@ -133,9 +134,9 @@ def distance(update: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic() -> Generator[None]:
     """A context in which torch uses deterministic algorithms, where it has them."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -148,7 +148,7 @@ class Tile:
             start: first output of the slice. The new tiles count their outputs from here.
             stop: the output after the last one.
         """
-        tiles = []
+        tiles: list[Tile] = []
         low, high = max(start, self.out_start), min(stop, self.out_start + self.out_size)
         while low < high:
             index, column = divmod(low - self.out_start, self.block_out)

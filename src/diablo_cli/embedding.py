@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -111,7 +111,7 @@ def _text(number: int, given: Any) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: Path) -> Generator[TextIO]:
     """A new file, which is there whole or not at all.
 
     Raises:

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from typing import Annotated, Any, TextIO
 
@@ -103,13 +103,13 @@ def _taking_json(verb: Callable[..., None], no_record: str | None) -> Callable[.
 
     parameters = inspect.signature(verb, eval_str=True).parameters.values()
     added = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
-    run.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*parameters, added])  # pyrefly: ignore[missing-attribute]
     run.__annotations__ = {**verb.__annotations__, "as_json": option}
     return run
 
 
 @contextlib.contextmanager
-def _for_programs() -> Iterator[None]:
+def _for_programs() -> Generator[None]:
     """While a verb runs, standard output is for its record alone, or for one that says why there is none."""
     stream = _record_stream.set(_take_standard_output())
     out.quiet = True

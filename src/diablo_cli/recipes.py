@@ -138,6 +138,6 @@ def _known_rows(answer: str) -> str:
 
 
 def _positive(answer: str) -> int:
-    if str(answer).isdecimal() and int(answer) > 0:
+    if answer.isdecimal() and int(answer) > 0:
         return int(answer)
     raise typer.BadParameter(f"found {answer!r}; give an integer of at least 1.")

@@ -102,7 +102,7 @@ def serve(
         adapters=given,
         folder=adapters,
         precision=None if precision == "auto" else precision,
-        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens, mixed=mixed),  # type: ignore[arg-type]
+        limits=Limits(rows=batch_size, steps=turn, tokens=cache_tokens, mixed=mixed),
         queue=queue,
         written=max_tokens,
         prompt=max_prompt_tokens,

@@ -88,10 +88,7 @@ def test_the_suggested_rate_reads_rows_the_same_in_every_kind_of_layer() -> None
     turned = nn.Sequential(Conv1D(128, 32))
     turned[0].weight.data = linear[0].weight.data.T.contiguous()
     config = {"num_blocks": 4, "target_modules": ["0"]}
-    rates = [
-        suggested_learning_rate(get_peft_model(each, DiabloConfig(**config)))  # type: ignore[arg-type]
-        for each in (linear, turned)
-    ]
+    rates = [suggested_learning_rate(get_peft_model(each, DiabloConfig(**config))) for each in (linear, turned)]
     assert rates[0] == rates[1]
 
 

@@ -47,7 +47,7 @@ def said(model: Any, encoder: RowEncoder, *lines: str, console: Console | None =
     chat = Chat(model, encoder, console, **({"max_new_tokens": 8} | options))
     remaining = iter(lines)
     chat.run(lambda: next(remaining, None))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()
 
 
 def answer(model: Any, encoder: RowEncoder, text: str, max_new_tokens: int = 8) -> str:
@@ -212,7 +212,7 @@ def test_ctrl_c_at_the_prompt_does_not_end_the_chat(model: Any, encoder: RowEnco
 
     console = Console(file=io.StringIO(), width=400)
     Chat(model, encoder, console, max_new_tokens=8).run(read)
-    assert "Taken back: the dog" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Taken back: the dog" in console.file.getvalue()
 
 
 def test_the_command_reads_piped_lines_and_ends_with_them(tiny_model: Path, model: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ CUE = "The final answer is: "
 
 
 def right(task: str, protocol: str, text: str, answer: str) -> bool:
-    return get_task(task, protocol=protocol).score(text, Problem(Row(1), answer))  # type: ignore[arg-type]
+    return get_task(task, protocol=protocol).score(text, Problem(Row(1), answer))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_commonsense_word(text: str, strict: str | None, paper: str | None) -> N
 @pytest.mark.parametrize("protocol", ["strict", "paper"])
 @pytest.mark.parametrize("task", ["gsm8k", "math", "aqua", "math10k", "arc_easy", "boolq", "mawps"])
 def test_no_answer_never_equals_no_answer(task: str, protocol: str) -> None:
-    reader = get_task(task, protocol=protocol)  # type: ignore[arg-type]
+    reader = get_task(task, protocol=protocol)
     assert reader.parse("nonsense") is None
     assert reader.score("nonsense", Problem(Row(1), None)) is False
     assert reader.score(f"{CUE}18, the correct answer is answer1", Problem(Row(1), None)) is False
@@ -382,7 +382,7 @@ def test_no_answer_never_equals_no_answer(task: str, protocol: str) -> None:
 )
 @settings(max_examples=400, deadline=None)
 def test_any_text_is_read_or_refused(text: str, task: str, protocol: str) -> None:
-    reader = get_task(task, protocol=protocol)  # type: ignore[arg-type]
+    reader = get_task(task, protocol=protocol)
     for written in (text, f"{CUE}{text}", f"The answer is: {text}", f"\\boxed{{{text}"):
         parsed = reader.parse(written)
         assert parsed is None or parsed or parsed == 0

@@ -133,7 +133,7 @@ def test_linear_equations(a: int, b: int, c: int) -> None:
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1898), ("test", 238)])
 def test_rows_of_mawps(split: str, count: int) -> None:
-    problems = Mawps().problems(split)  # type: ignore[arg-type]
+    problems = Mawps().problems(split)
     assert len(problems) == count
     for problem in problems:
         assert problem.row.prompt.startswith("Problem: ")

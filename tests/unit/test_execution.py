@@ -404,7 +404,7 @@ def test_a_system_that_cannot_fork_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_program_whose_process_could_not_be_confined_is_not_run() -> None:
-    outcome, in_force = diablo.execution._run(Program("", ""), Limits(cpu_seconds="many"))  # type: ignore[arg-type]
+    outcome, in_force = diablo.execution._run(Program("", ""), Limits(cpu_seconds="many"))
     assert outcome == Outcome("failed", "its process could not be confined")
     assert in_force == {}
 

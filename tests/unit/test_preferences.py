@@ -286,7 +286,7 @@ def test_the_odds_ratio_loss_is_that_of_the_paper():
         assert torch.equal(given["labels"] == IGNORED, mask == 0)
         return SimpleNamespace(log_probs=log_probs)
 
-    model.training = True  # type: ignore[attr-defined]
+    model.training = True
     metrics: Any = {"train": {name: [] for name in ("nll_loss", "rewards/accuracies", "rewards/margins")}}
     trainer: Any = SimpleNamespace(beta=0.3, _metrics=metrics)
     inputs = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "completion_mask": mask}

@@ -146,7 +146,7 @@ def keys(jobs: list[Job]) -> list:
 
 def waiting(*sizes: tuple[str, int], **limits: object) -> Scheduler:
     """A scheduler with so many rows of each adapter, named by the adapter and a number."""
-    scheduler = Scheduler(Limits(**limits), GROUPS.get)  # type: ignore[arg-type]
+    scheduler = Scheduler(Limits(**limits), GROUPS.get)
     for adapter, count in sizes:
         for number in range(count):
             scheduler.add(Job(f"{adapter}{number}", adapter, 1, 10))

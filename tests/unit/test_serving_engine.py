@@ -51,7 +51,7 @@ class Served:
 
     def ask(self, prompt: str, most: int = 12, **options: object) -> Ask:
         tokens = tuple(self.tokenizer(prompt, add_special_tokens=False).input_ids)
-        return Ask(tokens, most, frozenset([self.tokenizer.eos_token_id]), **options)  # type: ignore[arg-type]
+        return Ask(tokens, most, frozenset([self.tokenizer.eos_token_id]), **options)
 
     def submit(self, name: str | None, ask: Ask) -> tuple[SimpleQueue, list[int]]:
         told: SimpleQueue = SimpleQueue()

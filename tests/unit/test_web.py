@@ -30,7 +30,7 @@ def ask(tiny_model, tmp_path):
     served.engine.start()
 
     def client(host: str = "http://127.0.0.1:8000", **access: object) -> TestClient:
-        app = Server(served.engine, asking, served.tokenizer, Access(**access)).app  # type: ignore[arg-type]
+        app = Server(served.engine, asking, served.tokenizer, Access(**access)).app
         return TestClient(app, base_url=host, client=("10.0.0.1", 50000))
 
     yield client

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +124,7 @@ def side_by_side(work: Callable[[_Item], _Result], items: Iterable[_Item], jobs:
 
 
 @contextmanager
-def raised_sigterm() -> Iterator[None]:
+def raised_sigterm() -> Generator[None]:
     """Has SIGTERM raise, so that whoever waits for processes can end them."""
     if threading.current_thread() is not threading.main_thread():
         yield

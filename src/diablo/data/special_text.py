@@ -52,7 +52,7 @@ class TextTokenizer:
         self.special_text = special_text
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._added: dict[str, Any] = dict.fromkeys(filter(str.strip, tokenizer.all_special_tokens)) | added
-        longest_first = sorted(self._added, key=len, reverse=True)
+        longest_first: list[str] = sorted(self._added, key=len, reverse=True)
         special = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._special = re.compile(special)
         self._guarded = re.compile(f"{_OPEN}({special}){_CLOSE}|({special})|[{_OPEN}{_CLOSE}]")

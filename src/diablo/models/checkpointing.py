@@ -178,7 +178,7 @@ class _Keep(TorchDispatchMode):
             self._by_storage |= {tensor.untyped_storage()._cdata: own for tensor in _tensors(own.result)}
         return result
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:  # pyrefly: ignore[bad-override]
         self._by_storage = {}
         super().__exit__(*exception)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -18,7 +18,7 @@ def layers_to_compile(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def compiled_layers(model: nn.Module) -> Iterator[None]:
+def compiled_layers(model: nn.Module) -> Generator[None]:
     """A context in which the layers of a model run compiled. Outside of it they are as before.
 
     Layers that are alike share a graph, so that a model of many layers compiles as fast as one of a few. A graph serves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def check_new_folder(folder: Path, what: str) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, what: str) -> Iterator[Path]:
+def new_folder(folder: Path, what: str) -> Generator[Path]:
     """A scratch folder to write into, renamed to ``folder`` when nothing has gone wrong: it is never half written.
 
     Args:

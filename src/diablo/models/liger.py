@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -52,7 +52,7 @@ def apply_liger(model: Any) -> None:
 
 
 @contextmanager
-def _models_unchanged() -> Iterator[None]:
+def _models_unchanged() -> Generator[None]:
     """A context after which transformers' modules define what they did before.
 
     Liger also replaces classes there, for models that are made later. Such a model may be one on the CPU, for which

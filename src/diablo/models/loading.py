@@ -67,7 +67,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
         UserError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load(name, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None:

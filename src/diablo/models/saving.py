@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def _rows_alone(model: PeftModel) -> dict[str, Any]:
 
 
 @contextmanager
-def saving_rows_alone(model: Any) -> Iterator[None]:
+def saving_rows_alone(model: Any) -> Generator[None]:
     """Within this context ``save_pretrained`` saves of an embedding the trained rows alone, whoever calls it."""
     if not trains_tokens(model):
         yield

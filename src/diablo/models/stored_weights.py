@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class StoredWeights:
         return found
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[safe_open]:
+    def _reading(self, path: Path) -> Generator[safe_open]:
         try:
             with _open(path) as tensors:
                 yield tensors

@@ -166,4 +166,4 @@ def _apply(*args: Any) -> torch.Tensor:
     return _apply_at_once(*args)
 
 
-_apply_at_once = super(torch.autograd.Function, _Linear).apply
+_apply_at_once = super(torch.autograd.Function, _Linear).apply  # pyrefly: ignore[missing-attribute]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -56,7 +56,7 @@ def kept_on_meta(model: Any, batch_size: int, length: int, checkpointing: str) -
         return forward, look_after(again)
 
     @contextmanager
-    def look_after(again: Any) -> Iterator[None]:
+    def look_after(again: Any) -> Generator[None]:
         try:
             with again:
                 yield

@@ -328,7 +328,7 @@ def _memory(method: AnyMethod, model: Any, activations: int, optimizer: Optimize
     adapter = sum(parameter.nbytes for parameter in trained)
     # In place, the diagonal of each weight is kept as it was: as many values as there are in the blocks.
     adapter += sum(
-        layer.diablo_layout["default"].num_parameters * layer.get_base_layer().weight.element_size()  # type: ignore[operator]
+        layer.diablo_layout["default"].num_parameters * layer.get_base_layer().weight.element_size()  # pyrefly: ignore[not-callable]
         for layer in model.modules()
         if isinstance(layer, DiabloLayer)
     )

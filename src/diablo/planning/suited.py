@@ -79,7 +79,7 @@ def is_encoder_decoder(recipe: Recipe, config: PretrainedConfig) -> bool:
         ),
         (
             "evaluation.general",
-            recipe.evaluation.general and str(recipe.evaluation.general),
+            recipe.evaluation.general,
             "goes on with no text, so that general text has no loss; leave it out",
         ),
     ]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +118,7 @@ def check_plain(source: str, base: str | None) -> None:
 
 
 @contextmanager
-def plain_model(source: str, scratch: Path, *, base: str | None, console: Console | None) -> Iterator[Path]:
+def plain_model(source: str, scratch: Path, *, base: str | None, console: Console | None) -> Generator[Path]:
     """The folder of a plain model: the one that is given, or an adapter's, merged for as long as the context lasts.
 
     Args:

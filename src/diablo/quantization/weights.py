@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def check_library() -> None:
 
 
 @contextlib.contextmanager
-def _library() -> Iterator[tuple[Any, Any, Any]]:
+def _library() -> Generator[tuple[Any, Any, Any]]:
     """gptqmodel's classes for GPTQ, its settings and its packed layer, in a context where it logs errors only."""
     environment = dict(os.environ)
     try:

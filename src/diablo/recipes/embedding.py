@@ -27,7 +27,7 @@ class EmbeddingObjective(NamedObjective):
     name: Literal["embedding"] = Field(description="embedding: texts that belong together get vectors that are near")
     loss: EmbeddingLoss | None = Field(
         None,
-        description=f"one of {', '.join(EmbeddingLoss.__args__)}; "  # type: ignore[attr-defined]
+        description=f"one of {', '.join(EmbeddingLoss.__args__)}; "  # pyrefly: ignore[missing-attribute]
         "multiple_negatives or cosent, as the rows are, if not given",
     )
     scale: float | None = Field(

@@ -56,7 +56,7 @@ class PairObjective(NamedObjective):
         list[PairLoss], BeforeValidator(_several, json_schema_input_type=PairLoss | list[PairLoss]), Field(min_length=1)
     ] = Field(
         ["sigmoid"],
-        description=f"one of {', '.join(PairLoss.__args__)}, or a list of them",  # type: ignore[attr-defined]
+        description=f"one of {', '.join(PairLoss.__args__)}, or a list of them",  # pyrefly: ignore[missing-attribute]
     )
     loss_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         None, description="a list of numbers of at least 0: the weight of each loss; 1 for each if not given"

@@ -111,9 +111,10 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         alone = "repo" if name == "push_to_hub" else "name"
         settings[name] = inner = {alone: inner} if isinstance(inner, str) else dict(inner or {})
         settings = inner
-    if last in _NAMED and isinstance(settings.get(last), dict) and isinstance(value, str):
+    replaced = settings.get(last)
+    if last in _NAMED and isinstance(replaced, dict) and isinstance(value, str):
         # The options of the method that is replaced mean nothing to another one.
-        value = settings[last] if settings[last].get("name", _NAMED[last]) == value else value
+        value = replaced if replaced.get("name", _NAMED[last]) == value else value
     settings[last] = value
 
 

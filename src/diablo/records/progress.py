@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,7 +145,7 @@ class TokenMeter:
         return self.tokens / seconds if seconds else 0.0
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Leave out the time that passes inside this context, or inside a function that it decorates.
 
         Evaluations are left out in this way.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,14 +46,14 @@ def make_loss(name: str, *, scale: float | None, margin: float | None, sizes: Se
         "contrastive": lambda: losses.ContrastiveLoss(None, **({} if margin is None else {"margin": margin})),
     }
     compute = made[name]().compute_loss_from_embeddings
-    if sizes is None:
-        return compute
+    return compute if sizes is None else partial(_of_each_size, compute, sizes)
 
-    def nested(columns: Sequence[torch.Tensor], labels: torch.Tensor | None) -> torch.Tensor:
-        each_size = [compute([F.normalize(each[:, :size], dim=-1) for each in columns], labels) for size in sizes]
-        return torch.stack(each_size).sum()
 
-    return nested
+def _of_each_size(
+    compute: Loss, sizes: Sequence[int], columns: Sequence[torch.Tensor], labels: torch.Tensor | None
+) -> torch.Tensor:
+    losses = [compute([F.normalize(each[:, :size], dim=-1) for each in columns], labels) for size in sizes]
+    return torch.stack(losses).sum()
 
 
 def embed(model: Any, vectors: Vectors, batch: dict[str, torch.Tensor], autocast: Autocast | None = None) -> Any:

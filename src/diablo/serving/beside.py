@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ class Beside:
         self._now: slice | None = None
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None]:
         """Have the model's modules look here meanwhile."""
         hooks = [
             module.register_forward_hook(self._hook(index, target))
@@ -51,7 +51,7 @@ class Beside:
                 hook.remove()
 
     @contextmanager
-    def rows(self, first: int, rows: Sequence[tuple[Hashable, Blocks]]) -> Iterator[None]:
+    def rows(self, first: int, rows: Sequence[tuple[Hashable, Blocks]]) -> Generator[None]:
         """Have a forward add each row's blocks.
 
         Args:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition, Thread
@@ -113,7 +113,7 @@ class Engine:
         self.queue = queue
         self.counts = Counts()
         self._tokenizer = tokenizer
-        self._scheduler = Scheduler(limits, lambda adapter: None if adapter is None else adapter.group)  # type: ignore[attr-defined]
+        self._scheduler = Scheduler(limits, lambda adapter: None if adapter is None else adapter.group)  # pyrefly: ignore[missing-attribute]
         self._changed = Condition()
         self._accepted: dict[int, _Waiting] = {}
         # Adapters of rows that have come, of which is not known yet what they can share a batch with.
@@ -284,7 +284,7 @@ class Engine:
         self._batches = [each for each in self._batches if each.rows]
 
     @contextlib.contextmanager
-    def _alone(self, adapter: Adapter | None) -> Iterator[None]:
+    def _alone(self, adapter: Adapter | None) -> Generator[None]:
         """Have the blocks of an adapter in the weights."""
         start = time.perf_counter()
         self.weights.put(self.adapters.place(adapter))
@@ -292,7 +292,7 @@ class Engine:
         yield
 
     @contextlib.contextmanager
-    def _mixed(self, batch: Batch, whose: list[Adapter | None]) -> Iterator[None]:
+    def _mixed(self, batch: Batch, whose: list[Adapter | None]) -> Generator[None]:
         """Have the base values in the weights, and the blocks of each row of a batch beside them."""
         start = time.perf_counter()
         self.weights.put(None)
@@ -306,7 +306,7 @@ class Engine:
             self._beside = beside = Beside(self.weights, group, self.limits.rows)
 
         @contextlib.contextmanager
-        def around(first: int, rows: Sequence[Row]) -> Iterator[None]:
+        def around(first: int, rows: Sequence[Row]) -> Generator[None]:
             start = time.perf_counter()
             with beside.rows(first, [(row.adapter, self._values[row.adapter]) for row in rows]):
                 self.counts.switching += time.perf_counter() - start
@@ -364,7 +364,7 @@ class Engine:
             self.counts.mixed_forwards += 1
             self.counts.mixed_rows += len(pieces)
         for row, piece in pieces:
-            self._tell(row.key, piece, is_last=piece.end is not None)  # type: ignore[arg-type]
+            self._tell(row.key, piece, is_last=piece.end is not None)  # pyrefly: ignore[bad-argument-type]
         return True
 
     def _row(self, key: int) -> Row:
@@ -385,7 +385,7 @@ class Engine:
             batch.keep(lambda row: row.key in self._accepted)
 
     @contextlib.contextmanager
-    def _failing(self, adapters: Collection[Adapter | None]) -> Iterator[None]:
+    def _failing(self, adapters: Collection[Adapter | None]) -> Generator[None]:
         """What goes wrong inside ends the rows of these adapters, and no others."""
         try:
             yield

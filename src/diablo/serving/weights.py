@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +122,7 @@ class Weights:
         self.switches += 1
 
     @contextmanager
-    def at_base(self) -> Iterator[None]:
+    def at_base(self) -> Generator[None]:
         """Have the base values in the weights meanwhile."""
         written = self.written
         self._change(None)

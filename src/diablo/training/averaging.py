@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ class Average(TrainerCallback):
         get_ema_multi_avg_fn(1 - share)([self.values[name] for name in trained], list(trained.values()), self.steps)
 
     @contextmanager
-    def in_place(self, model: Any) -> Iterator[None]:
+    def in_place(self, model: Any) -> Generator[None]:
         """Have the model compute with the average, where there is one, and afterwards with its parameters again."""
         with with_values(model, self.values):
             yield
@@ -67,7 +67,7 @@ class Average(TrainerCallback):
 
 
 @contextmanager
-def with_values(model: Any, values: Tensors) -> Iterator[None]:
+def with_values(model: Any, values: Tensors) -> Generator[None]:
     """Have the model compute with other values of its trained parameters, and afterwards with its own again.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -287,7 +287,7 @@ def _check_first_batch(trainer: RunTrainer, plan: Plan) -> None:
 
 
 @contextmanager
-def _attention_of(device: torch.device, model: Any) -> Iterator[None]:
+def _attention_of(device: torch.device, model: Any) -> Generator[None]:
     """Attention that the device can do: a model that is to be sharded waits on the CPU, without that of its GPUs."""
     chosen = model.config._attn_implementation
     if device.type != "cpu" or chosen == "eager":

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ class Trackers(TrainerCallback):
             ) from None
 
     @contextmanager
-    def environment(self) -> Iterator[None]:
+    def environment(self) -> Generator[None]:
         """The environment variables while a run trains; what it has opened is closed in the end."""
         wanted = self._variables()
         given = {name: value for name, value in wanted.items() if name not in os.environ}
@@ -115,7 +115,7 @@ class Trackers(TrainerCallback):
         self.path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @contextmanager
-    def silent(self, handler: Any) -> Iterator[None]:
+    def silent(self, handler: Any) -> Generator[None]:
         """Keep a log that they have been told of before the run went on from the trackers in which it goes on.
 
         Args:

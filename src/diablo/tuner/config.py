@@ -211,7 +211,7 @@ class DiabloConfig(PeftConfig):
             if value is not None and not isinstance(value, int) and len(value) == 0:
                 setattr(self, name, None)
         if self.block_pattern is None:
-            self.block_pattern = {}
+            self.block_pattern = {}  # pyrefly: ignore[attribute-assign-on-never]
         if self.layer_replication is not None:
             # JSON has no tuples.
             ranges: list[Any] = self.layer_replication

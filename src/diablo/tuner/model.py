@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -71,7 +71,7 @@ class DiabloModel(BaseTuner):
     # Whether somebody looks at the learning rate of the first step.
     _is_watched = False
 
-    def _prepare_adapter_config(  # type: ignore[override]
+    def _prepare_adapter_config(  # pyrefly: ignore[bad-override]
         self, peft_config: DiabloConfig, model_config: dict[str, Any]
     ) -> DiabloConfig:
         if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
@@ -84,7 +84,7 @@ class DiabloModel(BaseTuner):
             peft_config.target_modules = default_target_modules(self.model, model_config.get("model_type"))
         return peft_config
 
-    def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # type: ignore[override]
+    def _prepare_model(self, peft_config: DiabloConfig, model: nn.Module) -> None:  # pyrefly: ignore[bad-override]
         # PEFT replaces layer by layer. What does not fit has to be found before the first layer is replaced.
         layers = self._layers()
         check_saved_modules(model, peft_config.modules_to_save or ())
@@ -113,7 +113,7 @@ class DiabloModel(BaseTuner):
             replicate_layers(model, ranges)
         keep_backward(model)
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(  # pyrefly: ignore[bad-override]
         self,
         peft_config: DiabloConfig,
         adapter_name: str,
@@ -217,7 +217,7 @@ class DiabloModel(BaseTuner):
         rows = [layer.trainable_tokens_delta for layer in token_layers(self.model)]
         return blocks + [own[adapter_name] for own in rows if adapter_name in own]
 
-    def _inject_parameters(  # type: ignore[override]
+    def _inject_parameters(  # pyrefly: ignore[bad-override]
         self, peft_config: DiabloConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         names: list[str] = []
@@ -344,7 +344,7 @@ class DiabloModel(BaseTuner):
         self._take_blocks_back()
         check_mergeable(self.model, self._layers())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
         # PEFT loads adapters with strict=False and at most warns. torch raises what stands in error_msgs, the last
         # argument, whether strict or not.
         error_msgs: list[str] = args[-1]
@@ -374,7 +374,7 @@ class DiabloModel(BaseTuner):
                     yield layer_name, key, parameter
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
         """Open one pass for a forward or a whole generation. PEFT enters this context around it.
 
         Meanwhile ``adapter_names`` are handed to every adapted layer, so that rows of one batch can differ in adapter.

@@ -141,4 +141,4 @@ def _opening(plain: Any) -> type | None:
 
 
 def _new(plain: type, *args: Any) -> Any:
-    return copyreg.__newobj__(_opening(plain) or plain, *args)  # type: ignore[attr-defined]
+    return copyreg.__newobj__(_opening(plain) or plain, *args)  # pyrefly: ignore[missing-attribute]

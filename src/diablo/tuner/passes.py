@@ -8,7 +8,7 @@ when autograd's engine has finished. At any other time a weight is the base weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock, get_ident
@@ -109,7 +109,7 @@ class Pass:
 
 
 @contextmanager
-def left(opened: Pass) -> Iterator[Pass]:
+def left(opened: Pass) -> Generator[Pass]:
     """A context that leaves a pass even where Ctrl-C comes while it is entered or left. Leaving it twice is safe."""
     try:
         with opened:

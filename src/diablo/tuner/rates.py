@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -117,7 +117,7 @@ def watch_learning_rate(model: nn.Module) -> None:
 
 
 @contextmanager
-def not_watched() -> Iterator[None]:
+def not_watched() -> Generator[None]:
     """No warning of the learning rate for adapters that are added meanwhile: whoever trains them looks by himself."""
     token = _IS_WATCHED.set(False)
     try:

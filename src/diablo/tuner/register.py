@@ -84,7 +84,7 @@ def _register_swapping(member: PeftType) -> None:
         else:
             of_peft(model, state_dict, adapter_name, config, *args, **kwargs)
 
-    hotswap_adapter_from_state_dict._diablo_others = of_peft  # type: ignore[attr-defined]
+    hotswap_adapter_from_state_dict._diablo_others = of_peft  # pyrefly: ignore[missing-attribute]
     peft_hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
     # PEFT would check settings of the active adapter. Swapping itself checks those of the adapter that is swapped,
     # which may be another one.
@@ -124,7 +124,7 @@ def _add_member() -> None:
 def _check_member(member: PeftType) -> None:
     """Everything that PEFT, pickle, copy and argument parsers do with a member."""
     behaviours = {
-        "attribute access": lambda: PeftType.DIABLO,  # type: ignore[attr-defined]
+        "attribute access": lambda: PeftType.DIABLO,  # pyrefly: ignore[missing-attribute]
         "look-up by name": lambda: PeftType[NAME],
         "look-up by value": lambda: PeftType(NAME),
         "iteration": lambda: list(PeftType)[-1],

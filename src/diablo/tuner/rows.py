@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ BASE = "__base__"
 
 
 @contextmanager
-def names_for_rows(model: nn.Module, names: Sequence[str], beams: int) -> Iterator[None]:
+def names_for_rows(model: nn.Module, names: Sequence[str], beams: int) -> Generator[None]:
     """Within this context, hand ``adapter_names`` to every adapted layer and every module that is saved whole.
 
     Args:

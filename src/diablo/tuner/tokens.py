@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def check_tokens(model: nn.Module, config: DiabloConfig, targets: Collection[str
         for full_name, module in found.items():
             _check_layer(full_name, module, ids, config, targets)
     if embedding in _layers_named(modules, given) and ties_embeddings(model):
-        output = _name_of(model, model.get_output_embeddings())  # type: ignore[operator]
+        output = _name_of(model, model.get_output_embeddings())  # pyrefly: ignore[not-callable]
         if output is not None and (output in targets or isinstance(modules.get(output), DiabloLayer)):
             raise ValueError(
                 f"trainable_token_indices changes {output} as well, which is tied to {embedding}, and {output} is "
@@ -61,7 +61,7 @@ def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
 
 
 @contextmanager
-def unmerged_tokens(model: nn.Module, without: str | None = None, instead: Collection[str] = ()) -> Iterator[None]:
+def unmerged_tokens(model: nn.Module, without: str | None = None, instead: Collection[str] = ()) -> Generator[None]:
     """Within this context no rows are merged. Behind it, those are that were merged before.
 
     PEFT refuses, or unmerges and says so, where it finds rows merged. Each row is kept as it was, so that nothing is

@@ -66,7 +66,7 @@ def module_weight(module: nn.Module) -> Weight:
     if is_quantized(module):
         if isinstance(module, nn.Embedding):
             raise TypeError(f"a quantized {type(module).__name__}; of quantized layers only linear ones can be adapted")
-        return Weight(int(module.in_features), int(module.out_features), (), (0, 1))  # type: ignore[arg-type]
+        return Weight(int(module.in_features), int(module.out_features), (), (0, 1))  # pyrefly: ignore[bad-argument-type]
     if isinstance(module, nn.Linear):
         return Weight(module.in_features, module.out_features, (), (0, 1))
     if isinstance(module, Conv1D):
@@ -164,7 +164,7 @@ def recomputed(module: nn.Module, name: str = "weight") -> Recomputed | None:
         None where it is a parameter like any other.
     """
     if parametrize.is_parametrized(module, name):
-        by = ", ".join(type(function).__name__.lstrip("_") for function in module.parametrizations[name])  # type: ignore[index]
+        by = ", ".join(type(function).__name__.lstrip("_") for function in module.parametrizations[name])  # pyrefly: ignore[bad-index]
         return Recomputed(by, f"torch.nn.utils.parametrize.remove_parametrizations(layer.base_layer, {name!r})")
     if not isinstance(vars(module).get(name), torch.Tensor):
         return None

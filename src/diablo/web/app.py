@@ -279,7 +279,7 @@ class Server:
             yield event(error.body())
         finally:
             # Where the client has gone, this is where its rows are let go.
-            await pieces.aclose()  # type: ignore[attr-defined]
+            await pieces.aclose()  # pyrefly: ignore[missing-attribute]
             self._count(request.scope["path"], status, time.perf_counter() - start)
             self._note(request, answer, rows, status, start)
 

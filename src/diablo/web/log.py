@@ -37,7 +37,7 @@ class _Lines(logging.Formatter):
 
 def log_to_standard_error() -> None:
     """Write the server's log, and what uvicorn has to say, to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     for name, level in ((LOGGER.name, logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

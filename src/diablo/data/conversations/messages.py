@@ -111,5 +111,5 @@ def map_values(value: Any, change: Callable[[str], str]) -> Any:
 def texts_of(message: Message) -> Iterator[str]:
     """The texts of a turn that are trained on or come before."""
     found: list[str] = []
-    map_texts(message, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    map_texts(message, lambda text: found.append(text) or text)
     yield from found

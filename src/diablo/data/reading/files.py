@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -88,7 +88,7 @@ def _reader_of(path: Path) -> Callable[[Path, IO[bytes]], Records]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Generator[IO[bytes]]:
     """The bytes of a file, decompressed."""
     if path.name.lower().endswith(".zst"):
         import pyarrow

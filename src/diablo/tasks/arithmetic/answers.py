@@ -48,7 +48,7 @@ _LATEX_TO_PLAIN = (
     (re.compile(r"\\%"), "%"),
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"), ""),
 )
-_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2013\u2012\ufe63\uff0d", "-"))
+_MINUS_SIGNS = str.maketrans("\u2212\u2013\u2012\ufe63\uff0d", "-" * 5)
 
 _CHOICE = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-E])(?!\w)\)?")
 _ANOTHER_CHOICE = re.compile(r"\s*(?:,|/|or\b|and\b)\s*(?:option\s+|choice\s+)?\(?[A-E](?!\w)")

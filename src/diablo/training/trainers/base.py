@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class RunTrainer(Trainer, ABC):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedSampler:
         return self.sampler
 
-    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:  # pyrefly: ignore[bad-override]
         """The optimizer, checked: an engine makes another of it."""
         optimizer = super().create_optimizer(*arguments)
         model = self.accelerator.unwrap_model(self.model)
@@ -177,7 +177,7 @@ class RunTrainer(Trainer, ABC):
             self.control.should_log = is_due
 
     @contextmanager
-    def _figures_of(self, kind: str | None) -> Iterator[None]:
+    def _figures_of(self, kind: str | None) -> Generator[None]:
         """Keep TRL's figures of training steps for the log of these: it adds them to whatever is logged next."""
         figures: dict[str, Any] | None = getattr(self, "_metrics", None)
         if figures is None or kind not in HELD_OUT:

@@ -33,7 +33,7 @@ class TrackedGRPOConfig(Tracked, GRPOConfig):
     """TRL's arguments, with the recipe beside them."""
 
 
-class GroupTrainer(RunTrainer, GRPOTrainer):
+class GroupTrainer(RunTrainer, GRPOTrainer):  # pyrefly: ignore[inconsistent-inheritance]
     """TRL's trainer of groups of completions; see :class:`diablo.training.trainers.base.RunTrainer` for its arguments.
 
     Prompts are the tokens that ``diablo generate`` would start from, and completions end where its would.
@@ -229,7 +229,7 @@ def _stops(plan: Plan) -> list[int]:
 
 
 def _settings_of_vllm(plan: Plan) -> dict[str, Any]:
-    vllm = plan.recipe.objective.vllm  # type: ignore[union-attr]
+    vllm = plan.recipe.objective.vllm  # pyrefly: ignore[missing-attribute]
     assert vllm is not None
     return {
         "use_vllm": True,

@@ -307,7 +307,7 @@ class OddsRatioTrainer(PairTrainer):
         return learned + self.beta * preference
 
 
-class JudgedTrainer(PreferenceTrainer, KTOTrainer):
+class JudgedTrainer(PreferenceTrainer, KTOTrainer):  # pyrefly: ignore[inconsistent-inheritance]
     """KTO (Ethayarajh et al., 2024, arXiv 2402.01306).
 
     How far the model has moved is estimated on completions that stand behind the prompt of another row, as the paper

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ class CompletionTrainer(RunTrainer, SFTTrainer):
 
 
 @contextmanager
-def adapted_head_allowed(model: Any) -> Iterator[None]:
+def adapted_head_allowed(model: Any) -> Generator[None]:
     """TRL refuses an adapted output layer, which its own losses pass by; the loss here is of the model's logits.
 
     Raises:

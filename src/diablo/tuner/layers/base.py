@@ -299,13 +299,13 @@ class DiabloLayer(MergingLayer):
         self.passes.forget()
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, *args: Any) -> None:  # pyrefly: ignore[bad-override]
         # The base layer and the blocks are saved after this.
         self._check_base()
         self.take_blocks_back()
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyrefly: ignore[bad-override]
         self._check_base()
         super()._load_from_state_dict(*args)
 

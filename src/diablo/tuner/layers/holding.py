@@ -105,7 +105,7 @@ class HoldingLayer(DiabloLayer):
             return reason
         parameters = self.base_layer._parameters
         if not self._can_hold or any(
-            (weight := parameters.get(name)) is not seen() or weight.requires_grad  # type: ignore[union-attr]
+            (weight := parameters.get(name)) is not seen() or weight.requires_grad  # pyrefly: ignore[missing-attribute]
             for name, seen in self._seen.items()
         ):
             return "its weight was trained, tied, sharded or replaced"

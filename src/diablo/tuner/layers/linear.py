@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ class DiabloLinear(ModuleLayer, HoldingLayer):
         return "hooks are registered on the layer" if has_hooks(self.base_layer) else None
 
     @contextmanager
-    def in_weight(self, adapter_names: tuple[str, ...]) -> Iterator[torch.Tensor]:
+    def in_weight(self, adapter_names: tuple[str, ...]) -> Generator[torch.Tensor]:
         """The weight with the present blocks of these adapters in it, for the operators of compiled graphs.
 
         It is the weight in the running pass, or else in a pass of its own.

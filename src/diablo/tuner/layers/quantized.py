@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def keep_backward(model: nn.Module) -> None:
     A rearranged weight has no backward and cannot be dequantized, and these libraries raise no error for either. So
     training or merging after an evaluation would silently be wrong. The libraries' own way back is not exact.
     """
-    module: Any
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if _chooses_kernel_once(module) and module.linear_mode is None:

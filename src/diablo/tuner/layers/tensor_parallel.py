@@ -62,8 +62,9 @@ def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
             the module's name before it.
     """
     weight = module._parameters.get("weight")
-    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    in_parallel = (getattr(model, "_tp_size", None) or 1) > 1
+    of_transformers: Any = model
+    plan: Mapping[str, str] = getattr(of_transformers, "tp_plan", None) or {}
+    in_parallel = (getattr(of_transformers, "_tp_size", None) or 1) > 1
     chosen = plan.get(_with_wildcards(name)) if in_parallel else None
     if chosen == "replicate":
         # In this style every process has the whole layer, and nothing is moved.
@@ -80,7 +81,7 @@ def slices_of(model: nn.Module, name: str, module: nn.Module) -> Slices | None:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, RowwiseParallel
 
     style = ALL_PARALLEL_STYLES[chosen]
-    mesh: Any = weight.device_mesh  # type: ignore[union-attr]
+    mesh: Any = weight.device_mesh  # pyrefly: ignore[missing-attribute]
     if type(style) not in (ColwiseParallel, RowwiseParallel) or type(module).forward is not nn.Linear.forward:
         raise TypeError(f"a {type(module).__name__} in the tensor-parallel style {chosen!r}")
     if mesh.ndim != 1:
@@ -263,7 +264,7 @@ class DiabloParallelLinear(DiabloLinear):
     def _stored(self, parameter: Any) -> torch.Tensor:
         return parameter.detach().to_local()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyrefly: ignore[bad-override]
         for name, part in self.diablo_layout.items():
             key = f"{prefix}diablo_blocks.{name}"
             given = state_dict.get(key)
