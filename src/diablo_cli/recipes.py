@@ -137,7 +137,8 @@ def _known_rows(answer: str) -> str:
     )
 
 
-def _positive(answer: str) -> int:
-    if answer.isdecimal() and int(answer) > 0:
+def _positive(answer: str | int) -> int:
+    # What is typed is a str; the default is an int.
+    if str(answer).isdecimal() and int(answer) > 0:
         return int(answer)
     raise typer.BadParameter(f"found {answer!r}; give an integer of at least 1.")
