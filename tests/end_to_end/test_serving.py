@@ -272,16 +272,20 @@ def test_a_client_that_goes_away_frees_its_row(server, client):
     def all_free() -> bool:
         return server.metric("diablo_rows_running") + server.metric("diablo_rows_waiting") == 0
 
-    opened = client.completions.create(model="a", prompt="x", max_tokens=LONG, stream=True)
-    next(iter(opened))
-    opened.close()
-    until(all_free)
-    until(lambda: any(event.get("status") == 499 for event in server.events()))
+    def is_given_up() -> bool:
+        # A busy machine may let the server write all of an answer before it lets the client go away.
+        opened = client.completions.create(model="a", prompt="x", max_tokens=LONG, n=8, stream=True)
+        next(iter(opened))
+        opened.close()
+        until(all_free)
+        return any(event.get("status") == 499 for event in server.events())
+
+    until(is_given_up)
     written = server.metric("diablo_completion_tokens_total")
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.05).completions.create(model="a", prompt="x", max_tokens=LONG, n=2)
+        client.with_options(timeout=0.05).completions.create(model="a", prompt="x", max_tokens=LONG, n=8)
     until(all_free)
-    assert server.metric("diablo_completion_tokens_total") - written < 2 * LONG
+    assert server.metric("diablo_completion_tokens_total") - written < 8 * LONG
 
 
 def test_a_full_queue_is_told_with_a_time_to_ask_again(server, client):
