@@ -207,6 +207,8 @@ def label(found: Mapping[str, Any], question: str) -> str:
         return str(found["targets"][0])
     if question == "width":
         return str(found["width"])
+    if question == "warmup":
+        return f"{found['steps']} steps, {found['warmup']} of warm-up"
     if question == "scale":
         return f"x {found['scale']:g}, {found['factors']}"
     return str(found["num_blocks"] if question == "N" else found[question])

@@ -138,7 +138,8 @@ def print_sizes(out: Console, sizes: Sizes, model: str, batch: str) -> None:
         out.print(f"trained tokens      {texts}; {sizes.tokens.describe()}", markup=False)
     if sizes.learning_rate is not None:
         out.print(
-            f"learning rate       {sizes.learning_rate:g} suits the blocks and weights: training.learning_rate: auto"
+            f"learning rate       {sizes.learning_rate:g} suits the blocks and weights in a long run, and less "
+            "in a short one: training.learning_rate: auto"
         )
     out.print()
     table = Table("", *(row.method for row in sizes.memory), title=f"memory of training at {batch}")

@@ -35,15 +35,15 @@ def test_a_run_trains_with_the_rate_that_its_weights_suggest(
     recipe: Path, tiny_model: Path, tmp_path: Path, diablo: Any, optimizer: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    expected = suggested_learning_rate(get_peft_model(model, DiabloConfig(num_blocks=4)))
-    status, out, error = diablo("train", recipe, f"training.optimizer={optimizer}")
+    expected = suggested_learning_rate(get_peft_model(model, DiabloConfig(num_blocks=4)), steps=30)
+    status, out, error = diablo("train", recipe, "training.max_steps=30", f"training.optimizer={optimizer}")
     assert status == 0, error
-    assert f"learning rate: {expected:g}, found in the weights for these blocks" in out + error
+    assert f"learning rate: {expected:g}, found in the weights for these blocks and 30 steps of sft" in out + error
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["training"]["optimizer"]["lr"] == expected
     assert record["recipe"]["training"]["learning_rate"] == expected
     logged = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
-    assert [line["learning_rate"] for line in logged if "loss" in line] == [expected] * 2
+    assert [line["learning_rate"] for line in logged if "loss" in line] == [expected] * 30
     # What was asked for is kept as it was asked, so that another number of blocks finds its own rate.
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["learning_rate"] == "auto"
 
@@ -58,7 +58,30 @@ def test_the_plan_says_that_the_rate_is_to_be_found_and_which_it_is(
     assert status == 0
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     expected = suggested_learning_rate(get_peft_model(model, DiabloConfig(num_blocks=4)))
-    assert f"learning rate       {expected:g} suits the blocks and weights: training.learning_rate: auto" in out
+    assert (
+        f"learning rate       {expected:g} suits the blocks and weights in a long run, and less in a short one" in out
+    )
+
+
+def test_preferences_want_a_tenth_of_the_rate(recipe: Path, tiny_model: Path, tmp_path: Path, diablo: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = get_peft_model(model, DiabloConfig(num_blocks=4))
+    pairs = [{"prompt": f"{n} and 3?", "chosen": f" {n + 3}", "rejected": f" {n}3"} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    settings = [f"data.train={tmp_path / 'pairs.jsonl'}", "training.max_steps=2"]
+    slow = f"training.learning_rate={0.02 * suggested_learning_rate(adapted)}"
+    for objective, share, is_slow in (("dpo", 0.1, False), ("orpo", 1, True)):
+        expected = suggested_learning_rate(adapted, steps=2) * share
+        command = ["train", recipe, *settings, f"objective={objective}"]
+        status, out, error = diablo(*command, f"output={tmp_path / objective}")
+        assert status == 0, error
+        said = f"learning rate: {expected:.2g}, found in the weights for these blocks and 2 steps of {objective}"
+        assert said in out + error
+        status, out, error = diablo(*command, f"output={tmp_path / objective}-slow", slow)
+        assert status == 0, error
+        assert ("learns slowly" in out + error) == is_slow
+        status, out, _ = diablo("plan", recipe, *settings, f"objective={objective}")
+        assert f"learning rate       {suggested_learning_rate(adapted) * share:.2g} suits the blocks" in out
 
 
 @pytest.mark.parametrize(

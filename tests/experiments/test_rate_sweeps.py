@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from diablo import DiabloConfig
-from experiments import learning_rate, learning_rate_widths
+from experiments import learning_rate, learning_rate_steps, learning_rate_widths
 from experiments.learning_rate import RULE, groups_of, rescale, sweep
 
 
@@ -54,7 +54,7 @@ def test_a_rescaled_model_computes_the_same(tiny_model: Path) -> None:
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
-def test_both_experiments_run_and_are_drawn(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_experiments_run_and_are_drawn(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_rate, "FARTHEST", 1)
     texts = learning_rate_widths.read_texts()
     short = replace(texts, judged=texts.judged[:4096])
@@ -62,7 +62,17 @@ def test_both_experiments_run_and_are_drawn(tiny_model: Path, tmp_path: Path, mo
     real = learning_rate.run(str(tiny_model), rows=32, held_out=4, num_blocks=(4,), kinds=("up_proj",))
     assert {name: len(settings) for name, settings in real.items()} == {"factors": 3, "scale": 2, "kind": 1, "N": 1}
     small = learning_rate_widths.run(widths=(64,), num_blocks=(8,), kinds=("v_proj",), steps=3, pretraining=1, seeds=1)
-    for experiment, results in ((learning_rate.EXPERIMENT, real), (learning_rate_widths.EXPERIMENT, small)):
+    settings = {"lengths": ((2, 1), (3, 1)), "warmups": ((3, 2),), "held_out": 4, "kept": str(tmp_path / "kept.jsonl")}
+    lengths = learning_rate_steps.run(str(tiny_model), **settings)
+    found = [(each["steps"], each["warmup"]) for each in (*lengths["steps"], *lengths["warmup"])]
+    assert found == [(2, 1), (3, 1), (3, 2)]
+    monkeypatch.setattr(learning_rate_steps, "finetune", None)  # what is kept is not run again
+    assert learning_rate_steps.run(str(tiny_model), **settings) == lengths
+    for experiment, results in (
+        (learning_rate.EXPERIMENT, real),
+        (learning_rate_widths.EXPERIMENT, small),
+        (learning_rate_steps.EXPERIMENT, lengths),
+    ):
         assert all(experiment.report(results))
         experiment.publish({}, results, tmp_path)
         assert (tmp_path / f"experiment-{experiment.name}.png").is_file()

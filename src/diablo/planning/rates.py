@@ -13,6 +13,7 @@ from diablo.layout import Layout
 from diablo.models.stored_weights import NoSafetensorsError, StoredWeights
 from diablo.planning.plan import Plan
 from diablo.recipes.methods import DiabloMethod
+from diablo.recipes.named_objective import NamedObjective
 from diablo.tuner import DiabloLayer, suggested_learning_rate
 from diablo.tuner.rates import FAR_BELOW, gain_of, learning_rate_for
 
@@ -34,7 +35,7 @@ def with_learning_rate(plan: Plan, model: Any) -> Plan:
     if training.learning_rate != "auto":
         return plan
     try:
-        rate = suggested_learning_rate(model, model.active_adapter)
+        rate = _learning_rate_of(plan, model, plan.steps)
     except ValueError:
         raise UserError(
             "training.learning_rate: found auto, and none of the target modules is a linear layer whose weight can be "
@@ -46,7 +47,7 @@ def with_learning_rate(plan: Plan, model: Any) -> Plan:
 
 
 def rate_far_above(plan: Plan, model: Any) -> float | None:
-    """The rate that suits DiaBlo's blocks, where the plan's is far below it; None where it is not, or is not known.
+    """The rate that suits DiaBlo's blocks, where the plan's is far too low; None where it is not, or is not known.
 
     Args:
         plan: the plan.
@@ -56,14 +57,33 @@ def rate_far_above(plan: Plan, model: Any) -> float | None:
     if not isinstance(plan.recipe.method, DiabloMethod) or not training.moves_by_the_rate:
         return None
     try:
-        suited = suggested_learning_rate(model, model.active_adapter)
+        highest = _learning_rate_of(plan, model, None)
     except ValueError:
         return None
-    return suited if training.rate < FAR_BELOW * suited else None
+    return _learning_rate_of(plan, model, plan.steps) if training.rate < FAR_BELOW * highest else None
+
+
+def _learning_rate_of(plan: Plan, model: Any, steps: int | None) -> float:
+    """The rate that suits DiaBlo's blocks and the plan's objective.
+
+    Args:
+        plan: the plan.
+        model: the adapted model, with its weights in memory.
+        steps: steps of the run; None for a long one.
+
+    Raises:
+        ValueError: the weights tell no rate.
+    """
+    return share_of(suggested_learning_rate(model, model.active_adapter, steps=steps), plan.recipe.objective)
+
+
+def share_of(rate: float, objective: NamedObjective) -> float:
+    """What suits an objective of a rate that suits supervised training, to two digits."""
+    return float(f"{objective.rate_share * rate:.1e}")
 
 
 def stored_learning_rate(model_name: str, adapted: Any) -> float | None:
-    """The rate that suits an adapter, from its model's files; None where they are not here, or are quantized.
+    """The rate that suits an adapter in a long run, by its model's files; None where they are not here, or quantized.
 
     Args:
         model_name: a folder, or a hub id, for which nothing is downloaded.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from diablo.planning.kept import ATTENTION, kept_on_meta
 from diablo.planning.making import adapt_layers
 from diablo.planning.optimizers import state_bytes
 from diablo.planning.plan import Plan
-from diablo.planning.rates import stored_learning_rate
+from diablo.planning.rates import share_of, stored_learning_rate
 from diablo.planning.suited import check_suited, is_encoder_decoder
 from diablo.planning.tokens import tokens_of_recipe
 from diablo.recipes.applying import TargetKind, apply_method, apply_on_meta, nearest_size, shapes_of, target_kinds
@@ -91,8 +91,8 @@ class Sizes:
             the weights, which the meta device has not.
         length: the tokens of a row that the memory is for.
         tokens: tokens whose rows are trained; None where there are none.
-        learning_rate: the rate that suits DiaBlo's blocks, from the model's files; None for another method, or where
-            the files are not here, or hold quantized weights.
+        learning_rate: the rate that suits DiaBlo's blocks in a long run, by the model's files; None for another method,
+            or where the files are not here, or hold quantized weights.
     """
 
     method: str
@@ -263,7 +263,7 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         length = min(length, getattr(config.get_text_config(), "max_position_embeddings", None) or length)
     dtype = choose_dtype(recipe.precision, choose_device())
     check_suited(recipe, config, dtype, [recipe.method])
-    return sizes_of(
+    sizes = sizes_of(
         config,
         recipe.method,
         # A pair is two sequences.
@@ -276,6 +276,9 @@ def recipe_sizes(recipe: Recipe) -> Sizes:
         optimizer=recipe.training.optimizer,
         files_of=name,
     )
+    if sizes.learning_rate is None:
+        return sizes
+    return replace(sizes, learning_rate=share_of(sizes.learning_rate, recipe.objective))
 
 
 def run_memory(plan: Plan) -> Memory | None:

@@ -24,6 +24,9 @@ class NamedObjective(Section):
     scores: ClassVar[tuple[str, ...]] = ()
     """The figures of held-out rows that say how good the model is, by their names, of which a run has one; none where
     the loss alone does."""
+    rate_share: ClassVar[float] = 1.0
+    """What suits it of the learning rate of supervised training: a tenth, where completions are judged and bad ones
+    made less likely. Measured: "What a stage adds" in ``docs/objectives.md``."""
 
     @property
     def has_reference(self) -> bool:

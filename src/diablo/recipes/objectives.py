@@ -67,6 +67,7 @@ class PairObjective(NamedObjective):
 
     rows: ClassVar[RowKind] = "pairs"
     loss_unit: ClassVar[str] = "per pair"
+    rate_share: ClassVar[float] = 0.1
 
     @property
     def has_reference(self) -> bool:
@@ -115,6 +116,7 @@ class JudgedObjective(NamedObjective):
 
     rows: ClassVar[RowKind] = "judged"
     loss_unit: ClassVar[str] = "per completion"
+    rate_share: ClassVar[float] = 0.1
 
     @property
     def has_reference(self) -> bool:
@@ -317,6 +319,7 @@ class GroupObjective(NamedObjective):
 
     rows: ClassVar[RowKind] = "prompts"
     loss_unit: ClassVar[str] = "per token"
+    rate_share: ClassVar[float] = 0.1
 
     @property
     def by_task(self) -> list[str]:

@@ -245,7 +245,9 @@ def _settle_learning_rate(plan: Plan, model: Any, console: Console) -> Plan:
     """The plan with a number for the learning rate, which is said where it was found in the weights."""
     settled = with_learning_rate(plan, model)
     if settled is not plan:
-        say(console, f"learning rate: {settled.recipe.training.rate:g}, found in the weights for these blocks")
+        length = f"{plan.steps} steps of {plan.recipe.objective.name}"
+        rate = settled.recipe.training.rate
+        say(console, f"learning rate: {rate:g}, found in the weights for these blocks and {length}")
     elif (suited := rate_far_above(plan, model)) is not None:
         say(
             console,

@@ -18,11 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from diablo.tuner.layers import DiabloConv, DiabloEmbedding, DiabloLayer, DiabloQuantizedLinear
 from diablo.tuner.weights import is_distributed, recomputed
 
-RELATIVE_STEP = 0.013
-"""How much a step of Adam may change an output of a layer at the highest rate, as a share of the output's size.
-Measured: ``docs/experiments/learning-rate.md``."""
-FAR_BELOW = 0.25
-"""The share of the suggested rate below which a rate is warned of."""
+RELATIVE_STEP = 0.035
+"""How much a step of Adam may change an output of a layer at the highest rate of a long run, as a share of the output's
+size. Measured, as the next two: ``docs/experiments/learning-rate.md``."""
+HALF_STEPS = 50
+"""Steps of a run for which half of that is right."""
+FEWEST_STEPS = 24
+"""Steps of the shortest run that was measured. What is right for a shorter one is not known."""
+FAR_BELOW = 0.1
+"""The share of a long run's suggested rate below which a rate is warned of."""
 SAMPLED_ROWS = 64
 """Rows of a weight whose length is measured. They stand for all of its rows."""
 STEPS_BY_THE_RATE = ("Adam", "Lion", "Adafactor")
@@ -48,29 +52,34 @@ def gain_of(matrix: torch.Tensor) -> float:
     return matrix[..., ::step, :].detach().float().norm(dim=-1).mean().item()
 
 
-def learning_rate_for(layers: Iterable[tuple[int, float]]) -> float:
+def learning_rate_for(layers: Iterable[tuple[int, float]], steps: int | None = None) -> float:
     """The highest learning rate of a schedule to start from, for an optimizer of Adam's kind, to two digits.
 
     A step moves every entry of a block by about the rate. So an output, which is a sum over the rows of the block,
     moves by up to rate x rows, for inputs of size one. The layer's own output has the size of its gain. The rate is
-    such that a step changes outputs by 1.3 % of themselves: 0.013 x gain / rows.
+    such that a step of a long run changes outputs by 3.5 % of themselves. In a short run less is better:
+    0.035 x gain / rows x steps / (steps + 50).
 
     Args:
         layers: for each adapted weight the rows of a block, and its gain, as :func:`gain_of` measures it. The median
             of what suits them is taken.
+        steps: optimizer steps of the run, of which fewer than 24 count as 24. None is for a long run.
     """
-    return float(f"{statistics.median(RELATIVE_STEP * gain / rows for rows, gain in layers):.1e}")
+    share = 1.0 if steps is None else 1 / (1 + HALF_STEPS / max(steps, FEWEST_STEPS))
+    return float(f"{share * statistics.median(RELATIVE_STEP * gain / rows for rows, gain in layers):.1e}")
 
 
-def suggested_learning_rate(model: nn.Module, adapter_name: str = "default") -> float:
+def suggested_learning_rate(model: nn.Module, adapter_name: str = "default", *, steps: int | None = None) -> float:
     """The learning rate to start from, for an adapter of a model and Adam, AdamW, Lion or Adafactor.
 
     It is to be the highest rate of the schedule: ``TrainingArguments(learning_rate=...)`` takes it as it is. It comes
-    from the number of rows of the blocks, and from the weights: :func:`learning_rate_for`.
+    from the number of rows of the blocks, from the weights, and from the length of the run.
 
     Args:
         model: has the adapter, as ``get_peft_model`` makes it. Its weights are in memory, and not sharded.
         adapter_name: the adapter's name.
+        steps: optimizer steps of the run. A run of 200 steps wants four fifths of the rate of a long one, and a run of
+            50 steps half of it. Where nothing is said, the rate is that of a long run.
 
     Raises:
         ValueError: the adapter has no blocks on a linear layer, or their weights are out of reach.
@@ -86,7 +95,7 @@ def suggested_learning_rate(model: nn.Module, adapter_name: str = "default") -> 
             "whole; ask before the model is sharded, with the name of an adapter of DiaBlo, or choose a rate by trying "
             "several."
         )
-    return learning_rate_for(layers)
+    return learning_rate_for(layers, steps)
 
 
 def watch_learning_rate(model: nn.Module) -> None:
@@ -182,11 +191,13 @@ def _looked_at(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     if layers and any(word in type(optimizer).__name__ for word in STEPS_BY_THE_RATE):
         # A scheduler has set the rate of the first step, which warm-up makes small, and noted the highest one.
         highest = max(float(group.get("initial_lr") or group.get("lr") or 0) for group, _ in found)
+        # How many steps there will be is not known here.
         suggested = learning_rate_for(layers)
         if 0 < highest < FAR_BELOW * suggested:
             warnings.warn(
                 f"The learning rate is {highest:g}, which suits LoRA. DiaBlo's blocks learn more slowly with it than "
-                f"they could: start from {suggested:g}, which diablo.suggested_learning_rate(model) gives.",
+                f"they could: start from {suggested:g}, which diablo.suggested_learning_rate(model) gives, or from a "
+                "tenth of it where training is by preferences or rewards.",
                 LowLearningRateWarning,
                 stacklevel=2,
             )
