@@ -32,7 +32,8 @@ KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 FARTHEST = 8
 """Steps of two to either side, after which a sweep ends wherever the best rate is."""
 RULE = 0.1
-"""The rule's rate, times the rows of a block."""
+"""The rate of a rule that the sweeps begin at, times the rows of a block. The tuner's own rule comes from what they
+find."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
             multiples = [float(multiple) for multiple in each["losses"]]
             losses = [loss / each["best_loss"] for loss in each["losses"].values()]
             panel.plot(multiples, losses, "o-", label=label(each, name))
-        panel.set(title=name, xlabel="rate / the rule's rate", ylim=(0.99, 1.2))
+        panel.set(title=name, xlabel=f"rate x rows / {RULE:g}", ylim=(0.99, 1.2))
         panel.set_xscale("log", base=2)
         panel.axvline(1, color="grey", linewidth=0.5)
         panel.legend()

@@ -4,7 +4,7 @@
     python -m experiments.learning_rate_steps --task gsm8k --folder DATA/gsm8k --kept runs.jsonl
 
 A real model is trained on as many rows as the steps take, each row once, at one rate for all blocks. The rates are in
-steps of two around the same rule's as in experiments.learning_rate, until the best one is inside.
+steps of two around that of experiments.learning_rate, until the best one is inside.
 """
 
 from __future__ import annotations
