@@ -462,7 +462,8 @@ def test_a_type_of_peft_from_its_plan_to_an_answer(diablo, tiny_model, tmp_path,
 
 
 def test_a_merge_that_a_type_of_peft_has_not_is_refused_before_training(diablo, tiny_model, tmp_path):
-    arguments = quickstart_on(tiny_model, tmp_path / "run", "merge=true", "method={name: peft, type: LILY}")
+    settings = ("merge=true", "training.learning_rate=1e-3", "method={name: peft, type: LILY}")
+    arguments = quickstart_on(tiny_model, tmp_path / "run", *settings)
     status, _, error = diablo(*(each for each in arguments if each != "method.num_blocks=4"))
     assert status == 2
     assert "merge: found true: LILY cannot be merged" in error
