@@ -27,6 +27,8 @@ QUESTION = "the best learning rate over the number of steps and of those that wa
 NUM_BLOCKS, BATCH_SIZE = 16, 8
 LENGTHS = ((24, 4), (48, 4), (96, 8), (192, 16))
 WARMUPS = ((24, 4), (24, 12), (192, 4), (192, 16))
+RUN = ("task", "seed", "steps", "warmup", "rate")
+"""What tells a run that is kept from the others."""
 
 
 def run(
@@ -51,25 +53,23 @@ def run(
         seed: seed of the order of the rows.
         kept: a file of JSON lines, one for each run that is done.
     """
-    done = {(each["task"], each["steps"], each["warmup"], each["rate"]): each["loss"] for each in kept_runs(kept)}
+    done = {tuple(each[name] for name in RUN): each["loss"] for each in kept_runs(kept)}
     method = DiabloMethod(num_blocks=NUM_BLOCKS, target_modules=list(KINDS))
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for steps, warmup in dict.fromkeys([*lengths, *warmups]):
         plan = plan_data(model, steps * BATCH_SIZE, held_out, BATCH_SIZE, NUM_BLOCKS, seed, task, folder)
-
-        def loss_at(multiple: float, plan: Plan = plan, warmup: int = warmup) -> float:
-            model = load_adapted(plan, method)
-            groups = groups_of(model, multiple * RULE, "one")
-            key = (task, plan.steps, warmup, groups[0]["lr"])
-            if key not in done:
-                done[key] = finetune(model, plan, groups, warmup=warmup).held_out_loss
-                keep_run(kept, dict(zip(("task", "steps", "warmup", "rate", "loss"), (*key, done[key]), strict=True)))
-            print(f"{plan.steps} steps, {warmup} of warm-up, at {key[-1]:.2g}: {done[key]:.4f}", flush=True)
-            return done[key]
-
         plain = load_adapted(plan, method)
         before = held_out_loss(plain, plan.held_out, plan.encoder.tokenizer.pad_token_id)
         rate = groups_of(plain, RULE, "one")[0]["lr"]
+
+        def loss_at(multiple: float, plan: Plan = plan, warmup: int = warmup, rate: float = rate) -> float:
+            key = (task, seed, plan.steps, warmup, multiple * rate)
+            if key not in done:
+                done[key] = finetune(load_adapted(plan, method), plan, multiple * rate, warmup=warmup).held_out_loss
+                keep_run(kept, {**dict(zip(RUN, key, strict=True)), "loss": done[key]})
+            print(f"{plan.steps} steps, {warmup} of warm-up, at {multiple * rate:.2g}: {done[key]:.4f}", flush=True)
+            return done[key]
+
         known = {"steps": steps, "warmup": warmup, "gain": median_gain(plain), "rate": rate}
         found[steps, warmup] = {**known, **sweep(loss_at, before)}
     return {"steps": [found[each] for each in lengths], "warmup": [found[each] for each in warmups]}

@@ -3,9 +3,9 @@
     python -m experiments.variants
     python -m experiments.variants --task gsm8k --folder DATA --names "blocks,shifted blocks"
 
-Each variant is trained with the first seed, at rates in steps of two around 1.7e-3, until the best one is
-inside. If it is then ahead of the first variant, it is trained with the other seeds too. LoRA is there as a yardstick.
-The variants with blocks in other places compute them beside the weights; "blocks beside" does so with the diagonal.
+Each variant is trained with the first seed, at rates in steps of two around 1.7e-3, until the best one is inside. If it
+is then ahead of the first variant, it is trained with the other seeds too. LoRA is there as a yardstick. The variants
+with blocks in other places compute them beside the weights; "blocks beside" does so with the diagonal.
 """
 
 from __future__ import annotations
