@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
@@ -17,13 +18,17 @@ import pytest
 # The command line's console would keep the width that workers of the tests are given.
 os.environ.pop("COLUMNS", None)
 
+import jinja2
 import typer.main
 from launching import forked_python, has_gpu, interpret_triton_where_there_is_no_gpu, share_forks
 
 import diablo_cli.verbs
 
-# A process makes the command line once. The tests run it a thousand times in one.
+# A process makes the command line once, and trains once: it reads what is installed, and compiles the template of model
+# cards. The tests run it a thousand times in one.
 typer.main.get_command = functools.cache(typer.main.get_command)
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,7 +27,7 @@ from diablo import DiabloConfig, convert_to_lora, hotswap_adapter
 from diablo.tuner.layers.base import DiabloLayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-STEPS = 3
+STEPS = 2
 
 FOLDER = sys.argv[1]
 OUT = Path(sys.argv[2])
