@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import traceback
 
 
@@ -26,6 +24,6 @@ def run_in_fork(scenario) -> str | None:
     return None if status == 0 else said or f"ended with status {status}"
 
 
-def run_all(scenarios) -> None:
-    """Print a JSON object: each scenario's name to what :func:`run_in_fork` returns."""
-    json.dump({scenario.__name__: run_in_fork(scenario) for scenario in scenarios}, sys.stdout)
+def run_all(scenarios) -> dict[str, str | None]:
+    """Each scenario's name to what :func:`run_in_fork` returns."""
+    return {scenario.__name__: run_in_fork(scenario) for scenario in scenarios}

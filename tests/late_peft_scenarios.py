@@ -1,8 +1,7 @@
-"""What happens when PEFT is imported after diablo, run by unit/test_register.py in a process of its own.
+"""What happens when PEFT is imported after diablo.
 
 What PEFT stands on takes seconds to import, PEFT itself and diablo can each be imported for the first time only once in
-a process: so the former is imported here once, and every scenario runs in a fork of that state. Prints a JSON object:
-scenario to None or its traceback.
+a process: so the former is imported here once, and first_imports.py runs every scenario in a fork of that state.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import threading
 
 import accelerate  # noqa: F401
 import torch
-from forking import run_all
 from transformers import PreTrainedModel  # noqa: F401
 
 BEFORE = list(sys.meta_path)
@@ -206,8 +204,3 @@ SCENARIOS = (
     threads_import_both_at_once,
     a_config_arrives_by_pickle,
 )
-
-
-if __name__ == "__main__":
-    assert not {"peft", "diablo"} & set(sys.modules)
-    run_all(SCENARIOS)

@@ -1,7 +1,7 @@
-"""What happens on the first import of diablo where PEFT is there, run by unit/test_register.py in its own process.
+"""What happens on the first import of diablo where PEFT is there.
 
 Importing PEFT takes seconds and diablo can be imported for the first time only once in a process: so PEFT is imported
-here once, and every scenario runs in a fork of that state. Prints a JSON object: scenario to None or its traceback.
+here once, and first_imports.py runs every scenario in a fork of that state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 import peft
 import torch
-from forking import run_all
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
@@ -177,8 +176,3 @@ SCENARIOS = (
     enum_with_read_only_names,
     enum_with_read_only_values,
 )
-
-
-if __name__ == "__main__":
-    assert "diablo" not in sys.modules
-    run_all(SCENARIOS)

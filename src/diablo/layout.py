@@ -132,10 +132,11 @@ class Tile:
             ``(*stack, count, block_in, block_out)``, a view: writing to it writes to the weight.
         """
         *stack, rows, columns = weight.stride()
-        return weight.as_strided(
+        # Where the weight begins in its memory is not asked for: a compiler would break its graph there.
+        begun = weight[..., self.out_start :, self.in_start :] if self.out_start or self.in_start else weight
+        return begun.as_strided(
             (*weight.shape[:-2], self.count, self.block_in, self.block_out),
             (*stack, self.block_out * rows + self.block_in * columns, columns, rows),
-            weight.storage_offset() + self.out_start * rows + self.in_start * columns,
         )
 
     def within_outputs(self, start: int, stop: int) -> list[Tile]:

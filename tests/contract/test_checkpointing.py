@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -137,19 +138,24 @@ def test_a_graph_can_be_gone_through_twice(method):
     assert_same_bits({name: parameter.grad for name, parameter in trained(model).items()}, expected)
 
 
+def used(model: Any) -> tuple[int, int]:
+    ids = torch.randint(64, (2, 128), generator=torch.Generator().manual_seed(0))
+    # What the first forward makes for good, such as the base values of the diagonals, is no activation.
+    loss_of(model, ids).backward()
+    return allocations(lambda: loss_of(model, ids), lambda loss: loss.backward())
+
+
+@functools.cache
+def used_by_the_frozen_model(dtype: torch.dtype) -> tuple[int, int]:
+    frozen = llama(dtype, layers=10).requires_grad_(False)
+    frozen.enable_input_require_grads()
+    return used(frozen)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["in place", "beside", "lora"])
 def test_no_more_is_kept_and_needed_than_by_the_frozen_model(method, dtype):
-    ids = torch.randint(64, (2, 128), generator=torch.Generator().manual_seed(0))
-
-    def used(model: Any) -> tuple[int, int]:
-        # What the first forward makes for good, such as the base values of the diagonals, is no activation.
-        loss_of(model, ids).backward()
-        return allocations(lambda: loss_of(model, ids), lambda loss: loss.backward())
-
-    frozen = llama(dtype, layers=10).requires_grad_(False)
-    frozen.enable_input_require_grads()
-    kept, peak = used(frozen)
+    kept, peak = used_by_the_frozen_model(dtype)
     own_kept, own_peak = used(adapted(method, "selective", dtype, layers=10))
     assert own_kept < kept
     assert own_peak < peak

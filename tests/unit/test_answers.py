@@ -398,7 +398,8 @@ def test_every_integer_is_read_back(number: int, form: str) -> None:
     assert not right("gsm8k", "strict", text, str(number + 1))
 
 
-def test_a_power_tower_is_given_up() -> None:
+def test_a_power_tower_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "SECONDS", 1)
     assert not right("math", "strict", "The answer is: 9^{9^{9^{9}}}", "3")
 
 

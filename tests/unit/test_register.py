@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import late_peft_scenarios
 import peft
@@ -126,12 +127,14 @@ def test_the_names_of_the_package_are_those_that_a_type_checker_sees():
         exec("from diablo import DiabloConfigs")
 
 
-def outcomes_of(scenarios, *arguments: str) -> dict[str, str | None]:
-    """What each of the scenarios came to, in a process of its own."""
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, str | None]]:
+    """What each of the scenarios came to, in a process of its own; by their modules."""
     source = str(Path(diablo.__file__).parents[1])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    script = Path(register_scenarios.__file__).with_name("first_imports.py")
     done = subprocess.run(
-        [sys.executable, scenarios.__file__, *arguments],
+        [sys.executable, script, pickle.dumps(diablo.DiabloConfig(num_blocks=3)).hex()],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -142,23 +145,11 @@ def outcomes_of(scenarios, *arguments: str) -> dict[str, str | None]:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str | None]:
-    return outcomes_of(register_scenarios)
-
-
-@pytest.fixture(scope="module")
-def late_outcomes() -> dict[str, str | None]:
-    return outcomes_of(late_peft_scenarios, pickle.dumps(diablo.DiabloConfig(num_blocks=3)).hex())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the scenarios share one import of PEFT by forking")
-@pytest.mark.parametrize("name", [scenario.__name__ for scenario in register_scenarios.SCENARIOS])
-def test_first_import(outcomes, name):
-    assert outcomes[name] is None, outcomes[name]
+def scenarios_of(*modules: ModuleType) -> list[tuple[str, str]]:
+    return [(module.__name__, scenario.__name__) for module in modules for scenario in module.SCENARIOS]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the scenarios share one import of torch by forking")
-@pytest.mark.parametrize("name", [scenario.__name__ for scenario in late_peft_scenarios.SCENARIOS])
-def test_first_import_of_peft_after_diablo(late_outcomes, name):
-    assert late_outcomes[name] is None, late_outcomes[name]
+@pytest.mark.parametrize(("module", "name"), scenarios_of(late_peft_scenarios, register_scenarios))
+def test_first_import(outcomes, module, name):
+    assert outcomes[module][name] is None, outcomes[module][name]

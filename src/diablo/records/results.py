@@ -173,7 +173,7 @@ def plot_losses(
     axes.set(xlabel="step", ylabel=measure)
     # A given height spares the search for one that is free of labels, and little compression half the time of writing.
     axes.set_title(title, y=1.0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()

@@ -48,6 +48,8 @@ _LATEX_TO_PLAIN = (
     (re.compile(r"\\%"), "%"),
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"), ""),
 )
+SECONDS = 5
+"""The most time that a formula is read or compared for."""
 _MINUS_SIGNS = str.maketrans("\u2212\u2013\u2012\ufe63\uff0d", "-" * 5)
 
 _CHOICE = re.compile(r"\W*(?:(?:option|choice)\s+)?\(?([A-E])(?!\w)\)?")
@@ -196,11 +198,11 @@ def same_value(given: str, right: str) -> bool:
 
 
 def _time_limit() -> int | None:
-    """Seconds for one formula; None for no limit.
+    """:data:`SECONDS`, or None for no limit.
 
     math-verify keeps time by a signal, which only the main thread receives.
     """
-    return 5 if threading.current_thread() is threading.main_thread() else None
+    return SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def paper_number(text: str) -> float | None:
