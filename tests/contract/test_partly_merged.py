@@ -117,7 +117,7 @@ def test_a_layer_without_the_merged_adapter_keeps_its_blocks_in_the_weight():
     assert held == {"up": True, "down": False}
 
 
-@pytest.mark.parametrize("name", ["ragged", "ragged_beside", "llama", "gpt2", "conv_2d", "embedding"])
+@pytest.mark.parametrize("name", ["ragged", "ragged_beside", "llama", "conv1d", "conv_2d", "embedding"])
 def test_under_compile_what_is_not_merged_is_added_too(name):
     torch._dynamo.reset()
     model = both_active(BY_NAME[name], torch.float32)

@@ -153,7 +153,7 @@ def test_merging_does_not_change_the_output(case, safe_merge):
 def test_unmerging_restores_the_weights_to_the_bit(case, dtype):
     model = case.adapted(dtype)
     before = base_weights(model)
-    for _ in range(1000 if case.name == "ragged" else 50):
+    for _ in range(1000 if case.name == "ragged" else 10):
         model.merge_adapter()
         model.unmerge_adapter()
     assert_same_bits(base_weights(model), before)
@@ -167,7 +167,7 @@ def test_unmerging_two_adapters_of_different_sizes_restores_the_weights_to_the_b
     model.add_adapter("other", case.config(num_blocks=case.other_num_blocks))
     fill(model, "other", seed=4)
     before = base_weights(model)
-    for cycle in range(50):
+    for cycle in range(50 if case.name == "ragged" else 10):
         model.merge_adapter(["default", "other"][:: 1 if cycle % 2 else -1][:1])
         once = base_weights(model)
         model.merge_adapter(["default", "other"])
