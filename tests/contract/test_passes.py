@@ -644,6 +644,8 @@ class Interrupted:
         return self
 
 
+# Python says of an interruption in a finalizer that it was ignored.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("is_edited", [False, True])
 def test_ctrl_c_before_any_line_of_a_pass_leaves_the_base_weights(is_edited):
     model, beside = twins("mlp")
