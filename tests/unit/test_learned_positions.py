@@ -10,10 +10,14 @@ import pytest
 from tiny import make_tiny_seeing_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+from diablo.data.rows import Row
 from diablo.errors import UserError
 from diablo.models.loading import learned_positions, load_config, meta_model
+from diablo.models.ready import load_for_generation
 from diablo.planning.making import make_plan
 from diablo.recipes.recipe import Recipe
+from diablo.scoring.generation import complete
+from diablo.scoring.likelihood import score_candidates
 
 
 def folder_of(kind: str, tiny_model: Path, folder: Path) -> Path:
@@ -46,6 +50,41 @@ def test_rows_that_are_longer_than_the_positions_are_left_out_before_training(ki
     assert [place.number for place in plan.too_long] == [2]
     with pytest.raises(UserError, match=r"and the model reads 48 tokens; 1 of 3 rows are longer .* row 2\)"):
         make_plan(recipe("error"))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_a_prompt_writes_as_much_as_the_positions_leave_whatever_stands_beside_it(kind, tiny_model, tmp_path):
+    model, encoder = load_for_generation(str(folder_of(kind, tiny_model, tmp_path / kind)))
+    # No text is to end before its room does.
+    encoder.stop_token_ids = {319}
+    prompts = [[5] * length for length in (46, 3, 30, 46, 28, 47, 29)]
+    asked = [(tokens, complete(model, encoder, [tokens], max_new_tokens=20)[0]) for tokens in prompts]
+    assert complete(model, encoder, prompts, max_new_tokens=20) == [alone for _, alone in asked]
+    written = [len(encoder.tokenizer(alone.text, add_special_tokens=False)["input_ids"]) for _, alone in asked]
+    assert max(written) > 5
+    with pytest.raises(
+        UserError, match="a text with its answer takes at least 49 positions, and the model has 48; give"
+    ):
+        complete(model, encoder, [*prompts, [5] * 48], max_new_tokens=20)
+
+
+def test_candidates_that_have_no_place_are_refused(tiny_model, tmp_path):
+    model, encoder = load_for_generation(str(folder_of("gpt2", tiny_model, tmp_path / "gpt2")))
+    row = Row(1, "a" * 60, " yes")
+    with pytest.raises(UserError, match="and the model has 48; give shorter texts"):
+        score_candidates(model, encoder, [[row]])
+
+
+def test_general_text_is_cut_to_the_positions(tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    settings = {
+        "model": str(folder_of("gpt2", tiny_model, tmp_path / "gpt2")),
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "evaluation": {"general": "builtin"},
+        "method": {"num_blocks": 4, "target_modules": "all-linear"},
+        "output": "unused",
+    }
+    assert max(row.length for row in make_plan(Recipe.model_validate(settings)).general) == 48
 
 
 @pytest.mark.parametrize("kind", ["idefics3", "llava"])

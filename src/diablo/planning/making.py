@@ -115,6 +115,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         preflight.check_supervision(train, "training")
         preflight.check_supervision(held_out, "held-out")
     training, general = recipe.training, recipe.evaluation.general
+    whole = min(training.max_length, most or training.max_length)
     if training.on_nonfinite == "skip" and replicas > 1:
         raise UserError(
             f"training.on_nonfinite: found skip with {replicas} processes, which would leave out different steps; set "
@@ -142,7 +143,7 @@ def make_plan(recipe: Recipe, *, materials: Materials | None = None, replicas: i
         tested=rows.tested,
         near_copies=rows.near_copies,
         validation=rows.validation,
-        general=encode_general_text(general, encoder.tokenizer, training.max_length, special_text) if general else [],
+        general=encode_general_text(general, encoder.tokenizer, whole, special_text) if general else [],
         targets=targets,
         parameters=parameters,
         sequences=sequences,

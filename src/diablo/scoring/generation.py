@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,8 @@ import torch
 from diablo.data.batching import collate_rows
 from diablo.data.encoding import EncodedRow, RowEncoder
 from diablo.data.vision import ImageProcessor
+from diablo.errors import UserError
+from diablo.models.loading import learned_positions
 from diablo.scoring.asking import Decoding, decoding_for
 from diablo.scoring.losses import summed_completion_loss
 from diablo.tasks import Problem, Protocol, Task
@@ -228,7 +231,7 @@ def complete(
         model: a causal language model or ``PeftModel``.
         encoder: gives the tokenizer and the stop tokens.
         prompts: token ids of each prompt.
-        max_new_tokens: the most tokens of a completion.
+        max_new_tokens: the most tokens of a completion. A model with learned positions writes no more than they leave.
         stop_at_newline: end a completion at its first token with a line break, and take away the line break at its end.
         batch_size: number of prompts that are completed together.
         progress: called after each batch, in prompts.
@@ -237,21 +240,25 @@ def complete(
 
     Returns:
         The completions, in the order of the prompts.
+
+    Raises:
+        UserError: a prompt fills the learned positions of the model.
     """
     tokenizer = encoder.tokenizer
     stops = stops_of(encoder, stop_at_newline=stop_at_newline)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     completions: dict[int, Completion] = {}
     side = "right" if encoder.encoder_decoder else "left"
+    lengths = [len(prompt) for prompt in prompts]
+    check_positions(model, encoder, max(lengths, default=0) + 1)
+    positions = None if encoder.encoder_decoder else learned_positions(model)
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
+        for batch, room in _batches(lengths, batch_size, max_new_tokens, positions):
             padded = tokenizer.pad(
                 {"input_ids": [prompts[index] for index in batch]}, padding_side=side, return_tensors="pt"
             ).to(model.device)
             output = model.generate(
                 **padded,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
                 **({"do_sample": False, "num_beams": 1} | sampling),
@@ -266,8 +273,32 @@ def complete(
                     text.rstrip("\n") if stop_at_newline else text, finished=not stops.isdisjoint(tokens)
                 )
             if progress is not None:
-                progress(first + len(batch), len(order))
+                progress(len(completions), len(prompts))
     return [completions[index] for index in range(len(prompts))]
+
+
+def check_positions(model: Any, encoder: RowEncoder, tokens: int) -> None:
+    """Raise an error where a causal language model does not have so many learned positions."""
+    positions = None if encoder.encoder_decoder else learned_positions(model)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"a text with its answer takes at least {tokens} positions, and the model has {positions}; give shorter texts, "
+            "or a model that reads more."
+        )
+
+
+def _batches(lengths: Sequence[int], size: int, most: int, positions: int | None) -> Iterator[tuple[list[int], int]]:
+    """Prompts of about one length, the longest first, and the tokens that they may write."""
+
+    def room(index: int) -> int:
+        return most if positions is None else min(most, positions - lengths[index])
+
+    # What a prompt may write does not depend on those beside it: so those that have less room than all are apart.
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for tokens, group in itertools.groupby(longest_first, key=room):
+        alike = list(group)
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size], tokens
 
 
 def stops_of(encoder: RowEncoder, *, stop_at_newline: bool) -> set[int]:

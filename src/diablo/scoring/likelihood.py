@@ -19,7 +19,7 @@ from diablo.data.batching import collate
 from diablo.data.encoding import IGNORED, EncodedRow, RowEncoder
 from diablo.data.rows import Row
 from diablo.errors import UserError
-from diablo.scoring.generation import Answer, Progress, Score, evaluating
+from diablo.scoring.generation import Answer, Progress, Score, check_positions, evaluating
 from diablo.scoring.losses import completion_log_likelihoods
 from diablo.tasks import MultipleChoice, Problem, Task
 
@@ -158,10 +158,11 @@ def score_candidates(
         The candidates of each problem, in the order given.
 
     Raises:
-        UserError: a candidate or a prompt has no tokens.
+        UserError: a candidate or a prompt has no tokens, or both have more than the model has learned positions.
     """
     rows = [row for candidates in problems for row in candidates]
     encoded = [_encode(encoder, row) for row in rows]
+    check_positions(model, encoder, max((len(tokens.input_ids) for tokens in encoded), default=0))
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, tokens in enumerate(encoded):
         # Rows share a sequence only where their supervised tokens start at the same place.
