@@ -282,8 +282,8 @@ def check_positions(model: Any, encoder: RowEncoder, tokens: int) -> None:
     positions = None if encoder.encoder_decoder else learned_positions(model)
     if positions is not None and tokens > positions:
         raise UserError(
-            f"a text with its answer takes at least {tokens} positions, and the model has {positions}; give shorter texts, "
-            "or a model that reads more."
+            f"a text with its answer takes at least {tokens} positions, and the model has {positions}; give shorter "
+            "texts, or a model that reads more."
         )
 
 
