@@ -162,7 +162,7 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     axes.legend()
 
 
-EXPERIMENT = Experiment("near-copies", QUESTION, run, report, draw, size=(8, 3))
+EXPERIMENT = Experiment("near-copies", QUESTION, run, report, draw, size=(8, 4))
 
 if __name__ == "__main__":
     EXPERIMENT.main()
