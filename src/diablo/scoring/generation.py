@@ -249,8 +249,7 @@ def complete(
     completions: dict[int, Completion] = {}
     side = "right" if encoder.encoder_decoder else "left"
     lengths = [len(prompt) for prompt in prompts]
-    check_positions(model, encoder, max(lengths, default=0) + 1)
-    positions = None if encoder.encoder_decoder else learned_positions(model)
+    positions = check_positions(model, encoder, max(lengths, default=0) + 1)
     with evaluating(model):
         for batch, room in _batches(lengths, batch_size, max_new_tokens, positions):
             padded = tokenizer.pad(
@@ -277,14 +276,15 @@ def complete(
     return [completions[index] for index in range(len(prompts))]
 
 
-def check_positions(model: Any, encoder: RowEncoder, tokens: int) -> None:
-    """Raise an error where a causal language model does not have so many learned positions."""
+def check_positions(model: Any, encoder: RowEncoder, tokens: int) -> int | None:
+    """The learned positions of a causal language model, None for another; an error where it has fewer than tokens."""
     positions = None if encoder.encoder_decoder else learned_positions(model)
     if positions is not None and tokens > positions:
         raise UserError(
             f"a text with its answer takes at least {tokens} positions, and the model has {positions}; give shorter "
             "texts, or a model that reads more."
         )
+    return positions
 
 
 def _batches(lengths: Sequence[int], size: int, most: int, positions: int | None) -> Iterator[tuple[list[int], int]]:
